@@ -20,7 +20,7 @@ demo: .venv/.installed
 	$(PY) sample.py --ckpt=out/demo/ckpt.pt --infill="def ___(self):" --n=4
 
 test: .venv/.installed-tests
-	$(PY) -m ruff check .
+	$(PY) -m ruff check --line-length=100 --select=E,F,W,I,B .
 	$(PY) -m pytest -q tests
 
 bench: .venv/.installed
