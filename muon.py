@@ -83,7 +83,7 @@ def normuon_scale(update, second_moment, beta2):
 class Muon(torch.optim.Optimizer):
     """Muon for float32 parameters that are matrices or (k, rows, cols) stacks of them.
 
-    lr: rms-free step size, about .02. weight_decay: multiplied by lr, not by the shape scale.
+    lr: about .02, the spectral norm of a step. weight_decay: times lr, not the shape scale.
     momentum, lr and the other values may be changed in `param_groups` before any step.
     beta2: NorMuon's decay rate, None = off. ns_dtype: None = `default_ns_dtype` of the device.
     Plain settings give the parameters of `torch.optim.Muon(adjust_lr_fn="original")`.
