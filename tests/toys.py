@@ -11,10 +11,10 @@ import torch
 
 
 class Joint:
-    """A joint distribution of n tokens over V values, repeated side by side as `copies` independent groups.
+    """A joint distribution of n tokens over V values, repeated side by side in `copies` groups.
 
-    p: (V,) * n non-negative weights. T = n * copies. One wide row holds many samples of the joint,
-    which costs a sampler far less than as many rows.
+    p: (V,) * n non-negative weights. T = n * copies. Groups are independent, so one wide
+    row holds many samples of the joint, which costs a sampler far less than as many rows.
     """
 
     def __init__(self, p, copies=1):
@@ -64,7 +64,7 @@ class Joint:
         return torch.bincount(self.code(groups, self.n_values), minlength=len(self.p))
 
     def log_conditional(self, context):
-        """(B, T) -> (B, T, V) log p(token | the known others of its group), its own value unused."""
+        """(B, T) -> (B, T, V) log p(token | the known others of its group)."""
         b, t = context.shape
         groups = context.reshape(b, t // self.n, self.n)
         return self.table[self.code(groups, self.n_values + 1)].view(b, t, self.n_values)
@@ -74,7 +74,7 @@ class Joint:
 
 
 class Iid:
-    """Tokens drawn independently from p (V,): the exact denoiser answers log p everywhere, for any T."""
+    """Tokens drawn independently from p (V,): the exact denoiser answers log p, for any T."""
 
     def __init__(self, p):
         p = torch.as_tensor(p, dtype=torch.float64)
@@ -94,7 +94,8 @@ class Iid:
         return picks.view(n_rows, seq_len)
 
     def __call__(self, xt, sigma=None, rows=None):
-        return take_rows(self.p.log().float().expand(*xt.shape, -1), rows)
+        shape = xt.shape if rows is None else rows.shape
+        return self.p.log().float().expand(*shape, -1)
 
 
 def correlated(n_values=3, n=3, seed=0):
