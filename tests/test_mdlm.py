@@ -189,7 +189,7 @@ def check_every_row_sees_every_count(mdlm, n_rows, bound):
 
 
 def check_pairs(mdlm, bound):
-    """Adjacent rows mask k and T + 1 - k; the pairs' strata cover 1..T evenly, in random order."""
+    """Adjacent rows mask k and T + 1 - k; a batch of 2P rows has one k in each 2P-th of 1..T."""
     n_pairs, seq_len = 16, 1024
     cfg, gen = toy_config(mdlm, seq_len=seq_len, loss_weight="elbo"), seeded(3)
     first = []
@@ -197,10 +197,8 @@ def check_pairs(mdlm, bound):
         noise = mdlm.draw_noise(cfg, 2 * n_pairs, gen, bound=bound)
         pair = noise.level.view(n_pairs, 2)
         assert (pair.sum(1) == seq_len + 1).all()
-        # Of 16 strata of the lower half each holds the smaller k of exactly one pair; so each of
-        # 16 intervals of the whole range holds two of the 32 rows.
-        stratum = (noise.level.long() - 1) * n_pairs // seq_len
-        assert (torch.bincount(stratum, minlength=n_pairs) == 2).all()
+        stratum = (noise.level.long() - 1) * 2 * n_pairs // seq_len
+        assert (torch.bincount(stratum, minlength=2 * n_pairs) == 1).all()
         assert torch.equal(noise.weight, (seq_len / noise.level.double()).float())
         alpha = 1 - noise.level.double() / (seq_len + 1)
         assert torch.allclose(noise.sigma.double(), -alpha.log(), rtol=1e-5)
@@ -241,6 +239,22 @@ def check_bernoulli_loss(mdlm, schedule):
     x0 = JOINT.states.repeat(n_rows * len(masks), 1)
     expected = (noise.weight.double() * loss_at_fraction(JOINT, noise.level)).mean() / N_TOKENS
     assert math.isclose(mdlm.loss_fn(JOINT, x0, spread, cfg).item(), expected, rel_tol=1e-5)
+
+
+def check_exact_k_loss(mdlm):
+    """loss_fn over every order of masking and every x0, pairs kept together, is the entropy."""
+    cfg = toy_config(mdlm, loss_weight="elbo")
+    noise = mdlm.draw_noise(cfg, 2 * N_TOKENS, seeded(5))  # T strata: every k equally often
+    ranks = torch.tensor(list(itertools.permutations(range(N_TOKENS)))).float()
+    shape = (N_TOKENS, len(ranks), len(JOINT.states), 2)  # pair, order, x0, row of the pair
+    row = torch.arange(2 * N_TOKENS).view(N_TOKENS, 1, 1, 2).expand(shape).flatten()
+    score = ranks[:, None, None].expand(*shape, N_TOKENS).reshape(-1, N_TOKENS)
+    x0 = JOINT.states[:, None].expand(*shape, N_TOKENS).reshape(-1, N_TOKENS)
+    share = (JOINT.p * len(JOINT.p)).float()[:, None].expand(shape).flatten()
+    spread = noise._replace(level=noise.level[row], sigma=noise.sigma[row],
+                            weight=noise.weight[row] * share, score=score)
+    loss = mdlm.loss_fn(JOINT, x0, spread, cfg).item()
+    assert math.isclose(loss * N_TOKENS, JOINT.entropy, rel_tol=1e-5)
 
 
 def check_elbo_of_schedule(mdlm, schedule):
@@ -672,6 +686,8 @@ def test_schedule(schedule):
 @pytest.mark.parametrize("estimator", ["exact_k", "bernoulli"])
 def test_training_loss_is_the_bound_in_expectation(estimator):
     check_training_loss_of_draws(train_mdlm, estimator)
+    if estimator == "exact_k":
+        check_exact_k_loss(train_mdlm)
     check_masks(train_mdlm, estimator)
 
 
@@ -772,6 +788,9 @@ MUTANTS = {
         check_masked_tokens_stay_hidden),
     "exact_k divides by the masked count": (
         "masked_rows(is_mask, n_masked)).sum() / (B * T)",
+        "masked_rows(is_mask, n_masked)).sum() / n_masked", check_exact_k_loss),
+    "exact_k divides by the masked count, seen in real draws": (
+        "masked_rows(is_mask, n_masked)).sum() / (B * T)",
         "masked_rows(is_mask, n_masked)).sum() / n_masked",
         lambda m: check_training_loss_of_draws(m, "exact_k")),
     "bernoulli divides by the masked count": (
@@ -781,9 +800,14 @@ MUTANTS = {
         ".index_add(0, rows // T, sums)",
         ".index_add(0, rows // T, sums) * T / (xt != x0).sum(1).clamp(min=1)",
         check_bound_of_iid),
-    "a masked token is dropped": (
-        "n_masked = B // 2 * (T + 1)", "n_masked = B // 2 * (T + 1) - 1",
-        lambda m: check_training_loss_of_draws(m, "exact_k")),
+    "masked tokens beyond a static size are dropped": (
+        "-(-int(is_mask.sum()) // size) * size", "int(is_mask.sum()) // size * size",
+        check_bound_of_joint),
+    "masks prefer the left": (
+        "order = torch.rand(n_rows, T, generator=gen).argsort(1)",
+        "order = torch.arange(T).expand(n_rows, T)", lambda m: check_masks(m, "exact_k")),
+    "pairs are stratified over the whole range": (
+        "+ u) / (2 * n_pairs)", "+ u) / n_pairs", lambda m: check_pairs(m, bound=False)),
     "training masks spill into the bound": (
         "xt = torch.where(noise.score < noise.level[:, None], cfg.vocab_size, x0)\n    rows",
         "xt = corrupt(x0, noise, cfg)\n    rows", check_bound_ignores_training_masks),
@@ -811,6 +835,9 @@ MUTANTS = {
     "the uniform numbers have 24 bits": (
         "torch.rand(2, T, generator=g, dtype=torch.float64)",
         "torch.rand(2, T, generator=g).double()", check_rare_tokens),
+    "one number decides both whether and what": (
+        "pick, u = uniform().unbind(1)", "pick, u = uniform()[:, [0, 0]].unbind(1)",
+        lambda m: check_ancestral_law(m, 5)),
     "the last pass is forgotten": (
         "for i in range(passes):", "for i in range(passes - 1):",
         lambda m: check_ancestral_law(m, 2)),
