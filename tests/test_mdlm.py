@@ -1,0 +1,1130 @@
+"""Masked diffusion against exact oracles: bound, schedules, samplers; and mutants that fail.
+
+Every `check_*` takes the module under test, so that a mutant of it can be put in its place.
+"""
+import dataclasses
+import itertools
+import math
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from toys import Iid, Joint, chi_square_z, correlated, take_rows
+
+import train_mdlm
+
+N_VALUES, N_TOKENS = 3, 3
+JOINT = Joint(correlated(N_VALUES, N_TOKENS))
+Z_LIMIT = 5.0  # a correct program fails one z-test in about 10**6; the seeds are fixed besides
+
+# alpha(t) = P(still clean) of the six schedules; the masked fractions that t in (0, 1] reaches.
+ALPHA = {
+    "linear": lambda t: 1 - t,
+    "cosine": lambda t: torch.cos(math.pi * t / 2),
+    "loglinear": lambda t: 1 - (1 - 1e-3) * t,
+    "sqrt": lambda t: 1 - t.sqrt(),
+    "clipped_cosine": lambda t: 0.05 + 0.9 * torch.cos(math.pi * t / 2),
+    "sigmoid": lambda t: 1 / (1 + torch.exp(10 * (t - 0.5))),
+}
+MASKED_RANGE = {
+    "linear": (0, 1),
+    "cosine": (0, 1),
+    "loglinear": (0, 1 - 1e-3),
+    "sqrt": (0, 1),
+    "clipped_cosine": (0.05, 0.95),
+    "sigmoid": (1 / (1 + math.exp(5)), 1 / (1 + math.exp(-5))),
+}
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def toy_config(mdlm, seq_len=N_TOKENS, vocab_size=N_VALUES, **names):
+    return mdlm.Config(vocab_size=vocab_size, seq_len=seq_len, **names)
+
+
+def all_masks(seq_len):
+    """(2**T, T) bool, every set of masked positions."""
+    return torch.tensor(list(itertools.product([False, True], repeat=seq_len)))
+
+
+def mask_probability(noise, masks, estimator):
+    """(R, M): how likely each set is in each row, by the definition of the estimator."""
+    seq_len, size = masks.shape[1], masks.sum(-1).double()
+    level = noise.level.double()[:, None]
+    if estimator == "bernoulli":
+        return level**size * (1 - level) ** (seq_len - size)
+    ways = torch.tensor([math.comb(seq_len, int(k)) for k in size], dtype=torch.float64)
+    return (size == level).double() / ways
+
+
+def spread_masks(noise, masks, n_repeat, estimator):
+    """Rows of `noise` with every mask in turn in place of the random scores, n_repeat times each.
+
+    The scores are those that yield the mask: under exact_k ranks, lowest where masked.
+    """
+    def repeat(x):
+        return x.repeat_interleave(len(masks) * n_repeat)
+    score = (~masks).float()
+    if estimator == "exact_k":
+        score = score.argsort(dim=-1, stable=True).argsort(dim=-1).float()
+    score = score.repeat_interleave(n_repeat, 0).repeat(len(noise.level), 1)
+    return noise._replace(level=repeat(noise.level), sigma=repeat(noise.sigma),
+                          weight=repeat(noise.weight), score=score)
+
+
+def exact_nelbo(mdlm, model, x0, cfg, seed=0):
+    """(S,) expectation of nelbo_fn for each x0 (S, T), over levels and masks: no sampling error.
+
+    2T rows are T strata of pairs, which hit every k equally often.
+    """
+    seq_len, masks = x0.shape[1], all_masks(x0.shape[1])
+    noise = mdlm.draw_noise(cfg, 2 * seq_len, seeded(seed), bound=True)
+    prob = mask_probability(noise, masks, "exact_k")
+    assert torch.allclose(prob.sum(-1), torch.ones(2 * seq_len).double()), "k lies outside 1..T"
+    spread = spread_masks(noise, masks, len(x0), "exact_k")
+    values = mdlm.nelbo_fn(model, x0.repeat(2 * seq_len * len(masks), 1), spread, cfg)
+    values = values.double().view(2 * seq_len, len(masks), len(x0))
+    return (prob[:, :, None] * values).sum(1).mean(0)
+
+
+def masked_entropy(joint, masks):
+    """(M,) E_x0 sum_{i in S} -log p(x0_i | x0 outside S), from the joint alone."""
+    out = []
+    for mask in masks:
+        log_p = joint.log_conditional(torch.where(mask, joint.mask_id, joint.states))
+        ce = -log_p.gather(-1, joint.states[..., None]).squeeze(-1)
+        out.append((joint.p * (ce * mask).sum(-1)).sum())
+    return torch.stack(out)
+
+
+def loss_at_fraction(joint, fraction):
+    """(R,) f(m): expected sum of masked cross entropies, each token masked with probability m."""
+    masks = all_masks(joint.n)
+    size = masks.sum(-1)
+    m = fraction.double()[:, None]
+    return (m**size * (1 - m) ** (joint.n - size) * masked_entropy(joint, masks)).sum(-1)
+
+
+def elbo_over_range(joint, low, high):
+    """The integral of f(m) / m dm over masked fractions: over (0, 1), the entropy of the joint."""
+    nodes, weights = np.polynomial.legendre.leggauss(8)  # exact: f(m) / m is a polynomial
+    m = torch.from_numpy((high - low) / 2 * nodes + (high + low) / 2)
+    return ((loss_at_fraction(joint, m) / m) @ torch.from_numpy(weights)).item() * (high - low) / 2
+
+
+def time_of(schedule, level):
+    """(R,) masked fraction -> t, by bisection of alpha(t) = 1 - level."""
+    low, high = torch.zeros_like(level), torch.ones_like(level)
+    for _ in range(60):
+        mid = (low + high) / 2
+        clean = ALPHA[schedule](mid) > 1 - level
+        low, high = torch.where(clean, mid, low), torch.where(clean, high, mid)
+    return (low + high) / 2
+
+
+def elbo_weight(schedule, t):
+    """-alpha'(t) / (1 - alpha(t)) by autograd."""
+    t = t.clone().requires_grad_()
+    alpha = ALPHA[schedule](t)
+    (slope,) = torch.autograd.grad(alpha.sum(), t)
+    return (-slope / (1 - alpha)).detach()
+
+
+# The bound.
+
+def check_bound_of_joint(mdlm):
+    """With exact conditionals the NELBO of every sequence is its exact negative log-likelihood."""
+    nelbo = exact_nelbo(mdlm, JOINT, JOINT.states, toy_config(mdlm))
+    assert (nelbo - JOINT.nll(JOINT.states)).abs().max() < 1e-5
+    assert abs((JOINT.p @ nelbo).item() - JOINT.entropy) < 1e-6 * JOINT.entropy + 1e-6
+
+
+def check_bound_of_iid(mdlm):
+    """For independent tokens it is T H(p) on average, -log p(x0) for each x0."""
+    toy = Iid([0.7, 0.2, 0.1])
+    x0 = toy.draw(16, 6, seeded(1))
+    nelbo = exact_nelbo(mdlm, toy, x0, toy_config(mdlm, seq_len=6))
+    assert (nelbo - toy.nll(x0)).abs().max() < 1e-5
+
+
+def check_bound_of_iid_on_average(mdlm):
+    """T H(p) from real draws of x0, levels and masks."""
+    toy, seq_len = Iid([0.5, 0.3, 0.15, 0.05]), 32
+    cfg, n_rows = toy_config(mdlm, seq_len=seq_len, vocab_size=4), 4096
+    gen = seeded(2)
+    nelbo = mdlm.nelbo_fn(toy, toy.draw(n_rows, seq_len, gen),
+                          mdlm.draw_noise(cfg, n_rows, gen, bound=True), cfg).double()
+    error = nelbo.std() / math.sqrt(n_rows)
+    assert abs(nelbo.mean() - seq_len * toy.entropy) < Z_LIMIT * error
+    assert error < 0.01 * seq_len * toy.entropy
+
+
+def check_bound_with_few_rows(mdlm, n_rows):
+    """nelbo_fn is unbiased for any batch: one row, or an odd number, whose last has no partner."""
+    cfg, gen, n_draws = toy_config(mdlm), seeded(n_rows), 1200
+    x0 = JOINT.draw(n_rows, seeded(10))
+    draws = (mdlm.draw_noise(cfg, n_rows, gen, bound=True) for _ in range(n_draws))
+    nelbo = torch.stack([mdlm.nelbo_fn(JOINT, x0, noise, cfg) for noise in draws]).double()
+    z = (nelbo.mean(0) - JOINT.nll(x0)) / (nelbo.std(0) / math.sqrt(n_draws))
+    assert z.abs().max() < Z_LIMIT
+
+
+def check_every_row_sees_every_count(mdlm, n_rows, bound):
+    """The number of masked tokens of every single row is uniform over 1..T."""
+    seq_len, n_draws = 5, 1500
+    cfg, gen = toy_config(mdlm, seq_len=seq_len), seeded(20 + n_rows)
+    k = torch.stack([mdlm.draw_noise(cfg, n_rows, gen, bound=bound).level for _ in range(n_draws)])
+    for row in range(n_rows):
+        counts = torch.bincount(k[:, row].long(), minlength=seq_len + 1)
+        assert counts.numel() == seq_len + 1 and counts[0] == 0, "k lies outside 1..T"
+        assert abs(chi_square_z(counts[1:], torch.ones(seq_len))) < Z_LIMIT
+
+
+def check_pairs(mdlm, bound):
+    """Adjacent rows mask k and T + 1 - k; a batch of 2P rows has one k in each 2P-th of 1..T."""
+    n_pairs, seq_len = 16, 1024
+    cfg, gen = toy_config(mdlm, seq_len=seq_len, loss_weight="elbo"), seeded(3)
+    first = []
+    for _ in range(40):
+        noise = mdlm.draw_noise(cfg, 2 * n_pairs, gen, bound=bound)
+        pair = noise.level.view(n_pairs, 2)
+        assert (pair.sum(1) == seq_len + 1).all()
+        stratum = (noise.level.long() - 1) * 2 * n_pairs // seq_len
+        assert (torch.bincount(stratum, minlength=2 * n_pairs) == 1).all()
+        assert torch.equal(noise.weight, (seq_len / noise.level.double()).float())
+        alpha = 1 - noise.level.double() / (seq_len + 1)
+        assert torch.allclose(noise.sigma.double(), -alpha.log(), rtol=1e-5)
+        first.append(pair[:, 0])
+    first = torch.stack(first) - (seq_len + 1) / 2  # (40, P), 0 on average in every place
+    z = first.mean(0) / (seq_len / math.sqrt(12) / math.sqrt(len(first)))
+    assert z.abs().max() < Z_LIMIT
+
+
+def check_bound_ignores_training_options(mdlm):
+    options = [{}, {"loss_weight": "uniform"}]
+    for schedule in ALPHA:
+        options.append({"schedule": schedule, "estimator": "bernoulli"})
+    options.append({"estimator": "bernoulli", "masking": "entropy", "token_entropy": "nowhere.npy"})
+    draws = [mdlm.draw_noise(toy_config(mdlm, **o), 6, seeded(4), bound=True) for o in options]
+    for draw in draws[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(draws[0], draw, strict=True))
+
+
+def check_bound_ignores_training_masks(mdlm, entropy_file):
+    """Entropy masking tilts which tokens training masks; the bound is computed as without it."""
+    cfg = toy_config(mdlm, estimator="bernoulli", masking="entropy", token_entropy=entropy_file)
+    nelbo = exact_nelbo(mdlm, JOINT, JOINT.states, cfg)
+    assert (nelbo - JOINT.nll(JOINT.states)).abs().max() < 1e-5
+
+
+# Training losses.
+
+def check_bernoulli_loss(mdlm, schedule):
+    """loss_fn's expectation over every mask and x0 is the weighted cross entropy, exactly."""
+    cfg = toy_config(mdlm, schedule=schedule, estimator="bernoulli", loss_weight="elbo")
+    masks, n_rows = all_masks(N_TOKENS), 32
+    noise = mdlm.draw_noise(cfg, n_rows, seeded(5))
+    spread = spread_masks(noise, masks, len(JOINT.states), "bernoulli")
+    share = mask_probability(noise, masks, "bernoulli")[..., None] * JOINT.p  # (R, M, S)
+    share = share.flatten().float() * share.numel() / n_rows
+    spread = spread._replace(weight=spread.weight * share)
+    x0 = JOINT.states.repeat(n_rows * len(masks), 1)
+    expected = (noise.weight.double() * loss_at_fraction(JOINT, noise.level)).mean() / N_TOKENS
+    assert math.isclose(mdlm.loss_fn(JOINT, x0, spread, cfg).item(), expected, rel_tol=1e-5)
+
+
+def check_exact_k_loss(mdlm):
+    """loss_fn over every order of masking and every x0, pairs kept together, is the entropy."""
+    cfg = toy_config(mdlm, loss_weight="elbo")
+    noise = mdlm.draw_noise(cfg, 2 * N_TOKENS, seeded(5))  # T strata: every k equally often
+    ranks = torch.tensor(list(itertools.permutations(range(N_TOKENS)))).float()
+    shape = (N_TOKENS, len(ranks), len(JOINT.states), 2)  # pair, order, x0, row of the pair
+    row = torch.arange(2 * N_TOKENS).view(N_TOKENS, 1, 1, 2).expand(shape).flatten()
+    score = ranks[:, None, None].expand(*shape, N_TOKENS).reshape(-1, N_TOKENS)
+    x0 = JOINT.states[:, None].expand(*shape, N_TOKENS).reshape(-1, N_TOKENS)
+    share = (JOINT.p * len(JOINT.p)).float()[:, None].expand(shape).flatten()
+    spread = noise._replace(level=noise.level[row], sigma=noise.sigma[row],
+                            weight=noise.weight[row] * share, score=score)
+    loss = mdlm.loss_fn(JOINT, x0, spread, cfg).item()
+    assert math.isclose(loss * N_TOKENS, JOINT.entropy, rel_tol=1e-5)
+
+
+def check_elbo_of_schedule(mdlm, schedule):
+    """The levels and weights of a schedule integrate f(m) / m over the masked fractions it reaches.
+
+    That is the entropy of the joint for a full range. The square root's weight 1 / (2t) makes its
+    integrand grow like t**-.5 at 0, which costs accuracy of the quadrature, not bias.
+    """
+    cfg = toy_config(mdlm, schedule=schedule, estimator="bernoulli", loss_weight="elbo")
+    noise = mdlm.draw_noise(cfg, 2**16, seeded(6))
+    mean = (noise.weight.double() * loss_at_fraction(JOINT, noise.level)).mean().item()
+    low, high = MASKED_RANGE[schedule]
+    expected = elbo_over_range(JOINT, low, high)
+    assert abs(mean - expected) < (2e-2 if schedule == "sqrt" else 5e-4) * expected
+    if (low, high) == (0, 1):
+        assert math.isclose(expected, JOINT.entropy, rel_tol=1e-9)
+    else:
+        assert expected < JOINT.entropy
+
+
+def check_schedule(mdlm, schedule):
+    """t stratified over all rows, level = 1 - alpha_t, sigma = -log alpha_t, weight by autograd."""
+    n_rows = 256
+    cfg = toy_config(mdlm, schedule=schedule, estimator="bernoulli", loss_weight="elbo")
+    noise = mdlm.draw_noise(cfg, n_rows, seeded(7))
+    level = noise.level.double()
+    low, high = MASKED_RANGE[schedule]
+    assert level.min() >= low - 1e-6 and level.max() <= high + 1e-6
+    t = time_of(schedule, level)
+    strata = torch.bincount((t * n_rows / 2).long().clamp(max=n_rows // 2 - 1))
+    assert (strata == 2).all()
+    safe = (t > 1e-2) & (t < 1 - 1e-3)  # where fp32 levels determine t well
+    torch.testing.assert_close(noise.weight.double()[safe], elbo_weight(schedule, t[safe]),
+                               rtol=2e-3, atol=0)
+    torch.testing.assert_close(noise.sigma.double()[safe], -ALPHA[schedule](t[safe]).log(),
+                               rtol=2e-3, atol=1e-6)
+
+
+def check_training_loss_of_draws(mdlm, estimator):
+    """A large draw, from draw_noise to loss_fn: its mean is the joint's entropy per token."""
+    n_rows, n_parts = 40_000, 40
+    cfg, gen = toy_config(mdlm, estimator=estimator, loss_weight="elbo"), seeded(8)
+    x0, noise = JOINT.draw(n_rows, gen), mdlm.draw_noise(cfg, n_rows, gen)
+    losses = torch.stack([mdlm.loss_fn(JOINT, a, type(noise)(*n), cfg) for a, *n in zip(
+        *[field.chunk(n_parts) for field in (x0, *noise)], strict=True)]).double() * N_TOKENS
+    error = losses.std() / math.sqrt(n_parts)
+    assert abs(losses.mean() - JOINT.entropy) < Z_LIMIT * error
+    assert error < 0.02 * JOINT.entropy
+
+
+def check_ranks_see_slices(mdlm, **options):
+    """The same generator gives the same noise; a batch's loss is the mean over its slices."""
+    cfg, n_rows = toy_config(mdlm, **options), 24
+    noise, again = (mdlm.draw_noise(cfg, n_rows, seeded(9)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(noise, again, strict=True))
+    assert all(len(field) == n_rows for field in noise)
+    x0 = JOINT.draw(n_rows, seeded(11))
+    whole = mdlm.loss_fn(JOINT, x0, noise, cfg)
+    for n_ranks in (2, 3, 12):
+        parts = [mdlm.loss_fn(JOINT, x, type(noise)(*n), cfg) for x, *n in zip(
+            *[field.chunk(n_ranks) for field in (x0, *noise)], strict=True)]
+        torch.testing.assert_close(torch.stack(parts).mean(), whole)
+
+
+def check_training_weights(mdlm):
+    """What the other loss weights do to the weight of the bound."""
+    seq_len, n_rows = 8, 64
+    def draw(estimator, **options):
+        cfg = toy_config(mdlm, seq_len=seq_len, estimator=estimator, **options)
+        return cfg, mdlm.draw_noise(cfg, n_rows, seeded(16))
+    elbo = draw("bernoulli", loss_weight="elbo")[1].weight
+    clipped = draw("bernoulli", loss_weight="clipped", weight_clip=3.0)[1].weight
+    assert torch.equal(clipped, elbo.clamp(max=3)) and (elbo > 3).any() and (elbo < 3).any()
+    for estimator in ("exact_k", "bernoulli"):
+        flat = draw(estimator, loss_weight="uniform")[1].weight
+        assert (flat == flat[0]).all() and flat[0] > 0
+    cfg, noise = draw("bernoulli", loss_weight="masked_mean", schedule="cosine")
+    toy = Iid([0.6, 0.3, 0.1])
+    x0 = toy.draw(n_rows, seq_len, seeded(17))
+    ce = -toy.p.log()[x0[mdlm.corrupt(x0, noise, cfg) == N_VALUES]]
+    assert math.isclose(mdlm.loss_fn(toy, x0, noise, cfg).item(), ce.mean(), rel_tol=1e-5)
+
+
+# Masks.
+
+def check_masks(mdlm, estimator):
+    """Masked positions hold the mask id, others x0; every set of positions at its probability."""
+    cfg = toy_config(mdlm, estimator=estimator)
+    n_rows = 30_000
+    noise = mdlm.draw_noise(cfg, n_rows, seeded(12))
+    x0 = JOINT.draw(n_rows, seeded(13))
+    xt = mdlm.corrupt(x0, noise, cfg)
+    is_mask = xt == N_VALUES
+    assert torch.equal(xt[~is_mask], x0[~is_mask])
+    if estimator == "exact_k":
+        assert torch.equal(is_mask.sum(-1), noise.level.long())
+    masks = all_masks(N_TOKENS)
+    counts = torch.bincount((is_mask * torch.tensor([4, 2, 1])).sum(-1), minlength=8)
+    assert abs(chi_square_z(counts, mask_probability(noise, masks, estimator).sum(0))) < Z_LIMIT
+
+
+def check_masked_fraction(mdlm, schedule):
+    """A row's masked count is Binomial(T, 1 - alpha_t)."""
+    seq_len, n_rows = 4096, 64
+    cfg = toy_config(mdlm, seq_len=seq_len, schedule=schedule, estimator="bernoulli")
+    noise = mdlm.draw_noise(cfg, n_rows, seeded(14))
+    is_mask = mdlm.corrupt(torch.zeros(n_rows, seq_len, dtype=torch.int64), noise, cfg) == N_VALUES
+    p = noise.level.double()
+    z = (is_mask.sum(-1) - seq_len * p) / (seq_len * p * (1 - p)).sqrt().clamp(min=0.5)
+    assert z.abs().max() < Z_LIMIT and abs(z.mean()) < Z_LIMIT / math.sqrt(n_rows)
+
+
+def check_entropy_masking(mdlm, tmp_path):
+    """P(masked) = (1 - alpha_t) clamp(2 - H_token / mean H, .5, 1.5), over evenly spaced scores."""
+    path, n_grid = tmp_path / "entropy.npy", 20_000
+    entropy = np.array([0.0, 0.5, 1.0, 1.5, 4.0])  # mean 1.4: both ends are clamped
+    np.save(path, entropy)
+    cfg = toy_config(mdlm, seq_len=n_grid, vocab_size=5, estimator="bernoulli", masking="entropy",
+                     token_entropy=str(path))
+    fraction = 0.4
+    drawn = mdlm.draw_noise(cfg, 6, seeded(15))
+    score = ((torch.arange(n_grid) + 0.5) / n_grid).expand(5, -1)
+    noise = drawn._replace(level=torch.full((5,), fraction), sigma=drawn.sigma[:5],
+                           weight=drawn.weight[:5], score=score)
+    x0 = torch.arange(5)[:, None].expand(-1, n_grid)
+    masked = (mdlm.corrupt(x0, noise, cfg) == 5).double().mean(-1)
+    expected = fraction * torch.tensor([1.5, 1.5, 2 - 1 / 1.4, 2 - 1.5 / 1.4, 0.5]).double()
+    assert (masked - expected).abs().max() < 2 / n_grid
+
+
+# Samplers.
+
+def sample(mdlm, toy, known=None, is_known=None, *, n_rows=None, seq_len=None, seed=0, **how):
+    cfg = toy_config(mdlm, seq_len=seq_len or toy.seq_len, vocab_size=toy.n_values)
+    if known is None:
+        known = torch.zeros(n_rows, cfg.seq_len, dtype=torch.int64)
+        is_known = torch.zeros_like(known, dtype=torch.bool)
+    out = mdlm.generate(toy, cfg, known, is_known, gen=seeded(seed), **how)
+    assert out.tokens.shape == out.order.shape == known.shape
+    assert (out.length == cfg.seq_len).all() and len(out.length) == len(known)
+    assert (out.tokens < toy.n_values).all(), "a position is left masked"
+    assert torch.equal(out.tokens[is_known], known[is_known])
+    assert (out.order[is_known] == 0).all() and (out.order[~is_known] > 0).all()
+    return out
+
+
+def ancestral_law(joint, steps, start):
+    """(V**n,) what ancestral sampling in `steps` even steps of t yields, from one context on.
+
+    In step i each masked token is committed with probability 1 / (steps - i), all at once.
+    """
+    law = torch.zeros(len(joint.contexts), dtype=torch.float64)
+    law[joint.code(start, joint.n_values + 1)] = 1
+    for i in range(steps):
+        commit, nxt = 1 / (steps - i), torch.zeros_like(law)
+        for c in law.nonzero().flatten().tolist():
+            # Per position: (value, probability) of what stands there afterwards.
+            choices = []
+            for pos, value in enumerate(joint.contexts[c].tolist()):
+                if value != joint.mask_id:
+                    choices.append([(value, 1.0)])
+                    continue
+                p = (commit * joint.table[c, pos].exp()).tolist()
+                choices.append([(joint.mask_id, 1 - commit), *enumerate(p)])
+            for outcome in itertools.product(*choices):
+                code = joint.code(torch.tensor([v for v, _ in outcome]), joint.n_values + 1)
+                nxt[code] += law[c] * math.prod(p for _, p in outcome)
+        law = nxt
+    return law[joint.code(joint.states, joint.n_values + 1)]
+
+
+def check_ancestral_law(mdlm, steps):
+    """Few steps give exactly the factorised law of few steps; one step the product of marginals."""
+    toy = Joint(correlated(), copies=2500)
+    out = sample(mdlm, toy, n_rows=8, steps=steps)
+    law = ancestral_law(JOINT, steps, torch.full((N_TOKENS,), JOINT.mask_id))
+    if steps == 1:
+        cube = JOINT.p.view(3, 3, 3)
+        product = torch.einsum("a,b,c->abc", cube.sum((1, 2)), cube.sum((0, 2)), cube.sum((0, 1)))
+        assert torch.allclose(law, product.flatten())
+    assert abs(chi_square_z(toy.counts(out.tokens), law)) < Z_LIMIT
+    assert out.nfe <= steps
+
+
+def check_many_steps(mdlm):
+    """Ancestral sampling with many steps reproduces the joint."""
+    toy = Joint(correlated(), copies=2500)
+    out = sample(mdlm, toy, n_rows=8, steps=1000)
+    counts = toy.counts(out.tokens)
+    assert abs(chi_square_z(counts, JOINT.p)) < Z_LIMIT
+    assert (counts / counts.sum() - JOINT.p).abs().sum() / 2 < 0.02  # total variation
+
+
+def check_first_hitting(mdlm):
+    """One token a pass, in random order: the joint itself, and every order equally often."""
+    n_rows = 20_000
+    out = sample(mdlm, JOINT, n_rows=n_rows, steps=None)
+    assert abs(chi_square_z(JOINT.counts(out.tokens), JOINT.p)) < Z_LIMIT
+    assert out.nfe == N_TOKENS
+    assert torch.equal(out.order.sort(-1).values, torch.arange(1, 4).expand(n_rows, -1))
+    orders = torch.bincount((out.order * torch.tensor([9, 3, 1])).sum(-1))
+    assert (orders > 0).sum() == 6
+    assert abs(chi_square_z(orders[orders > 0], torch.ones(6))) < Z_LIMIT
+
+
+def check_infill(mdlm, steps):
+    """Known tokens stay; the rest follows the conditional given what is known in its row."""
+    copies = 1 if steps is None else 1000
+    toy, n_rows = Joint(correlated(), copies), 6000 // copies
+    is_known = torch.tensor([False, True, False]).repeat(n_rows, copies)
+    is_known[: n_rows // 3] = torch.tensor([True, False, False]).repeat(copies)
+    known = torch.where(is_known, 2, 0)
+    out = sample(mdlm, toy, known, is_known, steps=steps)
+    for rows, pos in ((slice(0, n_rows // 3), 0), (slice(n_rows // 3, n_rows), 1)):
+        law = JOINT.p * (JOINT.states[:, pos] == 2)
+        assert abs(chi_square_z(toy.counts(out.tokens[rows]), law)) < Z_LIMIT
+
+
+def check_random_order(mdlm):
+    """`choose` decides what stays masked: one random position a pass gives the joint."""
+    def one_at_random(log_probs, is_mask, *, step, steps, u):
+        assert log_probs.shape == (is_mask.sum(), N_VALUES) and steps == N_TOKENS
+        best = torch.where(is_mask, u, -1.0).argmax(-1, keepdim=True)
+        return is_mask & (torch.arange(N_TOKENS, device=u.device) != best)
+    out = sample(mdlm, JOINT, n_rows=12_000, steps=N_TOKENS, choose=one_at_random)
+    assert abs(chi_square_z(JOINT.counts(out.tokens), JOINT.p)) < Z_LIMIT
+    assert (out.order.sort(-1).values == torch.arange(1, N_TOKENS + 1)).all()
+
+
+def check_unmasking_rate(mdlm, steps):
+    """The tokens fixed in a pass are Binomial: even over the passes, though P begins at 1 / steps.
+
+    Gumbel noise in fp32 draws such rare events too seldom and leaves nearly all to the last passes.
+    """
+    toy, seq_len, n_rows = Iid([0.6, 0.3, 0.1]), 16_384, 1
+    out = sample(mdlm, toy, n_rows=n_rows, seq_len=seq_len, steps=steps)
+    fixed = torch.bincount(out.order.flatten())
+    fixed = fixed[fixed > 0]  # per pass that fixed any; the others are few, and anywhere
+    assert len(fixed) == out.nfe, "a pass that fixes nothing needs no forward"
+    empty = (1 - 1 / steps) ** (seq_len * n_rows)
+    assert abs(out.nfe - steps * (1 - empty)) <= Z_LIMIT * math.sqrt(steps * empty)
+    groups = fixed.tensor_split(64)
+    counts = torch.stack([g.sum() for g in groups])
+    assert abs(chi_square_z(counts, torch.tensor([len(g) for g in groups]))) < Z_LIMIT
+    assert abs(chi_square_z(torch.bincount(out.tokens.flatten()), toy.p)) < Z_LIMIT
+
+
+class Nested:
+    """`fan` equal tokens, of which the one at path[0] is split into `fan` again, and so on.
+
+    path: list of (T,), per position. Shows where the sampler's uniform number lies, ever finer.
+    """
+
+    def __init__(self, fan, path):
+        self.fan, self.path, self.n_values = fan, path, fan + len(path) * (fan - 1)
+
+    def __call__(self, xt, sigma=None, rows=None):
+        fan, depth = self.fan, len(self.path)
+        level = torch.zeros(xt.shape[1], self.n_values)
+        start = torch.zeros(xt.shape[1], 1, dtype=torch.int64)
+        index = torch.arange(self.n_values)
+        for d, pick in enumerate(self.path):
+            start = start + pick[:, None]
+            width = fan + (depth - 1 - d) * (fan - 1)  # tokens that the split one is now
+            level[(index >= start) & (index < start + width)] = d + 1.0
+        return take_rows((-level * math.log(fan)).expand(len(xt), -1, -1), rows)
+
+    def digit(self, tokens):
+        """(T,) which of the finest tokens was drawn; outside 0..fan-1 if it is another token."""
+        return tokens - sum(self.path)
+
+
+def read_uniforms(mdlm, fan, depth, seq_len):
+    """(T,) the uniform numbers behind the tokens of one seed, in units of fan**-depth."""
+    path, number = [], torch.zeros(seq_len, dtype=torch.int64)
+    for _ in range(depth):
+        toy = Nested(fan, path)
+        digit = toy.digit(sample(mdlm, toy, n_rows=1, seq_len=seq_len, steps=1).tokens[0])
+        inside = (digit >= 0) & (digit < fan)
+        assert inside.float().mean() > 0.98, "the draw is not the inverse of the CDF"
+        path.append(digit.clamp(0, fan - 1))
+        number = number * fan + path[-1]
+    return number
+
+
+def check_rare_tokens(mdlm):
+    """A token of probability 1e-9 is drawn exactly where the uniform number falls into it.
+
+    The same seed draws the same numbers, so 3 runs of 1024-fold splits read 30 bits of them, and 6
+    runs of 32-fold splits read the same 30. Gumbel noise contradicts itself from run to run; a CDF
+    in fp32 depends on the split; fp32 numbers have 24 bits and leave the last ones empty.
+    """
+    seq_len = 1024
+    number, again = (read_uniforms(mdlm, *how, seq_len) for how in ((1024, 3), (32, 6)))
+    # The splits' own log-probabilities are fp32, which moves a boundary by about one token.
+    assert ((number - again).abs() <= 8).double().mean() > 0.98
+    for digit in (number >> 26, number >> 16 & 15, number >> 6 & 15, number >> 2 & 15):
+        counts = torch.bincount(digit, minlength=16)
+        assert abs(chi_square_z(counts, torch.ones(16))) < Z_LIMIT
+
+
+class Spy:
+    """Passes calls on to a model and keeps what it was given and what it answered."""
+
+    def __init__(self, model):
+        self.model, self.calls = model, []
+
+    def __call__(self, xt, sigma, rows=None):
+        out = self.model(xt, sigma, rows=rows)
+        self.calls.append((xt, sigma, out))
+        return out
+
+
+def check_sigma_comes_from_the_count(mdlm):
+    """The noise level that the network is told is that of the masked count, when sampling too."""
+    cfg, spy = toy_config(mdlm), Spy(JOINT)
+    noise = mdlm.draw_noise(cfg, 12, seeded(18), bound=True)
+    mdlm.nelbo_fn(spy, JOINT.draw(12, seeded(19)), noise, cfg)
+    known = torch.tensor([[0, 0, 0], [0, 1, 0]])
+    is_known = torch.tensor([[False, False, False], [False, True, False]])
+    for steps in (None, 6):
+        mdlm.generate(spy, cfg, known, is_known, steps=steps, gen=seeded(20))
+    assert len(spy.calls) > 4
+    for xt, sigma, _ in spy.calls:
+        masked = (xt == N_VALUES).sum(-1)
+        alpha = 1 - masked / (N_TOKENS + 1)
+        torch.testing.assert_close(sigma[masked > 0], -alpha[masked > 0].log())
+
+
+def check_masked_tokens_stay_hidden(mdlm):
+    """The network's input does not change with the tokens under the mask."""
+    for estimator in ("exact_k", "bernoulli"):
+        cfg = toy_config(mdlm, seq_len=8, estimator=estimator)
+        noise = mdlm.draw_noise(cfg, 16, seeded(21))
+        a = torch.randint(N_VALUES, (16, 8), generator=seeded(22))
+        is_mask = mdlm.corrupt(a, noise, cfg) == N_VALUES
+        b = torch.where(is_mask, (a + 1) % N_VALUES, a)
+        spy = Spy(Iid([0.5, 0.3, 0.2]))
+        for x0 in (a, b):
+            mdlm.loss_fn(spy, x0, noise, cfg)
+            mdlm.nelbo_fn(spy, x0, noise, cfg)
+        inputs = [call[0] for call in spy.calls]
+        assert all(torch.equal(torch.where(is_mask, N_VALUES, a), xt) for xt in inputs)
+
+
+def check_choose(mdlm):
+    """`choose` may remask; known positions never are, and the last pass leaves nothing masked."""
+    known = torch.tensor([[2, 0, 0], [0, 0, 1]])
+    is_known = torch.tensor([[True, False, False], [False, False, True]])
+    seen, frames = [], []
+
+    def choose(log_probs, is_mask, *, step, steps, u):
+        assert u.shape == is_mask.shape and u.dtype == torch.float64
+        assert log_probs.shape == (is_mask.sum(), N_VALUES)
+        assert not (is_mask & is_known).any()
+        seen.append(int(is_mask.sum()))
+        return torch.full_like(is_mask, step != 1)  # commits all in the second pass, else remasks
+
+    def only_token_1(log_probs):
+        return log_probs.masked_fill(torch.tensor([True, False, True]), -math.inf)
+
+    out = sample(mdlm, JOINT, known, is_known, steps=4, choose=choose, warp=only_token_1,
+                 watch=lambda tokens, nfe: frames.append((tokens.clone(), nfe)))
+    assert seen == [4, 4, 0, 4] and out.nfe == 3
+    assert (out.tokens[~is_known] == 1).all()
+    assert [int((f == N_VALUES).sum()) for f, _ in frames] == [4, 0, 4, 0]
+    assert [n for _, n in frames] == [1, 2, 2, 3]
+    assert all(torch.equal(f[is_known], known[is_known]) for f, _ in frames)
+
+
+def check_rows_are_independent(mdlm, steps):
+    """A row's tokens do not depend on the batch it is in."""
+    whole = sample(mdlm, JOINT, n_rows=7, steps=steps, seed=5)
+    part = sample(mdlm, JOINT, n_rows=3, steps=steps, seed=5)
+    assert torch.equal(whole.tokens[:3], part.tokens)
+    assert torch.equal(whole.order[:3], part.order)
+    assert not torch.equal(whole.tokens, sample(mdlm, JOINT, n_rows=7, steps=steps, seed=6).tokens)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Small tensors: threads that wait for each other on a busy machine only cost time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def entropy_file(tmp_path):
+    np.save(tmp_path / "entropy.npy", np.array([0.1, 1.0, 2.0]))
+    return str(tmp_path / "entropy.npy")
+
+
+def test_bound_equals_the_likelihood_of_an_exact_denoiser():
+    check_bound_of_joint(train_mdlm)
+    check_bound_of_iid(train_mdlm)
+    check_bound_of_iid_on_average(train_mdlm)
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 7])
+def test_bound_is_unbiased_for_any_batch(n_rows):
+    check_bound_with_few_rows(train_mdlm, n_rows)
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 3, 7])
+def test_each_row_sees_every_count_equally_often(n_rows):
+    check_every_row_sees_every_count(train_mdlm, n_rows, bound=True)
+
+
+@pytest.mark.parametrize("bound", [True, False])
+def test_pairs_are_antithetic_and_stratified(bound):
+    check_pairs(train_mdlm, bound)
+    check_every_row_sees_every_count(train_mdlm, 4, bound)
+
+
+def test_bound_ignores_training_options(entropy_file):
+    check_bound_ignores_training_options(train_mdlm)
+    check_bound_ignores_training_masks(train_mdlm, entropy_file)
+
+
+@pytest.mark.parametrize("schedule", ALPHA)
+def test_schedule(schedule):
+    check_schedule(train_mdlm, schedule)
+    check_elbo_of_schedule(train_mdlm, schedule)
+    check_bernoulli_loss(train_mdlm, schedule)
+    check_masked_fraction(train_mdlm, schedule)
+
+
+@pytest.mark.parametrize("estimator", ["exact_k", "bernoulli"])
+def test_training_loss_is_the_bound_in_expectation(estimator):
+    check_training_loss_of_draws(train_mdlm, estimator)
+    if estimator == "exact_k":
+        check_exact_k_loss(train_mdlm)
+    check_masks(train_mdlm, estimator)
+
+
+@pytest.mark.parametrize("options", [
+    {"loss_weight": "elbo"}, {"loss_weight": "uniform"},
+    {"estimator": "bernoulli", "schedule": "cosine", "loss_weight": "elbo"},
+    {"estimator": "bernoulli", "loss_weight": "clipped"},
+    {"estimator": "bernoulli", "loss_weight": "masked_mean"},
+], ids=str)
+def test_ranks_see_slices_of_one_draw(options):
+    check_ranks_see_slices(train_mdlm, **options)
+
+
+def test_training_weights():
+    check_training_weights(train_mdlm)
+    check_masked_tokens_stay_hidden(train_mdlm)
+
+
+def test_entropy_masking(tmp_path):
+    check_entropy_masking(train_mdlm, tmp_path)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_ancestral_sampler_with_few_steps(steps):
+    check_ancestral_law(train_mdlm, steps)
+
+
+def test_exact_samplers_reproduce_the_joint():
+    check_many_steps(train_mdlm)
+    check_first_hitting(train_mdlm)
+    check_random_order(train_mdlm)
+
+
+@pytest.mark.parametrize("steps", [None, 500])
+def test_infill_follows_the_conditional(steps):
+    check_infill(train_mdlm, steps)
+
+
+@pytest.mark.parametrize("steps", [1024, 4096])
+def test_unmasking_rate_of_many_steps(steps):
+    check_unmasking_rate(train_mdlm, steps)
+
+
+def test_rare_tokens_are_drawn_at_their_rate():
+    check_rare_tokens(train_mdlm)
+
+
+@pytest.mark.parametrize("steps", [None, 4])
+def test_rows_of_a_batch_are_independent(steps):
+    check_rows_are_independent(train_mdlm, steps)
+
+
+def test_noise_level_and_choice_in_the_sampler():
+    check_sigma_comes_from_the_count(train_mdlm)
+    check_choose(train_mdlm)
+
+
+# Mutants: a changed line makes its oracle fail.
+
+MUTANTS = {
+    "the bound divides by more than k": (
+        "weight = T / k if elbo", "weight = T / (k + 1e-3) if elbo", check_bound_of_joint),
+    "the bound lacks the factor T": (
+        "weight = T / k if elbo", "weight = 1 / k if elbo", check_bound_of_iid),
+    "an eps in the weight of training": (
+        "weight = slope / fraction ", "weight = slope / (fraction + 1e-3) ",
+        lambda m: check_elbo_of_schedule(m, "linear")),
+    "an eps in the weight of one schedule": (
+        "weight = slope / fraction ", "weight = slope / (fraction + 1e-3) ",
+        lambda m: check_schedule(m, "cosine")),
+    "the derivative of a schedule is off": (
+        "lambda t: 0.45 * math.pi * torch.sin", "lambda t: 0.5 * math.pi * torch.sin",
+        lambda m: check_schedule(m, "clipped_cosine")),
+    "t is not stratified": (
+        "t = 1 - (torch.randperm(n_rows, generator=gen) + u) / n_rows", "t = 1 - u",
+        lambda m: check_schedule(m, "linear")),
+    "the partner masks T - k": (
+        "torch.stack((k, T + 1 - k), 1)", "torch.stack((k, T - k), 1)",
+        lambda m: check_pairs(m, bound=True)),
+    "the partner masks T - k, seen in the bound": (
+        "torch.stack((k, T + 1 - k), 1)", "torch.stack((k, T - k), 1)", check_bound_of_joint),
+    "k from 0 to T - 1": (
+        "k = 1 + (u * T).long()", "k = (u * T).long()",
+        lambda m: check_every_row_sees_every_count(m, 3, bound=True)),
+    "no coin in the pair": (
+        "k = torch.where(coin, k, T + 1 - k)", "k = k + 0",
+        lambda m: check_every_row_sees_every_count(m, 1, bound=True)),
+    "x0 leaks through some masks": (
+        "logits = model(xt, noise.sigma, rows)",
+        "logits = model(torch.where(x0 == 1, x0, xt), noise.sigma, rows)", check_bound_of_joint),
+    "x0 leaks in training": (
+        "logits = model(xt, noise.sigma, rows)",
+        "logits = model(torch.where(x0 == 1, x0, xt), noise.sigma, rows)",
+        lambda m: check_bernoulli_loss(m, "linear")),
+    "x0 leaks into the input": (
+        "logits = model(xt, noise.sigma, rows)",
+        "logits = model(torch.where(x0 == 1, x0, xt), noise.sigma, rows)",
+        check_masked_tokens_stay_hidden),
+    "exact_k divides by the masked count": (
+        "masked_rows(is_mask, n_masked)).sum() / (B * T)",
+        "masked_rows(is_mask, n_masked)).sum() / n_masked", check_exact_k_loss),
+    "exact_k divides by the masked count, seen in real draws": (
+        "masked_rows(is_mask, n_masked)).sum() / (B * T)",
+        "masked_rows(is_mask, n_masked)).sum() / n_masked",
+        lambda m: check_training_loss_of_draws(m, "exact_k")),
+    "bernoulli divides by the masked count": (
+        "masked_rows(is_mask)).sum() / (B * T)", "masked_rows(is_mask)).sum() / is_mask.sum()",
+        lambda m: check_bernoulli_loss(m, "cosine")),
+    "the bound divides by the masked count": (
+        ".index_add(0, rows // T, sums)",
+        ".index_add(0, rows // T, sums) * T / (xt != x0).sum(1).clamp(min=1)",
+        check_bound_of_iid),
+    "masked tokens beyond a static size are dropped": (
+        "-(-int(is_mask.sum()) // size) * size", "int(is_mask.sum()) // size * size",
+        check_bound_of_joint),
+    "masks prefer the left": (
+        "order = torch.rand(n_rows, T, generator=gen).argsort(1)",
+        "order = torch.arange(T).expand(n_rows, T)", lambda m: check_masks(m, "exact_k")),
+    "pairs are stratified over the whole range": (
+        "+ u) / (2 * n_pairs)", "+ u) / n_pairs", lambda m: check_pairs(m, bound=False)),
+    "training masks spill into the bound": (
+        "xt = torch.where(noise.score < noise.level[:, None], cfg.vocab_size, x0)\n    rows",
+        "xt = corrupt(x0, noise, cfg)\n    rows", check_bound_ignores_training_masks),
+    "the entropies' tilt is not clamped": (
+        "np.clip(2 - entropy / entropy.mean(), TILT_MIN, TILT_MAX)",
+        "np.clip(2 - entropy / entropy.mean(), 0, TILT_MAX)", check_entropy_masking),
+    # 50,257 equal tokens and the mask race with fp32 Gumbel noise, as if a categorical were drawn
+    # over all of them: the best of the tokens is a uniform number's root on the grid of fp32.
+    "the unmasking is a race of fp32 Gumbel noise": (
+        "commit = pick * (steps - i) < 1",
+        """grid = 2.0**-24
+                best = ((pick ** (1 / 50257)) / grid).floor() * grid
+                stay = torch.rand(pick.shape, generator=gens[0], dtype=torch.float64)
+                odds = max(steps - i - 1, 1e-9) * 50257
+                commit = -best.log() * odds < -stay.log()""",
+        lambda m: check_unmasking_rate(m, 1024)),
+    "tokens are drawn with fp32 Gumbel noise": (
+        "token = torch.searchsorted(cdf, u[:, None] * total, right=True)[:, 0]",
+        """seed = int(u[0] * 2**53)
+    noise = torch.rand(cdf.shape, generator=torch.Generator().manual_seed(seed))
+    token = (log_probs - (-(noise + 1e-10).log()).log()).argmax(-1)""", check_rare_tokens),
+    "the CDF is in fp32": (
+        "cdf = log_probs.double().softmax(-1)", "cdf = log_probs.float().softmax(-1)",
+        check_rare_tokens),
+    "the uniform numbers have 24 bits": (
+        "torch.rand(2, T, generator=g, dtype=torch.float64)",
+        "torch.rand(2, T, generator=g).double()", check_rare_tokens),
+    "one number decides both whether and what": (
+        "pick, u = uniform().unbind(1)", "pick, u = uniform()[:, [0, 0]].unbind(1)",
+        lambda m: check_ancestral_law(m, 5)),
+    "the last pass is forgotten": (
+        "for i in range(passes):", "for i in range(passes - 1):",
+        lambda m: check_ancestral_law(m, 2)),
+    "every pass commits at the rate of the first": (
+        "commit = pick * (steps - i) < 1", "commit = (pick * steps < 1) | (i == steps - 1)",
+        lambda m: check_ancestral_law(m, 5)),
+    "first-hitting goes from left to right": (
+        "first = pick.masked_fill(~is_mask.cpu(), -1).argmax",
+        "first = is_mask.double().cpu().argmax", check_first_hitting),
+    "rows share their random numbers": (
+        "gens = [torch.Generator().manual_seed(s) for s in seeds]", "gens = [gen] * B",
+        lambda m: check_rows_are_independent(m, 4)),
+}
+
+
+def mutant(snippet, replacement):
+    """train_mdlm with one snippet of its text replaced."""
+    source = Path(train_mdlm.__file__).read_text(encoding="utf-8")
+    assert source.count(snippet) == 1, f"to be found once in train_mdlm.py: {snippet}"
+    module = types.ModuleType("mutant_of_train_mdlm")
+    module.__file__ = train_mdlm.__file__
+    exec(compile(source.replace(snippet, replacement), "mutant", "exec"), module.__dict__)
+    return module
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_fails(name, entropy_file, tmp_path):
+    snippet, replacement, check = MUTANTS[name]
+    extra = {check_bound_ignores_training_masks: (entropy_file,),
+             check_entropy_masking: (tmp_path,)}
+    module = mutant(snippet, replacement)
+    with pytest.raises(AssertionError):
+        check(module, *extra.get(check, ()))
+
+
+# The network.
+
+SWITCHES = {
+    "plain": {},
+    "swiglu": {"mlp": "swiglu"},
+    "unet": {"unet": True},
+    "unet of an odd number of layers": {"unet": True, "n_layer": 3},
+    "tied": {"tied": True},
+    "softcap": {"softcap": 3.0},
+    "grouped queries": {"n_kv_head": 2},
+    "one key": {"n_kv_head": 1},
+    "time input": {"cond_dim": 16},
+    "dropout": {"dropout": 0.2},
+    "recomputed": {"checkpoint_layers": True, "dropout": 0.2},
+    "all": {"mlp": "swiglu", "unet": True, "tied": True, "softcap": 3.0, "n_kv_head": 2,
+            "cond_dim": 16, "dropout": 0.1},
+}
+V = 11  # real tokens of the small network; also the mask's id
+
+
+def small_model(seed=0, **names):
+    """A network that uses every parameter: its zero-initialised matrices are moved."""
+    cfg = train_mdlm.Config(**{"vocab_size": V, "seq_len": 12, "n_layer": 2, "n_head": 4,
+                               "n_embd": 32, **names})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = train_mdlm.Model(cfg)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.2 * torch.randn_like(p))
+    return model, cfg
+
+
+def half_masked(n_rows=4, seq_len=12, seed=1):
+    """(xt, sigma): random tokens, about half of them masked."""
+    xt = torch.randint(V, (n_rows, seq_len), generator=seeded(seed))
+    is_mask = torch.rand(n_rows, seq_len, generator=seeded(seed + 1)) < 0.5
+    return torch.where(is_mask, V, xt), torch.linspace(0.3, 1.5, n_rows)
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_every_parameter_gets_a_finite_gradient(switch):
+    model, cfg = small_model(**SWITCHES[switch])
+    model.train()
+    x0 = torch.randint(V, (6, cfg.seq_len), generator=seeded(3))
+    loss = train_mdlm.loss_fn(model, x0, train_mdlm.draw_noise(cfg, 6, seeded(4)), cfg)
+    loss.backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all(), name
+        assert p.grad.abs().sum() > 0, f"{name} has no effect"
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_gathered_rows_equal_full_logits(switch):
+    model, _ = small_model(**SWITCHES[switch])
+    model.eval()
+    xt, sigma = half_masked()
+    rows = torch.tensor([0, 5, 12, 13, 30, 47, 5])
+    results = []
+    for gathered in (True, False):
+        model.zero_grad()
+        logits = model(xt, sigma, rows) if gathered else model(xt, sigma)
+        if not gathered:
+            assert logits.shape == (4, 12, V)  # the mask has no logit: it is never predicted
+            logits = take_rows(logits, rows)
+        assert logits.shape == (len(rows), V) and logits.dtype == torch.float32
+        logits.logsumexp(-1).square().sum().backward()
+        results.append([logits.detach(), *[p.grad.clone() for p in model.parameters()]])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("switch", ["plain", "unet", "time input", "all"])
+def test_what_an_output_depends_on(switch):
+    model, _ = small_model(**SWITCHES[switch])
+    model.eval()
+    with torch.no_grad():
+        xt, sigma = half_masked()
+        base = model(xt, sigma)
+        # Another token anywhere in a row is seen to its left and right, and in no other row.
+        changed = xt.clone()
+        changed[1, 6] = (xt[1, 6] + 1) % (V + 1)
+        moved = (model(changed, sigma) - base).abs().amax(-1) > 1e-6
+        assert moved[1].all() and not moved[[0, 2, 3]].any()
+        # A row alone is computed as in the batch.
+        torch.testing.assert_close(model(xt[2:3], sigma[2:3]), base[2:3], rtol=1e-4, atol=1e-5)
+        # The order of tokens matters, though nothing is causal.
+        assert not torch.allclose(model(xt.flip(1), sigma).flip(1), base, atol=1e-3)
+        told = sigma.clone()
+        told[0] += 1
+        moved = (model(xt, told) - base).abs().amax((1, 2)) > 1e-6
+        assert moved.tolist() == [SWITCHES[switch].get("cond_dim", 0) > 0, False, False, False]
+
+
+def test_hidden_tokens_do_not_reach_the_logits():
+    model, cfg = small_model()
+    model.eval()
+    noise = train_mdlm.draw_noise(cfg, 8, seeded(5))
+    a = torch.randint(V, (8, cfg.seq_len), generator=seeded(6))
+    is_mask = train_mdlm.corrupt(a, noise, cfg) == V
+    spy = Spy(model)
+    for x0 in (a, torch.where(is_mask, (a + 3) % V, a)):
+        train_mdlm.loss_fn(spy, x0, noise, cfg)
+    assert torch.equal(spy.calls[0][2], spy.calls[1][2])
+
+
+def test_dropout_acts_in_training_only():
+    model, _ = small_model(dropout=0.2)
+    xt, sigma = half_masked()
+    with torch.no_grad():
+        model.train()
+        assert not torch.allclose(model(xt, sigma), model(xt, sigma))
+        model.eval()
+        assert torch.equal(model(xt, sigma), model(xt, sigma))
+
+
+def test_recomputed_layers_give_the_same_gradient():
+    """With dropout, whose masks the recomputation has to repeat."""
+    grads = []
+    for recompute in (False, True):
+        model, _ = small_model(dropout=0.2, checkpoint_layers=recompute)
+        model.train()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model(*half_masked()).logsumexp(-1).square().sum().backward()
+        grads.append([p.grad for p in model.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_no_masked_token_is_no_loss():
+    """A Bernoulli draw may mask nothing at all: the loss is 0, its gradient too."""
+    model, cfg = small_model(estimator="bernoulli")
+    noise = train_mdlm.draw_noise(cfg, 2, seeded(7))
+    noise = noise._replace(level=torch.zeros(2))
+    loss = train_mdlm.loss_fn(model, torch.zeros(2, 12, dtype=torch.int64), noise, cfg)
+    loss.backward()
+    assert loss == 0
+    assert all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("switch", ["plain", "all"])
+@pytest.mark.parametrize("seq_len", [5, 12, 20])
+def test_network_fills_in_any_length(switch, seq_len):
+    """Rows known in part or in full beside an empty one; shorter and longer than trained."""
+    model, cfg = small_model(**SWITCHES[switch])
+    model.eval()
+    known = torch.randint(V, (3, seq_len), generator=seeded(8))
+    is_known = torch.zeros(3, seq_len, dtype=torch.bool)
+    is_known[1, ::2] = is_known[2] = True
+    for steps in (None, 3):
+        out = train_mdlm.generate(model, cfg, known, is_known, steps=steps, gen=seeded(9))
+        assert torch.equal(out.tokens[is_known], known[is_known])
+        assert (out.tokens < V).all() and (out.length == seq_len).all()
+        # The first row alone: the same numbers, so the same tokens.
+        alone = train_mdlm.generate(model, cfg, known[:1], is_known[:1], steps=steps, gen=seeded(9))
+        assert torch.equal(alone.tokens, out.tokens[:1])
+
+
+def test_tied_head_leaves_out_the_mask():
+    tied, cfg = small_model(tied=True)
+    free, _ = small_model(tied=False)
+    n_tied, n_free = (sum(p.numel() for p in m.parameters()) for m in (tied, free))
+    assert n_free - n_tied == V * cfg.n_embd
+    xt, sigma = half_masked()
+    tied(xt % V, sigma).square().sum().backward()
+    (embedding,) = [p for p in tied.parameters() if p.shape == (V + 1, cfg.n_embd)]
+    assert (embedding.grad[V] == 0).all() and (embedding.grad[:V].abs().sum(-1) > 0).all()
+
+
+def test_softcap_bounds_the_logits():
+    model, _ = small_model(softcap=3.0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3)
+        logits = model(*half_masked())
+    assert 2 < logits.abs().max() <= 3
+
+
+# Parameters of each preset: (vocabulary, lowest, highest). A published count is met within 1%, with
+# the vocabulary it was published for: 65 characters in the case of Shakespeare.
+PRESET_SIZES = {
+    "": (50257, 150e6, 162.5e6),
+    "tiny": (256, 1e6, 3.5e6),
+    "shakespeare_10m": (65, 10.7e6 * 0.99, 10.7e6 * 1.01),
+    "fineweb_124m": (50257, 124e6 * 0.99, 124e6 * 1.01),
+    "golf_19m": (1024, 19.19e6 * 0.99, 19.19e6 * 1.01),
+    "tinystories_142m": (8192, 142e6 * 0.99, 142e6 * 1.01),
+}
+
+
+def test_every_preset_has_its_size_tested():
+    assert set(train_mdlm.PRESETS) == set(PRESET_SIZES) - {""}
+
+
+@pytest.mark.parametrize("preset", PRESET_SIZES)
+def test_preset_fits_its_description(preset):
+    """Parameter count, and a forward and backward pass at the full shape, traced without data."""
+    vocab_size, low, high = PRESET_SIZES[preset]
+    cfg = train_mdlm.parse_args([f"--preset={preset}"] if preset else [])
+    cfg = dataclasses.replace(cfg, vocab_size=vocab_size)
+    train_mdlm.validate(cfg, 1)
+    n_rows = min(cfg.micro_batch, cfg.batch_tokens // cfg.seq_len)
+    with FakeTensorMode():
+        model = train_mdlm.Model(cfg)
+        xt = torch.zeros(n_rows, cfg.seq_len, dtype=torch.int64)
+        rows = torch.zeros(n_rows * (cfg.seq_len + 1) // 2, dtype=torch.int64)
+        logits = model(xt, torch.ones(n_rows), rows)
+        assert logits.shape == (len(rows), vocab_size)
+        logits.sum().backward()
+    assert low <= sum(p.numel() for p in model.parameters()) <= high
+    assert all(p.grad is not None for p in model.parameters())
+
+
+# Import.
+
+PROBE = """
+import os, random, signal, sys, threading
+import numpy as np, torch, torch.distributed as dist
+
+def state():
+    return {
+        "threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
+        "python threads": threading.active_count(),
+        "dtype": (torch.get_default_dtype(), torch.get_float32_matmul_precision()),
+        "device": torch.get_default_device(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "grad": torch.is_grad_enabled(),
+        "backends": (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic,
+                     torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32),
+        "torch rng": torch.get_rng_state().tolist(),
+        "numpy rng": np.random.get_state()[1].tolist(),
+        "python rng": random.getstate(),
+        "environment": dict(os.environ),
+        "signals": [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)],
+        "process group": dist.is_initialized(),
+        "cuda": torch.cuda.is_initialized(),
+        "folder": sorted(os.listdir(".")) + sorted(os.listdir(sys.argv[1])),
+    }
+
+before = state()
+import train_mdlm
+after = state()
+changed = [name for name in before if before[name] != after[name]]
+assert not changed, changed
+"""
+
+
+def test_import_does_nothing(tmp_path):
+    root = str(Path(train_mdlm.__file__).resolve().parent)
+    env = dict(os.environ, PYTHONPATH=root, PYTHONDONTWRITEBYTECODE="1")
+    run = subprocess.run([sys.executable, "-c", PROBE, root], cwd=tmp_path, env=env,
+                         capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")

@@ -1,0 +1,130 @@
+"""Toy distributions whose conditionals are known exactly, and denoisers made of them.
+
+Shared by the tests of every objective. A context is a (B, T) tensor of tokens in which the value V,
+the mask, means "not known"; masked diffusion calls the toy with `xt`. An objective with another
+signature builds its own context (an autoregressive one masks what lies ahead, a block one takes
+earlier blocks from x0) and asks `log_conditional` for it.
+"""
+import math
+
+import torch
+
+
+class Joint:
+    """A joint distribution of n tokens over V values, repeated side by side in `copies` groups.
+
+    p: (V,) * n non-negative weights. T = n * copies. Groups are independent, so one wide
+    row holds many samples of the joint, which costs a sampler far less than as many rows.
+    """
+
+    def __init__(self, p, copies=1):
+        p = torch.as_tensor(p, dtype=torch.float64)
+        self.n, self.n_values, self.copies = p.dim(), p.shape[0], copies
+        self.seq_len = self.n * copies
+        self.mask_id = self.n_values
+        self.p = (p / p.sum()).flatten()  # (V**n,), last token fastest
+        self.states = _grid(self.n_values, self.n)  # (V**n, n) every sequence, in the order of p
+        self.contexts = _grid(self.n_values + 1, self.n)  # (C, n) every context
+        self.table = self._tabulate()  # (C, n, V)
+
+    def _tabulate(self):
+        eye = torch.nn.functional.one_hot(self.states, self.n_values).double()  # (S, n, V)
+        agree = self.contexts[:, None] == self.states  # (C, S, n)
+        agree |= self.contexts[:, None] == self.mask_id
+        table = torch.empty(len(self.contexts), self.n, self.n_values, dtype=torch.float64)
+        for i in range(self.n):
+            others = [j for j in range(self.n) if j != i]
+            fits = agree[:, :, others].all(-1).double() * self.p  # (C, S)
+            table[:, i] = fits @ eye[:, i]
+        return (table / table.sum(-1, keepdim=True)).log()
+
+    @property
+    def entropy(self):
+        """Nats per group of n tokens."""
+        return -torch.xlogy(self.p, self.p).sum().item()
+
+    def code(self, x, base):
+        """(..., n) digits -> (...) index."""
+        power = base ** torch.arange(self.n - 1, -1, -1, device=x.device)
+        return (x * power).sum(-1)
+
+    def nll(self, x0):
+        """(B, T) -> (B,) exact negative log-likelihood in nats, float64."""
+        groups = x0.view(len(x0), self.copies, self.n)
+        return -self.p[self.code(groups, self.n_values)].log().sum(-1)
+
+    def draw(self, n_rows, gen):
+        """(n_rows, T) samples."""
+        picks = torch.multinomial(self.p, n_rows * self.copies, replacement=True, generator=gen)
+        return self.states[picks].view(n_rows, self.seq_len)
+
+    def counts(self, tokens):
+        """(B, T) -> (V**n,) how often each state occurs over all rows and groups."""
+        groups = tokens.reshape(-1, self.n)
+        return torch.bincount(self.code(groups, self.n_values), minlength=len(self.p))
+
+    def log_conditional(self, context):
+        """(B, T) -> (B, T, V) log p(token | the known others of its group)."""
+        b, t = context.shape
+        groups = context.reshape(b, t // self.n, self.n)
+        return self.table[self.code(groups, self.n_values + 1)].view(b, t, self.n_values)
+
+    def __call__(self, xt, sigma=None, rows=None):
+        return take_rows(self.log_conditional(xt).float(), rows)
+
+
+class Iid:
+    """Tokens drawn independently from p (V,): the exact denoiser answers log p, for any T."""
+
+    def __init__(self, p):
+        p = torch.as_tensor(p, dtype=torch.float64)
+        self.p = p / p.sum()
+        self.n_values = self.mask_id = len(p)
+
+    @property
+    def entropy(self):
+        """Nats per token."""
+        return -torch.xlogy(self.p, self.p).sum().item()
+
+    def nll(self, x0):
+        return -self.p.log()[x0].sum(-1)
+
+    def draw(self, n_rows, seq_len, gen):
+        picks = torch.multinomial(self.p, n_rows * seq_len, replacement=True, generator=gen)
+        return picks.view(n_rows, seq_len)
+
+    def __call__(self, xt, sigma=None, rows=None):
+        shape = xt.shape if rows is None else rows.shape
+        return self.p.log().float().expand(*shape, -1)
+
+
+def correlated(n_values=3, n=3, seed=0):
+    """Weights of a joint whose tokens depend on each other strongly, every state possible."""
+    gen = torch.Generator().manual_seed(seed)
+    return (1.5 * torch.randn((n_values,) * n, generator=gen, dtype=torch.float64)).exp()
+
+
+def take_rows(logits, rows):
+    """(B, T, V) -> (R, V) at flat positions; None keeps all."""
+    return logits if rows is None else logits.reshape(-1, logits.shape[-1])[rows]
+
+
+def chi_square_z(counts, p):
+    """Standard score of Pearson's statistic of counts against probabilities p (any scale).
+
+    States of p = 0 must not occur at all. The cube-root (Wilson-Hilferty) form is close to normal
+    even for few degrees of freedom, so |z| < 5 fails about once in a million runs.
+    """
+    counts, p = torch.as_tensor(counts).double(), torch.as_tensor(p).double()
+    assert counts[p == 0].sum() == 0, "a state of probability zero was drawn"
+    counts, p = counts[p > 0], p[p > 0]
+    expected = counts.sum() * p / p.sum()
+    assert expected.min() > 5, "too few samples for a chi-square test"
+    dof = len(p) - 1
+    statistic = ((counts - expected) ** 2 / expected).sum().item()
+    spread = 2 / (9 * dof)
+    return ((statistic / dof) ** (1 / 3) - (1 - spread)) / math.sqrt(spread)
+
+
+def _grid(base, n):
+    return torch.cartesian_prod(*[torch.arange(base)] * n).view(-1, n)
