@@ -21,14 +21,13 @@ which is what the default estimator draws: exactly k masks in a row, T+1-k in th
 The other scripts differ from this one only here and between the objective marks.
 """
 
-import base64
 import dataclasses
+import datetime
 import difflib
 import functools
 import json
 import math
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -37,7 +36,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -69,7 +68,7 @@ class Config:
     n_head: int = 6  # attention heads
     n_kv_head: int = 0  # key/value heads (grouped-query attention); 0: n_head
     n_embd: int = 768  # width D
-    mlp: str = "relu2"  # relu2 or swiglu
+    mlp: Literal["relu2", "swiglu"] = "relu2"  # activation
     mlp_ratio: float = 4.0  # hidden width / D; swiglu takes 2/3 of it, so that parameters agree
     cond_dim: int = 0  # width of adaLN-Zero conditioning on the noise level; 0: off
     tied: bool = False  # head shares the embedding
@@ -81,7 +80,7 @@ class Config:
     steps: int = 10_000  # optimizer steps
     batch_tokens: int = 131_072  # tokens a step, over all ranks and accumulation
     micro_batch: int = 16  # rows a forward pass and rank
-    optimizer: str = "muon"  # of the hidden matrices: muon or adamw; AdamW takes the rest
+    optimizer: Literal["muon", "adamw"] = "muon"  # of hidden matrices
     lr: float = 0.025  # hidden matrices
     embed_lr: float = 0.3  # embedding (and tied head)
     head_lr: float = 0.004  # untied head
@@ -97,7 +96,7 @@ class Config:
     cautious: bool = False  # decay weights only where the update shrinks them too
     warmup: int = 0  # steps of linear learning-rate warmup
     cooldown: float = 0.7  # last fraction of the steps, falling to lr_end (linear)
-    lr_schedule: str = "linear"  # linear (constant, then cooldown) or cosine
+    lr_schedule: Literal["linear", "cosine"] = "linear"  # constant, then cooldown; or cosine
     lr_end: float = 0.0  # final learning rate / peak
     grad_clip: float = 0.0  # global gradient norm; 0: off
     ema: float = 0.0  # decay of the averaged weights; 0: off
@@ -107,44 +106,38 @@ class Config:
     eval_every: int = 250  # steps; 0: only at the end
     val_tokens: int = 10_485_760  # at most, in file order
     val_draws: int = 1  # noise draws a window
-    split: str = "val"  # what evaluation reads: val or test
+    split: Literal["val", "test"] = "val"  # what evaluation reads
     eval_only: bool = False  # evaluate --init_from and leave
     ckpt_every: int = 1000  # steps; 0: only at the end
     log_every: int = 10  # steps
     init_from: str = ""  # checkpoint whose weights to start from
     resume: bool = False  # continue the run in --out
     # machine
-    device: str = "auto"  # auto, cpu, cuda or mps
-    dtype: str = "auto"  # of the matrix products: auto, bf16, fp16 or fp32
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to run
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # matrix products
     compile: bool = True  # torch.compile
-    backend: str = "auto"  # process group: auto, nccl or gloo
+    backend: Literal["auto", "nccl", "gloo"] = "auto"  # process group
     # >>> objective
-    schedule: str = "linear"  # masked fraction at t, for bernoulli: see MASKED_FRACTION
-    estimator: str = "exact_k"  # exact_k (antithetic pairs) or bernoulli
-    masking: str = "uniform"  # which tokens: uniform, or entropy (needs token_entropy)
+    schedule: Literal["linear", "cosine", "loglinear", "sqrt", "clipped_cosine",
+                      "sigmoid"] = "linear"  # masked fraction at t
+    estimator: Literal["exact_k", "bernoulli"] = "exact_k"  # antithetic pairs, or coins
+    masking: Literal["uniform", "entropy"] = "uniform"  # which tokens; entropy needs token_entropy
     token_entropy: str = ""  # .npy file, one entropy (any unit) for every token id
-    loss_weight: str = "uniform"  # in training only: elbo, uniform, masked_mean or clipped
+    loss_weight: Literal["elbo", "uniform", "masked_mean", "clipped"] = "uniform"  # training only
     weight_clip: float = 100.0  # largest weight of a masked token under clipped
     # <<< objective
 
 
 # What must agree between a checkpoint and the model that takes its weights.
 SHAPE_FIELDS = (
-    "vocab_size n_layer n_head n_kv_head n_embd mlp mlp_ratio cond_dim tied unet softcap".split()
-)
+    "vocab_size n_layer n_head n_kv_head n_embd mlp mlp_ratio cond_dim tied unet softcap".split())
 # What may change when a run goes on; everything else would make it another run.
 RESUME_FIELDS = (
-    "data out steps eval_every val_tokens val_draws ckpt_every log_every micro_batch device dtype "
-    "compile backend max_bad_steps resume split checkpoint_layers".split()
-)
-CHOICES = {
-    "mlp": ("relu2", "swiglu"),
-    "optimizer": ("muon", "adamw"),
-    "lr_schedule": ("linear", "cosine"),
-    "split": ("val", "test"),
-    "dtype": ("auto", "bf16", "fp16", "fp32"),
-    "backend": ("auto", "nccl", "gloo"),
-}
+    "data out preset resume steps eval_every val_tokens val_draws split ckpt_every log_every "
+    "micro_batch checkpoint_layers max_bad_steps device dtype compile backend".split())
+POSITIVE = ("seq_len n_layer n_head n_embd mlp_ratio steps batch_tokens micro_batch val_tokens "
+            "val_draws max_bad_steps log_every").split()
+FRACTIONS = "dropout ema ema_start momentum muon_beta2 adam_beta1 adam_beta2".split()
 
 
 def fail(message):
@@ -156,39 +149,40 @@ def fail(message):
 
 def usage():
     """Text of --help: the docstring, then every flag with the comment beside it in Config."""
-    lines = [__doc__, "Flags (--name=value):"]
     with open(__file__, encoding="utf-8") as f:
         body = f.read().split("class Config:")[1].split("\n\n\n")[0]
-    seen = {}
-    for name, default, comment in re.findall(r"^    (\w+): \w+ = (.+?)  # (.+)$", body, re.M):
-        if name in seen:
-            comment = seen[name][1]
-        seen[name] = (default, comment)
-    lines += [f"  --{name}={default}  {comment}" for name, (default, comment) in seen.items()]
-    lines.append("Presets: " + ", ".join(PRESETS))
-    return "\n".join(lines)
+    comments = dict(re.findall(r"^    (\w+): [^#]+# (.+)$", body, re.M))
+    lines = [f"  --{f.name}={f.default}  {comments[f.name]}"
+             + (f" ({', '.join(get_args(f.type))})" if get_args(f.type) else "")
+             for f in dataclasses.fields(Config)]
+    return "\n".join([__doc__, "Flags (--name=value):", *lines, "Presets: " + ", ".join(PRESETS)])
+
+
+def near(word, words, otherwise):
+    """The end of a message about a word that is none of the words."""
+    close = difflib.get_close_matches(word, words, 1)
+    return f"did you mean {close[0]}?" if close else otherwise
 
 
 def parse_value(field, text):
-    """One flag's text as the type of its field."""
-    if field.type is bool:
-        if text.lower() in ("1", "true"):
-            return True
-        if text.lower() in ("0", "false"):
-            return False
-        fail(f"--{field.name}={text}: 0 or 1 expected")
+    """The text of one flag as a value of its field's type."""
+    kind, choices = type(field.default), get_args(field.type)
     try:
-        value = field.type(text)
-    except ValueError:
-        kind = {int: "a whole number", float: "a number"}[field.type]
-        fail(f"--{field.name}={text}: {kind} expected")
-    if field.type is float and not math.isfinite(value):
-        fail(f"--{field.name}={text}: a finite number expected")
-    return value
+        if choices and text not in choices:
+            raise ValueError(f"one of {', '.join(choices)}")
+        if kind is bool and text not in ("0", "1"):
+            raise ValueError("0 or 1")
+        value = kind(int(text)) if kind is bool else kind(text)
+        if kind is float and not math.isfinite(value):
+            raise ValueError("a finite number")
+        return value
+    except ValueError as e:
+        wanted = {int: "a whole number", float: "a number"}.get(kind, e)
+        fail(f"--{field.name}={text}: {wanted} expected")
 
 
 def parse_flags(argv):
-    """['--name=value', ..] -> {name: value}, typed; mistakes are refused with the near miss."""
+    """['--name=value', ..] -> {name: value}, typed; anything else is refused."""
     fields = {f.name: f for f in dataclasses.fields(Config)}
     flags = {}
     for arg in argv:
@@ -199,87 +193,71 @@ def parse_flags(argv):
         if name == "block_size":
             fail("--block_size means three things elsewhere: --seq_len is the context in tokens")
         if not arg.startswith("--") or name not in fields:
-            near = difflib.get_close_matches(name, fields, 1)
-            hint = f"did you mean --{near[0]}?" if near else "--help lists the flags"
-            fail(f"unknown flag {arg}: {hint}")
-        if not equals:
-            fail(f"--{name} needs a value: --{name}=VALUE")
-        if name in flags:
-            fail(f"--{name} is given twice")
+            fail(f"unknown flag {arg}: " + near(name, fields, "--help lists the flags"))
+        if not equals or name in flags:
+            fail(f"--{name} " + ("is given twice" if equals else f"needs a value: --{name}=VALUE"))
         flags[name] = parse_value(fields[name], text)
     return flags
 
 
 def parse_args(argv):
-    """Flags -> Config. Presets come below flags; a checkpoint that is resumed or started from
-    supplies what the flags leave open, and may not be contradicted in what fixes its shape."""
+    """Flags -> Config. A preset stands below the flags. A run that is resumed keeps its settings;
+    a checkpoint that is started from fixes the shape of the model."""
     flags = parse_flags(argv)
     preset = flags.get("preset", "")
     if preset and preset not in PRESETS:
-        near = difflib.get_close_matches(preset, PRESETS, 1)
-        fail(f"--preset={preset}: " + (f"did you mean {near[0]}? " if near else "")
-             + "there are " + ", ".join(PRESETS))
-    base = dict(PRESETS[preset], preset=preset) if preset else {}
-    base.setdefault("out", os.path.join("out", SCRIPT + (f"-{preset}" if preset else "")))
-    out = flags.get("out") or base["out"]
-    if flags.get("eval_only") and not flags.get("init_from"):
-        fail("--eval_only=1 needs a checkpoint: --init_from=PATH")
+        fail(f"--preset={preset}: " + near(preset, PRESETS, f"there are {', '.join(PRESETS)}"))
+    base = {"out": os.path.join("out", SCRIPT + (f"-{preset}" if preset else "")),
+            **PRESETS.get(preset, {})}
+    source = flags.get("init_from", "")
     if flags.get("resume"):
-        if flags.get("init_from"):
+        if source:
             fail("--resume=1 and --init_from exclude each other")
-        path = os.path.join(out, "ckpt.pt")
-        if not os.path.exists(path):
-            fail(f"--resume=1: there is no {path}: name the run with --out")
-        saved = load_checkpoint(path)["config"]
-        for name, value in flags.items():
-            if name not in RESUME_FIELDS and name != "preset" and value != saved.get(name, value):
-                fail(f"--{name}={value}: the run in {out} has {saved[name]}, which stays")
-        base = saved
-    elif flags.get("init_from"):
-        saved = load_checkpoint(flags["init_from"])["config"]
-        if flags.get("eval_only"):
-            base = dict(saved, init_from=flags["init_from"], split="val")
+        source = os.path.join(flags.get("out", base["out"]), "ckpt.pt")
+        if not os.path.exists(source):
+            fail(f"--resume=1: there is no {source}: name the run's folder with --out")
+    elif flags.get("eval_only") and not source:
+        fail("--eval_only=1 needs a checkpoint: --init_from=PATH")
+    if source:
+        saved = load_checkpoint(source)["config"]
+        saved = {f.name: saved[f.name] for f in dataclasses.fields(Config) if f.name in saved}
+        fixed = set(saved) - set(RESUME_FIELDS) if flags.get("resume") else SHAPE_FIELDS
+        for name in fixed:
+            if flags.get(name, saved.get(name)) != saved.get(name):
+                fail(f"--{name}={flags[name]}: {source} has {saved[name]}, which stays")
+        if flags.get("resume") or flags.get("eval_only"):
+            base = dict(saved, split="val", out=base["out"])
         else:
-            base.update({name: saved[name] for name in SHAPE_FIELDS if name in saved})
-        for name in SHAPE_FIELDS:
-            if name in flags and name in saved and flags[name] != saved[name]:
-                fail(f"--{name}={flags[name]}: {flags['init_from']} has {saved[name]}")
-    names = {f.name for f in dataclasses.fields(Config)}
-    return Config(**{k: v for k, v in base.items() if k in names} | flags | {"out": out})
+            base.update((name, saved[name]) for name in SHAPE_FIELDS if name in saved)
+    return Config(**(base | flags))
 
 
 def validate(cfg, world):
     """Refuse what cannot work, before anything is opened or written."""
-    for name, choices in CHOICES.items():
-        if getattr(cfg, name) not in choices:
-            fail(f"--{name}={getattr(cfg, name)}: one of {', '.join(choices)}")
-    for name in "seq_len n_layer n_head n_embd steps batch_tokens micro_batch val_tokens val_draws \
-                 max_bad_steps log_every mlp_ratio".split():
-        if getattr(cfg, name) <= 0:
-            fail(f"--{name}={getattr(cfg, name)}: must be positive")
-    for name in "vocab_size n_kv_head cond_dim softcap eval_every ckpt_every warmup grad_clip lr \
-                 embed_lr head_lr scalar_lr cond_lr weight_decay adam_weight_decay \
-                 momentum_warmup seed".split():
-        if getattr(cfg, name) < 0:
-            fail(f"--{name}={getattr(cfg, name)}: must not be negative")
-    for name in "dropout ema ema_start momentum muon_beta2 adam_beta1 adam_beta2".split():
-        if not 0 <= getattr(cfg, name) < 1:
-            fail(f"--{name}={getattr(cfg, name)}: must lie in [0, 1)")
-    for name in "cooldown lr_end".split():
-        if not 0 <= getattr(cfg, name) <= 1:
-            fail(f"--{name}={getattr(cfg, name)}: must lie in [0, 1]")
-    if cfg.n_embd % cfg.n_head or cfg.n_embd // cfg.n_head % 2:
-        fail(f"--n_head={cfg.n_head}: {cfg.n_embd} wide does not divide into heads of even width")
+    def refuse(name, why):
+        fail(f"--{name}={getattr(cfg, name)}: {why}")
+
+    for field in dataclasses.fields(Config):
+        name, value = field.name, getattr(cfg, field.name)
+        if isinstance(value, str):
+            continue
+        if value < 0 or (name in POSITIVE and value == 0):
+            refuse(name, "must be positive" if name in POSITIVE else "must not be negative")
+        if (name in FRACTIONS and value >= 1) or (name in ("cooldown", "lr_end") and value > 1):
+            refuse(name, "must be below 1" if name in FRACTIONS else "must be at most 1")
+    if cfg.n_embd % (2 * cfg.n_head):
+        refuse("n_head", f"{cfg.n_embd} wide does not divide into heads of even width")
     if cfg.n_head % (cfg.n_kv_head or cfg.n_head):
-        fail(f"--n_kv_head={cfg.n_kv_head}: must divide --n_head={cfg.n_head}")
+        refuse("n_kv_head", f"must divide --n_head={cfg.n_head}")
     if cfg.batch_tokens % cfg.seq_len:
-        fail(f"--batch_tokens={cfg.batch_tokens}: not a multiple of --seq_len={cfg.seq_len}")
+        refuse("batch_tokens", f"not a multiple of --seq_len={cfg.seq_len}")
     n_rows = cfg.batch_tokens // cfg.seq_len
     if n_rows % world:
-        fail(f"--batch_tokens={cfg.batch_tokens}: its {n_rows} rows do not divide by {world} ranks")
-    if n_rows // world % min(cfg.micro_batch, n_rows // world):
-        fail(f"--micro_batch={cfg.micro_batch}: {n_rows // world} rows a rank are no multiple")
-    check_objective(cfg, n_rows, min(cfg.micro_batch, n_rows // world))
+        refuse("batch_tokens", f"its {n_rows} rows do not divide by {world} ranks")
+    micro = min(cfg.micro_batch, n_rows // world)
+    if n_rows // world % micro:
+        refuse("micro_batch", f"the {n_rows // world} rows of a rank are no multiple of it")
+    check_objective(cfg, n_rows, micro)
 
 
 # ----------------------------------------------------------------------------- data
@@ -290,8 +268,7 @@ GPT2_VOCAB = 50257
 def open_shard(path):
     """A shard of llm.c's format as a memory map of tokens, (n,) uint8 or uint16."""
     try:
-        size = os.path.getsize(path)
-        header = np.fromfile(path, "<i4", HEADER_BYTES // 4)
+        size, header = os.path.getsize(path), np.fromfile(path, "<i4", HEADER_BYTES // 4)
     except OSError as e:
         fail(f"{path}: {e.strerror}")
     if header.size < HEADER_BYTES // 4 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
@@ -367,54 +344,39 @@ def load_tokenizer(folder, dtype):
     token_length: int64 (V,), bytes of every id}. BOS stands for no text, so its length is 0.
     """
     path = os.path.join(folder, "meta.json")
+    meta = dict(tokenizer="byte", vocab_size=256, bos_id=0, pattern=None, token_bytes=None)
     try:
-        with open(path, encoding="utf-8") as f:
-            meta = json.load(f)
-        name, vocab_size, bos_id = str(meta["tokenizer"]), meta["vocab_size"], meta["bos_id"]
-        lengths, pattern, table = meta["byte_length"], meta.get("pattern"), meta.get("token_bytes")
-        token_bytes = [bytes([i]) for i in range(256)] if table is None else [b""] * vocab_size
-        if table is not None:
-            with open(os.path.join(folder, os.path.basename(table)), "rb") as f:
-                for line in f:
-                    token, rank = line.split()
-                    token_bytes[int(rank)] = base64.b64decode(token)
-        token_bytes[bos_id] = b""
-        if [len(b) for b in token_bytes] != lengths or len(lengths) != vocab_size:
-            fail(f"{path}: byte_length does not fit the vocabulary; prepare the data again")
-    except FileNotFoundError as e:
-        if e.filename != path:
-            fail(f"{e.filename}: named by meta.json and missing; prepare the data again")
-        name, pattern = ("byte", None) if dtype == np.uint8 else ("gpt2", None)
-        vocab_size, bos_id = (256, 0) if dtype == np.uint8 else (GPT2_VOCAB, GPT2_VOCAB - 1)
-        token_bytes = [bytes([i]) for i in range(256)] if dtype == np.uint8 else gpt2_bytes()
-        if dtype != np.uint8 and token_bytes:
-            pattern = gpt2_encoding()._pat_str
-        token_bytes = token_bytes or [b""] * vocab_size
-        token_bytes[bos_id] = b""
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as f:
+                meta = json.load(f)
+        elif dtype != np.uint8:
+            meta = gpt2_meta()
+        table = [chr(i) for i in range(256)] if meta["token_bytes"] is None else meta["token_bytes"]
+        table = [text.encode("latin-1") for text in table]
+        table[meta["bos_id"]] = b""
+        if len(table) != meta["vocab_size"]:
+            raise ValueError(f"{len(table)} tokens, vocab_size {meta['vocab_size']}")
+        return {"name": str(meta["tokenizer"]), "vocab_size": len(table),
+                "bos_id": int(meta["bos_id"]), "pattern": meta["pattern"],
+                "token_bytes": torch.tensor(list(b"".join(table)), dtype=torch.uint8),
+                "token_length": torch.tensor([len(b) for b in table])}
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as e:
-        fail(f"{path}: not readable as the description of a data set ({type(e).__name__}: {e})")
-    return {
-        "name": name, "vocab_size": vocab_size, "bos_id": bos_id, "pattern": pattern,
-        "token_bytes": torch.tensor(list(b"".join(token_bytes)), dtype=torch.uint8),
-        "token_length": torch.tensor([len(b) for b in token_bytes]),
-    }
+        fail(f"{path}: not a description of this data ({type(e).__name__}: {e}); prepare it again")
 
 
-def gpt2_encoding():
-    import tiktoken
-
-    return tiktoken.get_encoding("gpt2")
-
-
-def gpt2_bytes():
-    """Bytes of GPT-2's ids; [] where its vocabulary cannot be had: then bits per byte are not."""
+def gpt2_meta():
+    """GPT-2's entries of meta.json; tokens without bytes where its vocabulary cannot be had."""
+    meta = dict(tokenizer="gpt2", vocab_size=GPT2_VOCAB, bos_id=GPT2_VOCAB - 1, pattern=None)
     try:
-        encoding = gpt2_encoding()
-    except Exception as e:  # tiktoken downloads: no network, a proxy, a full disk, not installed
-        print(f"{SCRIPT}.py: no GPT-2 vocabulary ({type(e).__name__}), so no bits per byte; it "
+        import tiktoken
+
+        gpt2 = tiktoken.get_encoding("gpt2")
+        table = [gpt2.decode_single_token_bytes(i).decode("latin-1") for i in range(GPT2_VOCAB)]
+        return dict(meta, pattern=gpt2._pat_str, token_bytes=table)
+    except Exception as e:  # not installed, no network, a proxy, a full disk
+        print(f"{SCRIPT}.py: no GPT-2 vocabulary ({type(e).__name__}), so no bits per byte: it "
               "comes over the network, or from the folder in TIKTOKEN_CACHE_DIR", file=sys.stderr)
-        return []
-    return [encoding.decode_single_token_bytes(i) for i in range(GPT2_VOCAB - 1)] + [b""]
+        return dict(meta, token_bytes=[""] * GPT2_VOCAB)
 
 
 # ----------------------------------------------------------------------------- layers
@@ -649,12 +611,6 @@ ROW_SIZES = 16  # a variable number of masked rows is padded up to a multiple of
 
 def check_objective(cfg, n_rows, micro_rows):
     """Refuse combinations that this objective does not have."""
-    weights = ("elbo", "uniform", "masked_mean", "clipped")
-    for name, choices in (("schedule", tuple(MASKED_FRACTION)), ("loss_weight", weights),
-                          ("estimator", ("exact_k", "bernoulli")),
-                          ("masking", ("uniform", "entropy"))):
-        if getattr(cfg, name) not in choices:
-            fail(f"--{name}={getattr(cfg, name)}: one of {', '.join(choices)}")
     if cfg.estimator == "exact_k":
         for name, fits in (("schedule", ("linear",)), ("masking", ("uniform",)),
                            ("loss_weight", ("elbo", "uniform"))):
@@ -781,7 +737,7 @@ def corrupt(x0, noise, cfg):
 
 @torch.compiler.disable
 def padded_count(is_mask):
-    """Number of masked tokens, rounded up to one of ROW_SIZES sizes, so that shapes rarely change."""
+    """Number of masked tokens, rounded up to one of ROW_SIZES, so that shapes rarely change."""
     size = math.ceil(is_mask.numel() / ROW_SIZES)
     return min(-(-int(is_mask.sum()) // size) * size, is_mask.numel())
 
@@ -823,8 +779,8 @@ def nelbo_fn(model, x0, noise, cfg):
 
 
 def other_figures(nats, noise):
-    """Figures of the literature that are no bounds: the mean over all masked tokens of a batch
-    gives heavily masked rows more weight. nats (N,) from nelbo_fn, with its noise."""
+    """Figures of the literature that are no bounds: nats (N,) of nelbo_fn with its noise -> dict.
+    The mean over all masked tokens of a batch gives heavily masked rows more weight."""
     k = noise.level.double()
     return {"masked_mean(no_bound)": float((nats / noise.weight.double()).sum() / k.sum())}
 
@@ -922,43 +878,36 @@ EMA_WARMUP = 10
 
 def is_hidden(name):
     """Does Muon take this parameter? The matrices of the layers, conditioning apart."""
-    part = name.split(".")
-    return part[0] == "layers" and part[-2] in MUON_MATRICES
+    parts = name.split(".")
+    return parts[0] == "layers" and parts[-2] in MUON_MATRICES
 
 
 def make_optimizers(model, cfg):
     """[hidden matrices by Muon or AdamW, everything else by AdamW]."""
-    hidden, groups = [], {"embed": [], "head": [], "scalar": [], "cond": []}
+    groups = {"hidden": [], "embed": [], "head": [], "scalar": [], "cond": []}
     for name, p in model.named_parameters():
-        if is_hidden(name):
-            hidden.append(p)
-        elif name == "embed.weight":
-            groups["embed"].append(p)
-        elif name == "head.weight":
-            groups["head"].append(p)
-        elif p.ndim < 2:
-            groups["scalar"].append(p)
-        else:
-            groups["cond"].append(p)
-    owned = [id(p) for ps in (hidden, *groups.values()) for p in ps]
+        part = name.split(".")[0]
+        kind = "hidden" if is_hidden(name) else part if part in groups else \
+            "scalar" if p.ndim < 2 else "cond"
+        groups[kind].append(p)
+    owned = [id(p) for ps in groups.values() for p in ps]
     assert len(set(owned)) == len(owned) == len(list(model.parameters()))
 
-    adam = dict(betas=(cfg.adam_beta1, cfg.adam_beta2), eps=1e-10,
-                fused=hidden[0].device.type in ("cpu", "cuda"))
+    hidden = groups.pop("hidden")
     rates = {"embed": cfg.embed_lr, "head": cfg.head_lr, "scalar": cfg.scalar_lr,
              "cond": cfg.cond_lr}
-    rest = [dict(params=ps, lr=rates[name], weight_decay=cfg.adam_weight_decay)
-            for name, ps in groups.items() if ps]
-    if cfg.optimizer == "adamw":
-        rest.append(dict(params=hidden, lr=cfg.lr, weight_decay=cfg.weight_decay))
-        optimizers = [torch.optim.AdamW(rest, **adam)]
+    rest = [dict(params=ps, lr=rates[kind], weight_decay=cfg.adam_weight_decay)
+            for kind, ps in groups.items() if ps]
+    optimizers = []
+    if cfg.optimizer == "muon":
+        optimizers = [Muon(hidden, lr=cfg.lr, momentum=cfg.momentum, cautious=cfg.cautious,
+                           weight_decay=cfg.weight_decay, beta2=cfg.muon_beta2 or None)]
     else:
-        muon = Muon(hidden, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay,
-                    beta2=cfg.muon_beta2 or None, cautious=cfg.cautious)
-        optimizers = [muon, torch.optim.AdamW(rest, **adam)]
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
+        rest.insert(0, dict(params=hidden, lr=cfg.lr, weight_decay=cfg.weight_decay))
+    optimizers.append(torch.optim.AdamW(rest, betas=(cfg.adam_beta1, cfg.adam_beta2), eps=1e-10,
+                                        fused=hidden[0].device.type in ("cpu", "cuda")))
+    for group in (g for o in optimizers for g in o.param_groups):
+        group["peak_lr"] = group["lr"]
     return optimizers
 
 
@@ -974,13 +923,12 @@ def lr_factor(step, cfg):
 
 
 def set_rates(optimizers, step, cfg):
-    factor = lr_factor(step, cfg)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
-            if isinstance(optimizer, Muon):
-                cold = max(0.0, 1 - step / cfg.momentum_warmup) if cfg.momentum_warmup else 0.0
-                group["momentum"] = cfg.momentum - cold * max(0, cfg.momentum - MOMENTUM_START)
+    """Learning rate of every group and Muon's momentum, as they are at a step."""
+    cold = max(0.0, 1 - step / cfg.momentum_warmup) if cfg.momentum_warmup else 0.0
+    for group in (g for o in optimizers for g in o.param_groups):
+        group["lr"] = group["peak_lr"] * lr_factor(step, cfg)
+        if "momentum" in group:
+            group["momentum"] = cfg.momentum - cold * max(0.0, cfg.momentum - MOMENTUM_START)
 
 
 def flatten_grads(params):
@@ -996,22 +944,23 @@ def flatten_grads(params):
 def update_ema(shadow, params, n, cfg):
     """n-th update (0, 1, ..) of the fp32 average, its decay warmed up."""
     decay = min(cfg.ema, (1 + n) / (EMA_WARMUP + n))
-    torch._foreach_lerp_(shadow, params, 1 - decay)
+    with torch.no_grad():
+        torch._foreach_lerp_(shadow, params, 1 - decay)
 
 
 @contextmanager
 def averaged(params, shadow):
-    """Inside, the parameters hold the average; both are put back as they were."""
-    if not shadow:
+    """Inside, the parameters hold the average, if there is one; afterwards they are as before."""
+    kept = [p.detach().clone() for p in params] if shadow else []
+    try:
+        with torch.no_grad():
+            for p, average in zip(params, shadow, strict=bool(shadow)):
+                p.copy_(average)
         yield
-        return
-    kept = [p.detach().clone() for p in params]
-    with torch.no_grad():
-        torch._foreach_copy_(params, shadow)
-        try:
-            yield
-        finally:
-            torch._foreach_copy_(params, kept)
+    finally:
+        with torch.no_grad():
+            for p, before in zip(params, kept, strict=bool(shadow)):
+                p.copy_(before)
 
 
 # ----------------------------------------------------------------------------- evaluation
@@ -1023,91 +972,85 @@ def derive_seed(*path):
     return int(np.random.SeedSequence(path).generate_state(1, np.uint64)[0] >> 1)
 
 
+def take_rows(noise, rows, device):
+    """The rows of a batch's noise on a device."""
+    return type(noise)(*(x[rows].to(device, non_blocking=True) for x in noise))
+
+
 @torch.no_grad()
 def evaluate(nelbo, cfg, windows, tokenizer, device, rank, world):
     """Bound over the first val_tokens of a split; the same digits on any number of ranks.
 
-    nelbo(x0, noise) -> (B,) nats. Batches are fixed sets of windows with noise of their own, dealt
-    to the ranks in turn; sums are in float64. -> {metric: nats per token, se: its standard error
-    over pairs of neighbouring windows (antithetic in their noise), bpb, ppl, tokens, bytes, ..},
-    and the nats of every window (N, draws).
-    """
-    n_windows = min(len(windows), max(2, cfg.val_tokens // cfg.seq_len)) // 2 * 2
-    if not n_windows:
+    nelbo(x0, noise) -> (B,) nats. The noise of all windows is one stratified draw; batches of them
+    are dealt to the ranks in turn, sums are in float64. -> ({METRIC: nats per token, se: standard
+    error over pairs of neighbouring windows, antithetic in their noise, bpb, ppl, tokens, ..},
+    nats of every window (N, draws))."""
+    n = min(len(windows), max(2, cfg.val_tokens // cfg.seq_len)) // 2 * 2
+    if not n:
         fail(f"--data={cfg.data}: the {cfg.split} split is shorter than two windows of "
              f"{cfg.seq_len} tokens")
-    B = min(cfg.micro_batch + cfg.micro_batch % 2, n_windows)
-    vocab_size, draws = cfg.vocab_size, cfg.val_draws
-    nats = torch.zeros(n_windows, draws, dtype=torch.float64)
+    nats = torch.zeros(n, cfg.val_draws, dtype=torch.float64)
     n_bytes = torch.zeros(1, dtype=torch.float64)
-    noises = [[] for _ in range(draws)]
-    for batch, first in enumerate(range(0, n_windows, B)):
-        n = min(B, n_windows - first)
-        for d in range(draws):
-            gen = torch.Generator().manual_seed(derive_seed(EVAL_SEED, batch, d))
-            noise = draw_noise(cfg, n, gen, bound=True)
-            noises[d].append([x if x.ndim == 1 else x[:, :0] for x in noise])  # levels, not masks
-            if batch % world == rank:
-                if d == 0:
-                    x0 = windows.read(range(first, first + n), vocab_size)
-                    n_bytes += tokenizer["token_length"][x0].sum()
-                    x0 = x0.to(device)
-                nats[first:first + n, d] = nelbo(x0, to_device(noise, device)).double().cpu()
+    others = {}
+    size = cfg.micro_batch + cfg.micro_batch % 2
+    for draw in range(cfg.val_draws):
+        gen = torch.Generator().manual_seed(derive_seed(EVAL_SEED, draw))
+        noise = draw_noise(cfg, n, gen, bound=True)
+        for first in range(rank * size, n, world * size):
+            rows = slice(first, min(first + size, n))
+            x0 = windows.read(range(rows.start, rows.stop), cfg.vocab_size)
+            n_bytes += tokenizer["token_length"][x0].sum() if draw == 0 else 0
+            nats[rows, draw] = nelbo(x0.to(device), take_rows(noise, rows, device)).cpu().double()
+        if world > 1:
+            column = nats[:, draw].to(device)
+            dist.all_reduce(column)
+            nats[:, draw] = column.cpu()
+        for name, value in other_figures(nats[:, draw], noise).items():
+            others[name] = others.get(name, 0.0) + value / cfg.val_draws
     if world > 1:
-        both = torch.cat((nats.flatten(), n_bytes)).to(device)
-        dist.all_reduce(both)
-        nats, n_bytes = both[:-1].view_as(nats).cpu(), both[-1:].cpu()
-    n_tokens = n_windows * cfg.seq_len
-    pairs = nats.mean(1).view(-1, 2).mean(1) / cfg.seq_len
+        n_bytes = n_bytes.to(device)
+        dist.all_reduce(n_bytes)
     mean = float(nats.mean()) / cfg.seq_len
-    result = {
-        METRIC: mean,
-        "se": float(pairs.std() / len(pairs) ** 0.5) if len(pairs) > 1 else math.nan,
-        "bpb": mean * n_tokens / math.log(2) / float(n_bytes) if n_bytes else math.nan,
-        "ppl": math.exp(min(mean, 700)),
-        "tokens": n_tokens, "bytes": int(n_bytes), "draws": draws, "seed": EVAL_SEED,
-    }
-    joined = [type(noise)(*map(torch.cat, zip(*parts, strict=True))) for parts in noises]
-    for d, parts in enumerate(joined):
-        for name, value in other_figures(nats[:, d], parts).items():
-            result[name] = result.get(name, 0.0) + value / draws
-    return result, nats
+    pairs = nats.mean(1).view(-1, 2).mean(1) / cfg.seq_len
+    n_bytes = int(n_bytes)
+    bpb = float(nats.mean()) * n / math.log(2) / n_bytes if n_bytes else None
+    return {METRIC: mean, "se": float(pairs.std() / len(pairs) ** 0.5) if n > 2 else None,
+            "bpb": bpb, "ppl": math.exp(min(mean, 700.0)), **others, "tokens": n * cfg.seq_len,
+            "bytes": n_bytes, "draws": cfg.val_draws, "seed": EVAL_SEED}, nats
 
 
 def describe(result):
     """The figures of one evaluation as they are printed."""
-    known = {METRIC, "se", "bpb", "ppl", "tokens", "bytes", "draws", "seed"}
-    bpb = "n/a" if math.isnan(result["bpb"]) else f"{result['bpb']:.4f}"
-    line = f"{METRIC}:{result[METRIC]:.4f}+-{result['se']:.4f} bpb:{bpb} ppl:{result['ppl']:.2f}"
-    return line + "".join(f" {k}:{v:.4f}" for k, v in result.items() if k not in known)
+    shown = {k: "n/a" if v is None else f"{v:.4f}" for k, v in result.items()}
+    line = f"{METRIC}:{shown.pop(METRIC)}+-{shown.pop('se')}"
+    for name in ("tokens", "bytes", "draws", "seed"):
+        shown.pop(name)
+    return line + "".join(f" {k}:{v}" for k, v in shown.items())
 
 
 # ----------------------------------------------------------------------------- checkpoints
 CKPT_FORMAT = 1
 CKPT_TYPES = {"format": int, "script": str, "config": dict, "model": dict, "optimizers": list,
-              "tokenizer": dict, "step": int, "position": int, "tokens_seen": int}
+              "tokenizer": dict, "step": int, "tokens_seen": int, "progress": dict}
 
 
 def save_checkpoint(path, state):
-    """Write beside, then swap in, keeping the one before: some checkpoint always loads."""
-    partial = f"{path}.partial"
+    """Write beside, then swap in, keeping the one before: some checkpoint always loads.
+    -> what went wrong, or ''."""
+    partial, previous = f"{path}.partial", path.removesuffix(".pt") + "_prev.pt"
     try:
         with open(partial, "wb") as f:
             torch.save(state, f)
             f.flush()
             os.fsync(f.fileno())
         if os.path.exists(path):
-            previous = path.removesuffix(".pt") + "_prev.pt"
-            link = f"{previous}.partial"
-            try:
-                os.link(path, link)  # path itself stays until it is replaced
-            except OSError:
-                shutil.copyfile(path, link)
-            os.replace(link, previous)
+            shutil.copyfile(path, f"{previous}.partial")  # path itself stays until it is replaced
+            os.replace(f"{previous}.partial", previous)
         os.replace(partial, path)
     except (OSError, RuntimeError) as e:  # torch.save wraps what the disk says
-        if os.path.exists(partial):
-            os.remove(partial)
+        for name in (partial, f"{previous}.partial"):
+            if os.path.exists(name):
+                os.remove(name)
         return str(e).splitlines()[0]
     return ""
 
@@ -1119,12 +1062,12 @@ def load_checkpoint(path):
     except FileNotFoundError:
         fail(f"{path}: no such checkpoint")
     except Exception as e:  # the unpickler meets arbitrary bytes
-        what = "holds objects other than tensors and plain values, which are not loaded" \
-            if "weights_only" in str(e) or "Unsupported" in str(e) else "cut short or damaged"
+        code = "weights_only" in str(e) or "Unsupported" in str(e)
+        what = "holds more than tensors and plain values" if code else "cut short or damaged"
         fail(f"{path}: no checkpoint of ours: {what} ({type(e).__name__})")
     if not isinstance(state, dict) or any(
             not isinstance(state.get(k), t) for k, t in CKPT_TYPES.items()):
-        fail(f"{path}: no checkpoint of ours: its entries are missing or of other types")
+        fail(f"{path}: no checkpoint of ours: entries are missing or of other types")
     if state["format"] != CKPT_FORMAT:
         fail(f"{path}: format {state['format']}, this script reads {CKPT_FORMAT}")
     return state
@@ -1134,9 +1077,9 @@ def load_weights(model, weights, path):
     """Copy a checkpoint's weights, all of them and in their shapes, or refuse."""
     own = dict(model.named_parameters())
     for name in sorted(own.keys() | weights.keys()):
-        got, want = weights.get(name), own.get(name)
-        if not isinstance(got, Tensor) or want is None or got.shape != want.shape:
-            shapes = [tuple(x.shape) if isinstance(x, Tensor) else "none" for x in (got, want)]
+        shapes = [tuple(x.shape) if isinstance(x, Tensor) else "none"
+                  for x in (weights.get(name), own.get(name))]
+        if shapes[0] != shapes[1] or name not in own:
             fail(f"{path}: {name} is {shapes[0]} there and {shapes[1]} here: another shape; "
                  "give the flags it was trained with")
     with torch.no_grad():
@@ -1145,15 +1088,15 @@ def load_weights(model, weights, path):
 
 
 def build_model(ckpt, weights="ema", device="cpu", path="checkpoint"):
-    """A checkpoint (load_checkpoint) -> model in eval mode and its Config; weights ema or raw."""
-    names = {f.name: f.type for f in dataclasses.fields(Config)}
+    """A checkpoint (load_checkpoint) -> (model in eval mode, its Config); weights: ema or raw."""
+    defaults = {f.name: f.default for f in dataclasses.fields(Config)}
     for name, value in ckpt["config"].items():
-        if name not in names or type(value) is not names[name]:
+        if name not in defaults or type(value) is not type(defaults[name]):
             fail(f"{path}: its config has {name}={value!r}, which this script does not know")
     cfg = Config(**ckpt["config"])
+    validate(cfg, 1)
     model = Model(cfg)
-    load_weights(model, ckpt.get("ema") if weights == "ema" and ckpt.get("ema") else ckpt["model"],
-                 path)
+    load_weights(model, (weights == "ema" and ckpt.get("ema")) or ckpt["model"], path)
     return model.to(device).eval(), cfg
 
 
@@ -1161,118 +1104,63 @@ def build_model(ckpt, weights="ema", device="cpu", path="checkpoint"):
 # Dense bf16 peak by part of the device's name, FLOP/s, from the vendors' data sheets.
 PEAK_FLOPS = {
     "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
-    "L40S": 362e12, "L4": 121e12, "A10": 125e12, "RTX 5090": 209e12, "RTX 4090": 165e12,
-    "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12,
-}
+    "L40S": 362e12, "L4": 121e12, "RTX 5090": 209e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 RECOMPILE_LIMIT = 32  # shapes: training, evaluation, and the row sizes of a Bernoulli estimator
-FP16_SCALE = 2.0**15  # initial loss scale; halved at an overflow, doubled after
-FP16_GROWTH = 1000  # good steps
 COLLECTIVE_TIMEOUT = 100  # seconds after which a rank that waits for a lost one gives up
 
 
 def pick_device(cfg, local_rank):
-    name = cfg.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cpu" and torch.backends.mps.is_available():
-            name = "mps"
-    if name not in ("cpu", "cuda", "mps"):
-        fail(f"--device={name}: auto, cpu, cuda or mps; torchrun gives each rank its GPU")
-    if name == "cuda" and not torch.cuda.is_available():
-        fail("--device=cuda: PyTorch sees no CUDA device here; --device=auto takes what there is")
-    if name == "mps" and not torch.backends.mps.is_available():
-        fail("--device=mps: PyTorch sees no Apple GPU here; --device=auto takes what there is")
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+            "cpu": True}
+    name = next(n for n in here if here[n]) if cfg.device == "auto" else cfg.device
+    if not here[name]:
+        fail(f"--device={name}: PyTorch sees none here; --device=auto takes what there is")
     if name == "cuda":
         if local_rank >= torch.cuda.device_count():
-            fail(f"rank {local_rank} has no GPU: torchrun --nproc_per_node is at most "
-                 f"{torch.cuda.device_count()} here")
+            fail(f"--nproc_per_node: at most {torch.cuda.device_count()}, the GPUs of this machine")
         torch.cuda.set_device(local_rank)
-        return torch.device("cuda", local_rank)
-    return torch.device(name)
+    return torch.device(name, local_rank if name == "cuda" else None)
 
 
 def pick_dtype(cfg, device):
-    """dtype of the matrix products -> (dtype, notice). bf16 where the hardware multiplies it."""
-    if device.type == "cuda":
-        best = torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
-    elif device.type == "cpu":
-        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        fast = any(getattr(torch.cpu, p, bool)() for p in probes)
-        best = torch.bfloat16 if fast else torch.float32
-    else:
-        best = torch.float32
-    wanted = {"auto": best, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    dtype = wanted[cfg.dtype]
-    if dtype == torch.float16 and device.type != "cuda":
-        return torch.float32, f"no fp16 training on {device.type}: using fp32"
-    if dtype == torch.bfloat16 and device.type == "cuda" and best != dtype:
-        return best, "this GPU has no bf16: using fp16 with a loss scale"
-    return dtype, ""
-
-
-def peak_flops(device):
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
-
-
-def no_compiler(device):
-    """Why torch.compile cannot work here, or ''."""
-    if device.type == "cuda":
-        try:
-            import triton  # noqa: F401
-        except ImportError:
-            return "Triton is not installed"
-        return ""
+    """(dtype of the matrix products, notice): bf16 only where the hardware multiplies it."""
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
     if device.type == "cpu":
-        from torch._inductor import cpp_builder
-
-        try:
-            cpp_builder.get_cpp_compiler()
-        except Exception as e:  # its type differs between versions
-            return f"no working C++ compiler ({str(e).splitlines()[0]})"
-        return ""
-    return f"not used on {device.type}"
-
-
-def to_device(noise, device):
-    if device.type == "cuda":
-        return type(noise)(*(x.pin_memory().to(device, non_blocking=True) for x in noise))
-    return type(noise)(*(x.to(device) for x in noise))
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        fast = any(getattr(torch.cpu, probe, bool)() for probe in probes)
+    if cfg.dtype == "bf16" and not fast and device.type != "cpu":
+        return torch.float32, f"--dtype=bf16: not in the hardware of this {device.type}, using fp32"
+    bf16 = cfg.dtype == "bf16" or (cfg.dtype == "auto" and fast)
+    return torch.bfloat16 if bf16 else torch.float32, ""
 
 
 def clock(seconds):
     minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
 def trim_logs(folder, step):
     """Drop what was logged after the step that a run resumes from."""
     for name, pattern in (("log.txt", r"step:(\d+)"), ("log.jsonl", r'\{"step": (\d+)')):
         path = os.path.join(folder, name)
-        if not os.path.exists(path):
-            continue
         with open(path, encoding="utf-8") as f:
             lines = f.readlines()
-        kept = [x for x in lines if not (m := re.match(pattern, x)) or int(m[1]) <= step]
-        with open(path + ".partial", "w", encoding="utf-8") as f:
-            f.writelines(kept)
-        os.replace(path + ".partial", path)
+        with open(f"{path}.partial", "w", encoding="utf-8") as f:
+            f.writelines(x for x in lines if int((re.match(pattern, x) or [0, 0])[1]) <= step)
+        os.replace(f"{path}.partial", path)
 
 
 def log_head(cfg, device, world):
     """What a log starts with: everything needed to run it again."""
     parts = []
-    for path in (os.path.abspath(__file__), os.path.abspath(sys.modules["muon"].__file__)):
+    for path in (__file__, sys.modules["muon"].__file__):
         with open(path, encoding="utf-8") as f:
             parts.append(f.read())
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    parts.append(f"python {platform.python_version()} torch {torch.__version__} "
-                 f"numpy {np.__version__} device {device.type} {name} ranks {world} "
-                 f"threads {torch.get_num_threads()}\n" + json.dumps(dataclasses.asdict(cfg)))
-    return ("\n" + "=" * 100 + "\n").join(parts) + "\n" + "=" * 100 + "\n"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    parts.append(f"python {sys.version.split()[0]} torch {torch.__version__} numpy {np.__version__}"
+                 f" device {name} ranks {world} threads {torch.get_num_threads()}\n"
+                 + json.dumps(dataclasses.asdict(cfg)) + "\n")
+    return ("\n" + "=" * 100 + "\n").join(parts) + "=" * 100 + "\n"
 
 
 def main(argv):
@@ -1282,86 +1170,81 @@ def main(argv):
     folder = data_folder(cfg.data)
     val = Windows(folder, cfg.split, cfg.seq_len)
     train = val if cfg.eval_only else Windows(folder, "train", cfg.seq_len)
+    if train.dtype != val.dtype:
+        fail(f"{folder}: train shards hold {train.dtype}, {cfg.split} shards {val.dtype}")
     tokenizer = load_tokenizer(folder, val.dtype)
     cfg = dataclasses.replace(cfg, vocab_size=cfg.vocab_size or tokenizer["vocab_size"])
     if cfg.vocab_size < tokenizer["vocab_size"]:
         fail(f"--vocab_size={cfg.vocab_size}: the data in {folder} has {tokenizer['vocab_size']}")
-    if train.dtype != val.dtype:
-        fail(f"{folder}: train shards hold {train.dtype}, {cfg.split} shards {val.dtype}")
     n_rows = cfg.batch_tokens // cfg.seq_len
     if len(train) < n_rows and not cfg.eval_only:
         fail(f"--data={cfg.data}: {len(train)} windows of {cfg.seq_len} tokens are fewer than the "
              f"{n_rows} of a batch; lower --batch_tokens")
     path = os.path.join(cfg.out, "ckpt.pt")
     if os.path.exists(path) and not cfg.resume and not cfg.eval_only:
-        fail(f"{cfg.out} holds a run already: --resume=1 continues it, --out=FOLDER starts another")
+        fail(f"--out={cfg.out} holds a run: --resume=1 continues it, another --out starts afresh")
     device = pick_device(cfg, int(os.environ.get("LOCAL_RANK", 0)))
     dtype, notice = pick_dtype(cfg, device)
-    master = rank == 0
 
-    ckpt = None
+    torch.manual_seed(derive_seed(cfg.seed))
+    model, ckpt = Model(cfg), None
     if cfg.resume or cfg.init_from:
         source = path if cfg.resume else cfg.init_from
         ckpt = load_checkpoint(source)
-        if ckpt["script"] != SCRIPT and (cfg.resume or ckpt["script"] not in INIT_FROM):
+        if ckpt["script"] not in ((SCRIPT,) if cfg.resume else INIT_FROM):
             fail(f"{source}: a checkpoint of {ckpt['script']}.py")
-    torch.manual_seed(derive_seed(cfg.seed))
-    model = Model(cfg)
-    if ckpt is not None:
-        average = cfg.init_from and ckpt.get("ema")
-        load_weights(model, ckpt["ema"] if average else ckpt["model"], source)
+        load_weights(model, (cfg.init_from and ckpt.get("ema")) or ckpt["model"], source)
     model.to(device)
     params = list(model.parameters())
-
     if world > 1:
-        backend = cfg.backend if cfg.backend != "auto" else \
-            "nccl" if device.type == "cuda" else "gloo"
-        import datetime
-
+        auto = "nccl" if device.type == "cuda" else "gloo"
+        backend = auto if cfg.backend == "auto" else cfg.backend
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=COLLECTIVE_TIMEOUT))
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
 
     def say(line, record=None):
-        if not master:
-            return
-        print(line, flush=True)
-        if logs:
+        """Print on the first rank and keep in the logs of a training run."""
+        if rank == 0:
+            print(line, flush=True)
+        if rank == 0 and not cfg.eval_only:
             for name, text in (("log.txt", line), ("log.jsonl", record and json.dumps(record))):
                 if text:
                     with open(os.path.join(cfg.out, name), "a", encoding="utf-8") as f:
                         f.write(text + "\n")
 
-    logs = not cfg.eval_only
-    if master and logs:
+    if rank == 0 and not cfg.eval_only:
         try:
             os.makedirs(cfg.out, exist_ok=True)
             if cfg.resume:
                 trim_logs(cfg.out, ckpt["step"])
             else:
-                with open(os.path.join(cfg.out, "log.txt"), "w", encoding="utf-8") as f:
-                    f.write(log_head(cfg, device, world))
-                open(os.path.join(cfg.out, "log.jsonl"), "w").close()
+                for name, text in (("log.txt", log_head(cfg, device, world)), ("log.jsonl", "")):
+                    with open(os.path.join(cfg.out, name), "w", encoding="utf-8") as f:
+                        f.write(text)
         except OSError as e:
             fail(f"--out={cfg.out}: {e.strerror}")
-    if notice:
-        say(notice)
-
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     def loss_of(x0, noise):
-        with autocast:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             return loss_fn(model, x0, noise, cfg)
 
     def nelbo_of(x0, noise):
-        with autocast:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             return nelbo_fn(model, x0, noise, cfg)
 
+    flops, peak = flops_per_token(cfg, model), None
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        peak = next((world * f for part, f in PEAK_FLOPS.items() if part in name), None)
+    say(f"{sum(p.numel() for p in params) / 1e6:.2f}M parameters, {flops / 1e6:.1f} MFLOP per "
+        f"token, {world} x {device.type} in {str(dtype)[6:]}, {folder}: "
+        f"{len(train) * cfg.seq_len:,} tokens")
+    if notice:
+        say(notice)
     if cfg.compile:
-        reason = no_compiler(device)
-        if reason:
-            say(f"running without torch.compile: {reason}")
-        else:
+        try:  # a small function first: is there a compiler at all?
+            torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
             torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
             torch._dynamo.config.suppress_errors = True  # what does not compile runs as it is
             if device.type == "cpu":  # one small graph for all layers: seconds, not a minute
@@ -1369,178 +1252,148 @@ def main(argv):
                     layer.compile(dynamic=False)
             else:
                 loss_of, nelbo_of = (torch.compile(f, dynamic=False) for f in (loss_of, nelbo_of))
-
-    def run_evaluation(shadow=None):
-        model.eval()
-        with averaged(params, shadow):
-            result, nats = evaluate(nelbo_of, cfg, val, tokenizer, device, rank, world)
-        model.train()
-        return result, nats
-
-    flops = flops_per_token(cfg, model)
-    n_params = sum(p.numel() for p in params)
-    name = str(dtype).removeprefix("torch.")
-    say(f"{n_params / 1e6:.2f}M parameters, {flops / 1e6:.1f} MFLOP per token, {world} x "
-        f"{device.type} {name}, {folder}: {len(train) * cfg.seq_len:,} tokens")
+            say("compiling: the first steps take longer (--compile=0 does without)")
+        except Exception as e:  # whatever a missing or broken tool chain raises
+            say(f"running without torch.compile: {str(e).strip().splitlines()[0]}")
     if cfg.eval_only:
-        result, _ = run_evaluation()
+        model.eval()
+        result, _ = evaluate(nelbo_of, cfg, val, tokenizer, device, rank, world)
         say(f"split:{cfg.split} {describe(result)}")
         say(" ".join(f"{k}:{result[k]}" for k in ("tokens", "bytes", "draws", "seed")))
         if world > 1:
             dist.destroy_process_group()
         return
 
-    # From here on: training.
     flat_grad = flatten_grads(params)
     optimizers = make_optimizers(model, cfg)
-    shadow, ema_updates = [], 0
-    step, position, bad_steps, skipped = 0, 0, 0, 0
-    train_seconds, scale, good_steps = 0.0, FP16_SCALE if dtype == torch.float16 else 1.0, 0
-    evaluated = True
+    shadow = []  # the averaged weights
+    # Everything else that a resumed run needs; rows is the position in the data.
+    at = dict(step=0, rows=0, seconds=0.0, bad=0, skipped=0, evaluated=True, ema_updates=0)
     if cfg.resume:
         try:
             for optimizer, state in zip(optimizers, ckpt["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
-            step, position, skipped = ckpt["step"], ckpt["position"], ckpt["skipped"]
-            train_seconds, evaluated = ckpt["train_seconds"], ckpt["evaluated"]
-            scale, good_steps, ema_updates = ckpt["scale"], ckpt["good_steps"], ckpt["ema_updates"]
-            if ckpt["ema"]:
-                shadow = [ckpt["ema"][n].to(device) for n, _ in model.named_parameters()]
+            at = {k: type(v)(ckpt["progress"][k]) for k, v in at.items()}
+            shadow = [ckpt["ema"][n].to(device) for n, _ in model.named_parameters()] \
+                if ckpt["ema"] else []
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             fail(f"{path}: cannot be continued ({type(e).__name__}: {e})")
-        say(f"resuming {cfg.out} after step {step}")
+        say(f"resuming {cfg.out} after step {at['step']}")
     ckpt = None
-
     per_rank = n_rows // world
     micro = min(cfg.micro_batch, per_rank)
-    accumulate = per_rank // micro
 
-    def next_batch(step, position):
-        """Rows of this rank at a step: tokens and noise, cut into micro-batches."""
+    def next_batch(step, first):
+        """Micro-batches (x0, noise) of this rank at a step whose rows start at first."""
         gen = torch.Generator().manual_seed(derive_seed(cfg.seed, step))
         noise = draw_noise(cfg, n_rows, gen)
-        mine = slice(rank * per_rank, (rank + 1) * per_rank)
-        x0 = train.read(training_rows(train, position, n_rows, cfg)[mine], cfg.vocab_size)
-        noise = to_device(type(noise)(*(x[mine] for x in noise)), device)
-        x0 = x0.to(device)
-        return [(x0[a:a + micro], type(noise)(*(x[a:a + micro] for x in noise)))
-                for a in range(0, per_rank, micro)]
+        batch = []
+        for row in range(rank * per_rank, (rank + 1) * per_rank, micro):
+            indices = training_rows(train, first + row, micro, cfg)
+            x0 = train.read(indices, cfg.vocab_size).to(device)
+            batch.append((x0, take_rows(noise, slice(row, row + micro), device)))
+        return batch
 
-    def save(step):
-        if not master:
-            return
+    def save():
         named = {n: p.detach() for n, p in model.named_parameters()}
         problem = save_checkpoint(path, {
             "format": CKPT_FORMAT, "script": SCRIPT, "config": dataclasses.asdict(cfg),
-            "tokenizer": tokenizer, "model": named,
+            "tokenizer": tokenizer, "model": named, "step": at["step"], "progress": at,
             "ema": dict(zip(named, shadow, strict=True)) if shadow else None,
-            "optimizers": [o.state_dict() for o in optimizers], "step": step,
-            "position": position, "tokens_seen": step * cfg.batch_tokens, "skipped": skipped,
-            "train_seconds": train_seconds, "evaluated": evaluated, "scale": scale,
-            "good_steps": good_steps, "ema_updates": ema_updates})
+            "optimizers": [o.state_dict() for o in optimizers],
+            "tokens_seen": at["step"] * cfg.batch_tokens}) if rank == 0 else ""
         if problem:
-            say(f"checkpoint of step {step} not written ({problem}): the one before it stays")
+            say(f"checkpoint of step {at['step']} not written ({problem}); the one before it stays")
         return problem
 
-    def run_eval_step(step):
-        result, nats = run_evaluation(shadow)
-        average = 1000 * train_seconds / max(step, 1)
-        say(f"step:{step}/{cfg.steps} {describe(result)} train_time:{1000 * train_seconds:.0f}ms "
-            f"step_avg:{average:.2f}ms", {"step": step, **result})
-        if step == cfg.steps and master:
+    def run_evaluation():
+        model.eval()
+        with averaged(params, shadow):
+            result, nats = evaluate(nelbo_of, cfg, val, tokenizer, device, rank, world)
+        model.train()
+        step, ms = at["step"], 1000 * at["seconds"]
+        say(f"step:{step}/{cfg.steps} {describe(result)} train_time:{ms:.0f}ms "
+            f"step_avg:{ms / step:.2f}ms", {"step": step, **result})
+        if step == cfg.steps and rank == 0:
             np.save(os.path.join(cfg.out, f"{cfg.split}_nats.npy"), nats.numpy())
 
     stop = []  # signals received
     handlers = {s: signal.signal(s, lambda number, frame: stop.append(number))
                 for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    peak = peak_flops(device)
-    if not evaluated:
-        run_eval_step(step)
     model.train()
-    batch = next_batch(step, position) if step < cfg.steps else []
-    window_loss, window_steps, window_seconds = 0.0, 0, 0.0
+    if not at["evaluated"]:
+        run_evaluation()
+    batch = next_batch(at["step"], at["rows"])
+    recent = []  # (loss, seconds) of the steps since the last line
     start = time.perf_counter()
-    while step < cfg.steps:
+    while at["step"] < cfg.steps:
         flat_grad.zero_()
-        total = torch.zeros(2, device=device)  # loss, and whether some rank was told to stop
+        total = torch.zeros(2, device=device)  # loss; ranks that were told to stop
         for i, (x0, noise) in enumerate(batch):
             if cfg.dropout:
-                torch.manual_seed(derive_seed(cfg.seed, step, rank * accumulate + i))
-            loss = loss_of(x0, noise) / accumulate
-            (loss * scale).backward()
-            total[0] += loss.detach()
+                torch.manual_seed(derive_seed(cfg.seed, at["step"], rank * len(batch) + i))
+            loss = loss_of(x0, noise) / len(batch)
+            loss.backward()
+            total[0] += loss.detach() / world
         total[1] = len(stop)
-        position += n_rows
-        if step + 1 < cfg.steps:
-            batch = next_batch(step + 1, position)  # while the GPU works
+        at["rows"] += n_rows
+        if at["step"] + 1 < cfg.steps:
+            batch = next_batch(at["step"] + 1, at["rows"])  # while the GPU works
         if world > 1:
             dist.all_reduce(flat_grad)
             dist.all_reduce(total)
-            total[0] /= world
-        flat_grad /= world * scale
-        norm = flat_grad.norm()
+        flat_grad /= world
+        norm = float(flat_grad.norm())
         loss, stopping = total.tolist()
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        if finite:
-            if cfg.grad_clip:
-                flat_grad *= (cfg.grad_clip / (norm + 1e-6)).clamp(max=1.0)
-            set_rates(optimizers, step, cfg)
+        if math.isfinite(loss) and math.isfinite(norm):
+            if cfg.grad_clip and norm > cfg.grad_clip:
+                flat_grad *= cfg.grad_clip / norm
+            set_rates(optimizers, at["step"], cfg)
             for optimizer in optimizers:
                 optimizer.step()
-            if cfg.ema and step >= cfg.ema_start * cfg.steps:
-                if not shadow:
-                    shadow = [p.detach().clone() for p in params]
-                update_ema(shadow, params, ema_updates, cfg)
-                ema_updates += 1
-            bad_steps, good_steps = 0, good_steps + 1
-            if scale > 1 and good_steps % FP16_GROWTH == 0:
-                scale *= 2
-        elif scale > 1:
-            scale, good_steps = scale / 2, 0
+            if cfg.ema and at["step"] >= cfg.ema_start * cfg.steps:
+                shadow = shadow or [p.detach().clone() for p in params]
+                update_ema(shadow, params, at["ema_updates"], cfg)
+                at["ema_updates"] += 1
+            at["bad"] = 0
         else:
-            bad_steps, skipped = bad_steps + 1, skipped + 1
-            bad = next((n for n, p in model.named_parameters() if not p.grad.isfinite().all()), "")
-            say(f"step:{step + 1} skipped: loss {loss}, gradient norm {float(norm)}"
-                + (f", first in {bad}" if bad else ""))
-            if bad_steps >= cfg.max_bad_steps:
-                fail(f"{bad_steps} non-finite steps in a row: stopped after step {step - bad_steps}"
-                     f"; the last good checkpoint stays in {cfg.out}; a lower --lr may help")
-        step += 1
-        now = time.perf_counter()
-        train_seconds += now - start
-        window_seconds, start = window_seconds + now - start, now
-        if finite:
-            window_loss, window_steps = window_loss + loss, window_steps + 1
-
+            at["bad"], at["skipped"] = at["bad"] + 1, at["skipped"] + 1
+            names = [n for n, p in model.named_parameters() if not p.grad.isfinite().all()]
+            say(f"step:{at['step'] + 1}/{cfg.steps} skipped: loss {loss}, gradient norm {norm}, "
+                f"first non-finite gradient: {(names or ['none'])[0]}")
+            if at["bad"] >= cfg.max_bad_steps:
+                fail(f"{at['bad']} non-finite steps in a row: stopped at step {at['step'] + 1}; "
+                     f"{cfg.out} keeps its last checkpoint; try a lower --lr, look at the data")
+        at["step"] += 1
+        step = at["step"]
+        recent.append((loss, time.perf_counter() - start))
+        at["seconds"] += recent[-1][1]
         if step % cfg.log_every == 0 or step == cfg.steps:
-            rate = cfg.log_every * cfg.batch_tokens / window_seconds
-            mfu = f"{rate * flops / peak / world:.3f}" if peak else "n/a"
-            mean = window_loss / max(window_steps, 1)
-            lr = optimizers[0].param_groups[-1]["lr"]
-            say(f"step:{step}/{cfg.steps} loss:{mean:.4f} lr:{lr:.2e} tok/s:{rate:.0f} mfu:{mfu} "
-                f"eta:{clock((cfg.steps - step) * cfg.batch_tokens / rate)}"
-                + (f" skipped:{skipped}" if skipped else ""),
-                {"step": step, "loss": mean, "grad_norm": float(norm), "lr": lr})
-            window_loss, window_steps, window_seconds = 0.0, 0, 0.0
+            mean, rate = np.mean(recent, 0).tolist()
+            rate, recent = cfg.batch_tokens / rate, []
+            lr = optimizers[0].param_groups[0]["lr"]
+            say(f"step:{step}/{cfg.steps} loss:{mean:.4f} lr:{lr:.2e} tok/s:{rate:.0f} mfu:"
+                + (f"{rate * flops / peak:.3f}" if peak else "n/a")
+                + f" eta:{clock((cfg.steps - step) * cfg.batch_tokens / rate)}"
+                + (f" skipped:{at['skipped']}" if at["skipped"] else ""),
+                {"step": step, "loss": mean, "grad_norm": norm, "lr": lr})
         due = step == cfg.steps or (cfg.eval_every and step % cfg.eval_every == 0)
+        at["evaluated"] = not (due and stopping)
         if due and not stopping:
-            run_eval_step(step)
-        evaluated = not (due and stopping)
+            run_evaluation()
         if stopping or step == cfg.steps or (cfg.ckpt_every and step % cfg.ckpt_every == 0):
-            problem = save(step)
+            problem = save()
             if problem and step == cfg.steps:
-                fail(f"{path}: {problem}")
+                fail(f"--out={cfg.out}: {problem}")
         if stopping:
             break
         start = time.perf_counter()
     for number, handler in handlers.items():
         signal.signal(number, handler)
-
-    launcher = f"torchrun --nproc_per_node={world}" if world > 1 else "python"
-    out = shlex.quote(cfg.out)
-    if step < cfg.steps:
-        say(f"stopped after step {step}; continue with: {launcher} {SCRIPT}.py --resume=1 "
-            f"--out={out}")
+    if at["step"] < cfg.steps:
+        launcher = f"torchrun --nproc_per_node={world}" if world > 1 else "python"
+        say(f"stopped after step {at['step']}; continue with: {launcher} {SCRIPT}.py --resume=1 "
+            f"--out={shlex.quote(cfg.out)}")
     else:
         say(f"done: {path}; text: python sample.py --ckpt={shlex.quote(path)}")
     if device.type == "cuda":

@@ -795,7 +795,7 @@ MUTANTS = {
         "masked_rows(is_mask, n_masked)).sum() / n_masked",
         lambda m: check_training_loss_of_draws(m, "exact_k")),
     "bernoulli divides by the masked count": (
-        "masked_rows(is_mask)).sum() / (B * T)", "masked_rows(is_mask)).sum() / is_mask.sum()",
+        "noise, rows).sum() / (B * T)", "noise, rows).sum() / is_mask.sum()",
         lambda m: check_bernoulli_loss(m, "cosine")),
     "the bound divides by the masked count": (
         ".index_add(0, rows // T, sums)",
