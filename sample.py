@@ -229,14 +229,14 @@ class Remask:
             sigma = min(self.eta, sigma_max) if looping else 0.0
         fix = (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t) if alpha_t < 1 else 1.0
         after = torch.where(is_mask, u >= fix, u < sigma)
-        self.drawn = is_mask & ~after, is_mask, log_probs
         if self.kind == "conf":
+            self.drawn = is_mask & ~after, is_mask, log_probs
             self.psi[after] = math.inf
         return after.to(device)
 
     def see(self, tokens, nfe):
         """Note the probabilities of the tokens that the last pass drew; pass them on to watch."""
-        if self.kind == "conf" and self.drawn is not None:
+        if self.drawn is not None:
             fixed, was_mask, log_probs = self.drawn
             picked = log_probs.cpu()[fixed[was_mask]].gather(1, tokens.cpu()[fixed][:, None])
             self.psi[fixed] = picked.squeeze(1).double().exp()

@@ -18,10 +18,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from toys import Joint, chi_square_z, correlated, take_rows
 
 import sample
 import train_mdlm
-from toys import Joint, chi_square_z, correlated, take_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 Z_LIMIT = 5.0
@@ -641,7 +641,7 @@ def test_what_is_printed(ckpt, capsys):
     assert err == "" and "\x1b" not in out
     sample.main([f"--ckpt={ckpt}", "--infill=a ___ b", "--blank=4", "--steps=2", "--refine=0.5"])
     text = capsys.readouterr().out.split("\n", 1)[1]
-    assert re.match(r"a .* b\n\nNFE \d, .* ancestral, entropy", text, re.S)
+    assert re.match(r"a .* b\n\nNFE \d, .* ancestral, refine 0\.5, entropy", text, re.S)
 
 
 def test_entropy_of_a_sample():
@@ -655,7 +655,8 @@ def test_score_on_the_command_line(ckpt, tmp_path, capsys):
     for text in (TEXT[:100], tmp_path / "text.txt"):
         sample.main([f"--ckpt={ckpt}", "--device=cpu", f"--score={text}", "--draws=4"])
         lines.append(capsys.readouterr().out.splitlines()[1])
-    assert lines[0] == lines[1]
+    assert "the text given" in lines[0] and "text.txt" in lines[1]
+    assert lines[0].split("(")[0] == lines[1].split("(")[0]
     score = sample.load(ckpt, device="cpu").score(TEXT[:100], draws=4)
     assert f"{score.nats:.2f} +- {score.nats_stderr:.2f} nats" in lines[0]
     assert f"{score.bits_per_byte:.4f} +- {score.bits_stderr:.4f} bits per byte" in lines[0]
