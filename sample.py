@@ -254,7 +254,8 @@ def make_warp(temperature=1.0, top_k=None, top_p=None):
         if temperature == 0:
             likeliest = log_probs.argmax(-1, keepdim=True)
             return torch.full_like(log_probs, -math.inf).scatter(-1, likeliest, 0.0)
-        log_probs = (log_probs / temperature).log_softmax(-1)
+        # From the largest one, which then stays finite however low the temperature is.
+        log_probs = ((log_probs - log_probs.amax(-1, True)) / temperature).log_softmax(-1)
         if top_k is None and top_p is None:
             return log_probs
         ranked, index = log_probs.sort(dim=-1, descending=True, stable=True)
@@ -263,9 +264,7 @@ def make_warp(temperature=1.0, top_k=None, top_p=None):
             ranked = ranked.log_softmax(-1)
         if top_p is not None:
             before = ranked.exp().cumsum(-1) - ranked.exp()
-            outside = before >= top_p
-            outside[..., 0] = False
-            ranked = ranked.masked_fill(outside, -math.inf)
+            ranked = ranked.masked_fill(before >= top_p, -math.inf)
         return torch.empty_like(log_probs).scatter(-1, index, ranked).log_softmax(-1)
 
     return warp
@@ -382,7 +381,7 @@ class LM:
         self.where = f"{str(self.dtype).removeprefix('torch.')} on {self.device.type}"
         averaged = weights == "ema" and ckpt.get("ema")
         n = sum(p.numel() for p in self.model.parameters())
-        self.summary = (
+        self.summary = printable(
             f"{path}: {ckpt['script']}, {n / 1e6:.2f}M parameters,"
             f" {'ema' if averaged else 'raw'} weights of step {ckpt['step']},"
             f" {self.tokenizer.name} tokens, context {self.cfg.seq_len}"

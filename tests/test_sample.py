@@ -152,6 +152,14 @@ def test_conf_remasks_the_tokens_that_were_drawn_with_low_probability():
     assert counts.sum() / 4000 == pytest.approx(1, abs=0.1)
     ratio = counts[~sure].sum() / counts[sure].sum()
     assert ratio == pytest.approx(math.exp(0.98 - 0.02), rel=0.15)
+    # Where all but one are masked again, that one bears it all, and the masked ones nothing.
+    u = torch.zeros(1, n, dtype=torch.float64)
+    u[0, 0] = 0.9
+    after = remask.choose(empty, none, step=49, steps=100, u=u)
+    assert after.sum() == n - 1 and not after[0, 0]
+    remask.see(tokens, 2)
+    after = remask.choose(log_probs[1:], after, step=49, steps=100, u=torch.full_like(u, 0.9))
+    assert after.all()
 
 
 @pytest.mark.parametrize("order", RANKED)
@@ -184,6 +192,9 @@ def test_thresholds(order):
     assert out.nfe == T and seen == [[T - 1 - i] * B for i in range(T)]
     out = run(Noisy(), B, sample.ordered(order, 0.0), None, T=T, V=Noisy.V)
     assert out.nfe == 1
+    certain = Joint(torch.eye(2)[0][None] * torch.eye(2)[0][:, None], copies=3)
+    out = run(certain, B, sample.ordered(order, 1.0), None, T=6, V=2)
+    assert out.nfe == 6  # a probability of 1 does not exceed 1
 
     choose, model = sample.ordered(order, 0.6), Noisy()
 
@@ -250,6 +261,7 @@ def test_warps_by_definition():
     assert sample.make_warp() is None
     torch.testing.assert_close(probs(temperature=0.5), p.square() / p.square().sum(-1, True))
     torch.testing.assert_close(probs(temperature=0.0), torch.eye(11)[p.argmax(-1)])
+    torch.testing.assert_close(probs(temperature=1e-30), torch.eye(11)[p.argmax(-1)])
     for row, warped in zip(p, probs(top_k=3), strict=True):
         keep = row >= row.sort().values[-3]
         torch.testing.assert_close(warped, row * keep / (row * keep).sum())
@@ -521,7 +533,7 @@ class Bomb:
 def test_code_in_a_checkpoint_is_not_run(ckpt, tmp_path, capsys):
     state = torch.load(ckpt, weights_only=True)
     torch.save({**state, "extra": Bomb(str(tmp_path / "ran"))}, tmp_path / "code.pt")
-    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Bomb(str(tmp_path / "ran"))))
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Bomb(str(tmp_path / "ran")), protocol=2))
     for name in ("code.pt", "plain.pt"):
         with pytest.raises(SystemExit) as stop:
             sample.main([f"--ckpt={tmp_path / name}"])
@@ -707,6 +719,8 @@ def test_watching_in_a_terminal_draws_in_place(ckpt):
     assert len(pictures) >= 3
     for picture in pictures[1:-1]:
         assert picture.count("\n") <= 11  # never higher than the terminal
+        up = re.search(r"\r(?:\x1b\[(\d+)A)?$", picture)  # back to where the picture began
+        assert int(up[1] or 0) == picture.count("\n")
     shown = re.sub(r"\x1b\[[0-9;]*m", "", pictures[-1]).replace("\r\n", "\n")
     assert all(sample.printable(text) in shown for text in final)
     assert "\x1b[1mdef \x1b[0m" in pictures[-1]  # what was given stands out
