@@ -71,7 +71,7 @@ NEEDED = ("load_checkpoint", "build_model", "pick_device", "pick_dtype", "genera
 DEFAULT_BLANK = 16  # tokens
 DEFAULT_DRAWS = 8  # of noise, for a score
 DEFAULT_LENGTH = 256  # new tokens
-BATCH_LOGITS = 2**27  # numbers in the logits of one forward pass, which bounds the rows of a batch
+BATCH_NUMBERS = 2**27  # logits, or attention scores of a layer, in one forward pass
 DOCUMENT_BREAK = "\n\n---\n\n"  # how a document's beginning is shown
 BLANK = re.compile("_{3,}")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
@@ -392,6 +392,11 @@ class LM:
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=lower):
             return self.model(*args, **kwargs)
 
+    def batch_rows(self, length):
+        """How many rows of that many tokens to run at once."""
+        numbers = length * max(self.cfg.vocab_size, self.cfg.n_head * length)
+        return max(1, BATCH_NUMBERS // numbers)
+
     def canvas_for_prompt(self, prompt, length=None):
         """(known (T,), is_known (T,)) of a prompt and what is to follow it."""
         tokens = self.tokenizer.encode(prompt)
@@ -446,7 +451,7 @@ class LM:
 
         Sample i depends on (seed, i) alone. watch(tokens (B,T), nfe) sees every pass.
         """
-        rows = max(1, BATCH_LOGITS // (len(known) * self.cfg.vocab_size))
+        rows = self.batch_rows(len(known))
         # The refining pass has a stream of its own: both hand out one seed a row.
         gens = [torch.Generator().manual_seed(s) for s in (seed, seed ^ 2**62)]
         for first in range(0, n, rows):
@@ -549,7 +554,7 @@ class LM:
                 continue
             cfg = dataclasses.replace(self.cfg, seq_len=min(len(part), self.cfg.seq_len))
             x0 = torch.tensor(part).view(-1, cfg.seq_len).repeat_interleave(2, 0)  # (2W, T)
-            rows = max(1, BATCH_LOGITS // (cfg.seq_len * cfg.vocab_size))
+            rows = self.batch_rows(cfg.seq_len)
             for draw in range(draws):
                 noise = self.script.draw_noise(cfg, len(x0), gen, bound=True)
                 for a in range(0, len(x0), rows):

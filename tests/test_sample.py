@@ -244,7 +244,7 @@ def test_a_sample_does_not_depend_on_the_others_and_keeps_what_is_given(lm, how,
     assert len(set(many)) == 5 and all(text.startswith(prompt) for text in many)
     assert lm.generate(n=2, length=16, prompt=prompt, seed=5, **how) != many[:2]
     # Small batches, which is how many samples fit into the memory.
-    monkeypatch.setattr(sample, "BATCH_LOGITS", 2 * 16 * 256)
+    monkeypatch.setattr(sample, "BATCH_NUMBERS", 2 * 16 * 256)
     assert lm.generate(n=5, length=16, prompt=prompt, seed=4, **how) == many
 
 
