@@ -1,0 +1,915 @@
+"""Sample from a checkpoint: generate, infill, watch, score.
+
+    python sample.py                                         newest checkpoint in out/
+    python sample.py --prompt="def " --n=4 --length=256
+    python sample.py --infill="def ___(self):" --blank=8     ___ is a blank of 8 tokens
+    python sample.py --order=confidence --threshold=0.9 --watch
+    python sample.py --steps=128 --remask=loop
+    python sample.py --score=TEXT|FILE                       bound on -log p of a text
+
+Which model
+  --ckpt=PATH          checkpoint, its run folder, or hf:OWNER/REPO/FILE; default: the newest
+                       out/*/ckpt.pt
+  --script=FORK.py     training script that wrote it, when that is an edited one
+  --weights=ema|raw    averaged weights, where there are some (default), or those of the last step
+  --device=NAME        auto (default), cpu, cuda or mps
+  --dtype=NAME         auto (default: as trained on cuda, else fp32), fp32, bf16 or fp16
+What to write
+  --prompt=TEXT        text to continue
+  --infill=TEXT        text with blanks: each run of three or more underscores is one
+  --blank=N[,N...]     tokens in a blank, for all of them or one by one (default 16)
+  --n=N                samples (default 1)
+  --length=N           tokens in a sample, prompt included (default: 256 new ones); an infill goes
+                       on after its end up to that length (default: it does not)
+  --seed=N             the same seed gives the same samples, however many --n asks for (default 0)
+How
+  --order=NAME         exact samplers: first_hitting (default; one random token a pass), ancestral
+                       (default with --steps; a grid of times, exact for many steps) and random
+                       (exact at one token a pass). Mode-seeking, so no samples of the model's
+                       distribution: confidence (default with --threshold), entropy, margin
+  --steps=N            passes (default: one a token); the tokens of a row are spread over them
+  --threshold=P        fix every token whose top probability exceeds P, and at least one a pass
+  --temperature=X      below 1 sharper, 0 takes the likeliest token (default 1)
+  --top_k=N            draw from the N likeliest tokens
+  --top_p=P            draw from the likeliest tokens that together reach probability P
+  --remask=NAME[:ETA]  ReMDM: mask some tokens again, so that errors can be mended: loop, cap,
+                       rescale (ETA .02) or conf (ETA 1)
+  --refine=F           at the end, mask the least likely fraction F again and predict it anew
+  --watch              show the text appearing
+Scoring
+  --score=TEXT|FILE    no sampling: the bound in nats and bits per byte, with its standard error
+  --draws=N            independent noise draws (default 8)
+
+From Python:
+    lm = sample.load("out/demo/ckpt.pt")
+    lm.generate(n=4, length=256, prompt="def ", steps=64, order="confidence", threshold=0.9)
+    lm.infill("def ___(x):", blank=8)
+    lm.score("some text").bits_per_byte
+"""
+
+import codecs
+import dataclasses
+import difflib
+import importlib.util
+import itertools
+import math
+import os
+import re
+import shutil
+import sys
+import time
+import typing
+import unicodedata
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+SCRIPTS = ("train_mdlm",)  # those beside this file that write checkpoints
+NEEDED = ("load_checkpoint", "build_model", "pick_device", "pick_dtype", "generate", "nelbo_fn")
+DEFAULT_BLANK = 16  # tokens
+DEFAULT_DRAWS = 8  # of noise, for a score
+DEFAULT_LENGTH = 256  # new tokens
+BATCH_NUMBERS = 2**27  # logits, or attention scores of a layer, in one forward pass
+DOCUMENT_BREAK = "\n\n---\n\n"  # how a document's beginning is shown
+BLANK = re.compile("_{3,}")
+DTYPES = ("auto", "fp32", "bf16", "fp16")
+
+
+class SampleError(ValueError):
+    """A mistake of the user's, in one line that names the flag or file and the remedy."""
+
+
+def near_miss(word, words):
+    close = difflib.get_close_matches(word, words, n=1)
+    return f"did you mean {close[0]}?" if close else "one of " + ", ".join(words)
+
+
+# Tokens
+
+
+class Tokenizer:
+    """Text <-> tokens from the table that a checkpoint carries; nothing is looked up elsewhere."""
+
+    def __init__(self, saved, mask_id):
+        self.name = saved["name"]
+        self.bos_id = saved["bos_id"]
+        self.mask_id = mask_id
+        ends = saved["token_length"].cumsum(0).tolist()
+        data = saved["token_bytes"].numpy().tobytes()
+        self.table = [data[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+        self.table += [b""] * (mask_id - len(self.table))  # a model may have spare ids
+        self.encoding = None
+        if self.name != "byte":
+            try:
+                import tiktoken
+            except ImportError:
+                need = f"the {self.name} tokenizer needs tiktoken: pip install tiktoken"
+                raise SampleError(need) from None
+            if not any(self.table):
+                raise SampleError(
+                    "the checkpoint was trained without the bytes of its tokens, so its samples"
+                    " cannot be read: prepare the data with prepare_data.py and train again"
+                )
+            ranks = {word: i for i, word in enumerate(self.table) if word and i != self.bos_id}
+            self.encoding = tiktoken.Encoding(
+                self.name,
+                pat_str=saved["pattern"],
+                mergeable_ranks=ranks,
+                special_tokens={"<|endoftext|>": self.bos_id},
+            )
+
+    def encode(self, text):
+        """Tokens of a text; never bos_id, which no user's text may forge."""
+        if self.encoding is not None:
+            return self.encoding.encode_ordinary(text)
+        tokens = list(text.encode("utf-8", "replace"))
+        if self.bos_id in tokens:
+            raise SampleError("the text holds a NUL byte, which begins a document here: remove it")
+        return tokens
+
+    def n_bytes(self, tokens):
+        return sum(len(self.table[i]) for i in tokens)
+
+    def spans(self, tokens, kinds):
+        """[(text, kind)] of a row: characters take the kind of the token that completes them."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        pieces = []
+        kind = None
+        for token, kind in zip(tokens, kinds, strict=True):
+            if token in (self.bos_id, self.mask_id):
+                pieces.append((decoder.decode(b"", final=True), kind))
+                pieces.append((DOCUMENT_BREAK if token == self.bos_id else "░", kind))
+            else:
+                pieces.append((decoder.decode(self.table[token]), kind))
+        pieces.append((decoder.decode(b"", final=True), kind))
+        runs = itertools.groupby((p for p in pieces if p[0]), key=lambda piece: piece[1])
+        return [("".join(text for text, _ in run), kind) for kind, run in runs]
+
+    def decode(self, tokens):
+        return "".join(text for text, _ in self.spans(tokens, [None] * len(tokens)))
+
+
+# Orders: choose(log_probs (R,V), is_mask (B,T), step, steps, u (B,T)) -> what is masked after the
+# pass, (B,T) bool. R = is_mask.sum(); log_probs are untempered, so temperature never moves a rank.
+
+RANKS = {
+    "random": lambda log_probs, u: u,
+    "confidence": lambda log_probs, u: log_probs.amax(-1),
+    "entropy": lambda log_probs, u: -torch.special.entr(log_probs.exp()).sum(-1),
+    "margin": lambda log_probs, u: log_probs.exp().topk(2).values.diff().neg().squeeze(-1),
+}
+ORDERS = ("first_hitting", "ancestral", *RANKS)
+
+
+def ordered(name, threshold=None):
+    """Fix the best-ranked tokens of each row, as many a pass as spreads the row over the passes
+    that are left (one, when steps is None), and every token whose top probability is above
+    threshold."""
+
+    def choose(log_probs, is_mask, *, step, steps, u):
+        device, is_mask = is_mask.device, is_mask.cpu()  # where float64 and small sorts are at home
+        left = is_mask.sum(1, keepdim=True)  # (B, 1)
+        quota = 1 if steps is None else -(-left // (steps - step))
+        rank = torch.full(is_mask.shape, -math.inf, dtype=torch.float64)
+        rank[is_mask] = RANKS[name](log_probs, u[is_mask]).cpu().double()
+        place = rank.argsort(dim=1, descending=True, stable=True).argsort(1)
+        commit = place < quota  # (B, T)
+        if threshold is not None:
+            commit[is_mask] |= (log_probs.amax(-1).exp() > threshold).cpu()
+        return (is_mask & ~commit).to(device)
+
+    return choose
+
+
+# ReMDM's loop: up to alpha = LOOP_ALPHA by t = LOOP_ON, there until LOOP_OFF, then on to the end.
+LOOP_ON, LOOP_OFF, LOOP_ALPHA = 0.55, 0.05, 0.9
+REMASK_ETA = {"loop": 0.02, "cap": 0.02, "rescale": 0.02, "conf": 1.0}
+
+
+class Remask:
+    """Remasking diffusion (ReMDM, 2503.00307) as an order of its own.
+
+    A fixed token is masked again with probability sigma <= sigma_max = min(1, (1-alpha_s)/alpha_t),
+    a masked one is fixed with probability (alpha_s - (1-sigma) alpha_t) / (1-alpha_t): the share of
+    fixed tokens follows alpha as without remasking. sigma is min(eta, sigma_max) for cap and loop,
+    eta sigma_max for rescale; conf deals eta sigma_max out over the fixed tokens by
+    softmax(-psi), psi the probability that a token had when it was drawn.
+    """
+
+    def __init__(self, text, watch=None):
+        self.kind, _, eta = text.partition(":")
+        self.eta = float(eta) if eta else REMASK_ETA[self.kind]
+        self.watch = watch
+        self.psi = None  # (B, T), infinite where a token is masked or given
+        self.drawn = None  # what the last pass fixed, and the distributions it was drawn from
+
+    def alpha(self, t):
+        if self.kind != "loop":
+            return 1 - t
+        if t > LOOP_ON:
+            return LOOP_ALPHA * (1 - t) / (1 - LOOP_ON)
+        return LOOP_ALPHA if t > LOOP_OFF else 1 - (1 - LOOP_ALPHA) * t / LOOP_OFF
+
+    def choose(self, log_probs, is_mask, *, step, steps, u):
+        device, is_mask = is_mask.device, is_mask.cpu()
+        t, s = 1 - step / steps, 1 - (step + 1) / steps
+        alpha_t, alpha_s = self.alpha(t), self.alpha(s)
+        sigma_max = min(1.0, (1 - alpha_s) / alpha_t) if alpha_t > 0 else 1.0
+        if self.kind == "conf":
+            if self.psi is None:
+                self.psi = torch.full(u.shape, math.inf, dtype=u.dtype)
+            # A row with nothing to mask again has an empty softmax.
+            sigma = self.eta * sigma_max * (-self.psi).softmax(1).nan_to_num(0.0)
+        elif self.kind == "rescale":
+            sigma = self.eta * sigma_max
+        else:
+            looping = self.kind == "cap" or LOOP_OFF < t <= LOOP_ON
+            sigma = min(self.eta, sigma_max) if looping else 0.0
+        fix = (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t) if alpha_t < 1 else 1.0
+        after = torch.where(is_mask, u >= fix, u < sigma)
+        if self.kind == "conf":
+            self.drawn = is_mask & ~after, is_mask, log_probs
+            self.psi[after] = math.inf
+        return after.to(device)
+
+    def see(self, tokens, nfe):
+        """Note the probabilities of the tokens that the last pass drew; pass them on to watch."""
+        if self.drawn is not None:
+            fixed, was_mask, log_probs = self.drawn
+            picked = log_probs.cpu()[fixed[was_mask]].gather(1, tokens.cpu()[fixed][:, None])
+            self.psi[fixed] = picked.squeeze(1).double().exp()
+        if self.watch is not None:
+            self.watch(tokens, nfe)
+
+
+def make_warp(temperature=1.0, top_k=None, top_p=None):
+    """log_probs (R,V) -> log_probs (R,V): temperature, then top-k, then nucleus; None when all are
+    off. The nucleus keeps the token that crosses top_p."""
+    if temperature == 1 and top_k is None and top_p is None:
+        return None
+
+    def warp(log_probs):
+        if temperature == 0:
+            likeliest = log_probs.argmax(-1, keepdim=True)
+            return torch.full_like(log_probs, -math.inf).scatter(-1, likeliest, 0.0)
+        # From the largest one, which then stays finite however low the temperature is.
+        log_probs = ((log_probs - log_probs.amax(-1, True)) / temperature).log_softmax(-1)
+        if top_k is None and top_p is None:
+            return log_probs
+        ranked, index = log_probs.sort(dim=-1, descending=True, stable=True)
+        if top_k is not None:
+            ranked[..., top_k:] = -math.inf
+            ranked = ranked.log_softmax(-1)
+        if top_p is not None:
+            before = ranked.exp().cumsum(-1) - ranked.exp()
+            ranked = ranked.masked_fill(before >= top_p, -math.inf)
+        return torch.empty_like(log_probs).scatter(-1, index, ranked).log_softmax(-1)
+
+    return warp
+
+
+def check(ok, name, value, remedy):
+    if not ok:  # NaN fails every comparison and lands here
+        raise SampleError(f"--{name}={value}: {remedy}")
+
+
+def check_counts(n, seed):
+    check(n >= 1, "n", n, "at least 1")
+    check(0 <= seed < 2**62, "seed", seed, "from 0 to 2**62 - 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """How tokens are fixed; the flags of the same names."""
+
+    order: str | None = None  # one of ORDERS; None chooses by the other fields
+    steps: int | None = None  # passes; None: one a token
+    threshold: float | None = None  # also fix what is more probable than this
+    temperature: float = 1.0  # of the token distribution; 0 takes the likeliest
+    top_k: int | None = None  # tokens to draw from
+    top_p: float | None = None  # probability mass to draw from
+    remask: str | None = None  # NAME or NAME:ETA, a name of REMASK_ETA
+    refine: float = 0.0  # fraction of the tokens predicted anew at the end
+
+    def __post_init__(self):
+        order, steps, threshold, remask = self.order, self.steps, self.threshold, self.remask
+        check(order is None or order in ORDERS, "order", order, near_miss(str(order), ORDERS))
+        check(steps is None or steps >= 1, "steps", steps, "at least 1")
+        check(threshold is None or 0 <= threshold <= 1, "threshold", threshold, "from 0 to 1")
+        check(0 <= self.temperature < math.inf, "temperature", self.temperature, "0 or more")
+        check(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "at least 1")
+        check(self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "above 0, up to 1")
+        check(0 <= self.refine <= 1, "refine", self.refine, "from 0 to 1")
+        one_a_pass = order == "first_hitting" and steps is not None
+        check(not one_a_pass, "steps", steps, "first_hitting fixes one token a pass: drop --steps")
+        ranked = threshold is None or order is None or order in RANKS
+        check(ranked, "threshold", threshold, "goes with --order=" + "|".join(RANKS))
+        if remask is not None:
+            kind, _, eta = remask.partition(":")
+            check(kind in REMASK_ETA, "remask", remask, near_miss(kind, list(REMASK_ETA)))
+            try:
+                good = not eta or 0 < float(eta) <= 1
+            except ValueError:
+                good = False
+            check(good, "remask", remask, f"ETA is above 0, up to 1, as in {kind}:0.02")
+            alone = threshold is None and order in (None, "ancestral")
+            check(alone, "remask", remask, "has its own order: drop --order and --threshold")
+
+    @property
+    def name(self):
+        """The order in use."""
+        if self.order is not None:
+            return self.order
+        if self.threshold is not None:
+            return "confidence"
+        return "ancestral" if self.remask or self.steps else "first_hitting"
+
+    def describe(self):
+        """The order in words, with what its samples are not."""
+        words = self.name
+        if self.remask:
+            words = f"remask {self.remask}"
+        if self.threshold is not None:
+            words += f" threshold {self.threshold:g}"
+        if self.name in RANKS and (self.name != "random" or self.threshold is not None):
+            words += " (mode-seeking)"
+        return words + (f", refine {self.refine:g}" if self.refine else "")
+
+
+# The model
+
+
+class Samples(NamedTuple):
+    tokens: list  # of n lists of ints, each as long as its sample
+    nfe: int  # forward passes of the network
+    seconds: float
+
+
+class Score(NamedTuple):
+    """A bound on -log p of a text, with the standard error over independent noise draws."""
+
+    nats: float
+    nats_stderr: float
+    bits_per_byte: float
+    bits_stderr: float
+    n_tokens: int
+    n_bytes: int
+
+
+class LM:
+    """A trained model with its tokenizer. Made by load()."""
+
+    def __init__(self, script, ckpt, path, weights, device, dtype):
+        self.script = script
+        self.model, self.cfg = script.build_model(ckpt, weights, path=path)
+        try:
+            self.tokenizer = Tokenizer(ckpt["tokenizer"], self.cfg.vocab_size)
+        except (KeyError, TypeError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise SampleError(f"--ckpt={path}: no tokenizer of ours in it ({reason})") from None
+        self.device = script.pick_device(dataclasses.replace(self.cfg, device=device), 0)
+        if dtype == "auto":
+            wanted = self.cfg.dtype if self.device.type == "cuda" else "fp32"
+        else:
+            wanted = dtype
+        cfg = dataclasses.replace(self.cfg, dtype=wanted)
+        self.dtype, refused = script.pick_dtype(cfg, self.device)
+        check(dtype == "auto" or not refused, "dtype", dtype, f"not on this {self.device.type}")
+        self.model.to(self.device)
+        self.where = f"{str(self.dtype).removeprefix('torch.')} on {self.device.type}"
+        averaged = weights == "ema" and ckpt.get("ema")
+        n = sum(p.numel() for p in self.model.parameters())
+        self.summary = printable(
+            f"{path}: {ckpt['script']}, {n / 1e6:.2f}M parameters,"
+            f" {'ema' if averaged else 'raw'} weights of step {ckpt['step']},"
+            f" {self.tokenizer.name} tokens, context {self.cfg.seq_len}"
+        )
+
+    def net(self, *args, **kwargs):
+        lower = self.dtype != torch.float32
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=lower):
+            return self.model(*args, **kwargs)
+
+    def batch_rows(self, length):
+        """How many rows of that many tokens to run at once."""
+        numbers = length * max(self.cfg.vocab_size, self.cfg.n_head * length)
+        return max(1, BATCH_NUMBERS // numbers)
+
+    def canvas_for_prompt(self, prompt, length=None):
+        """(known (T,), is_known (T,)) of a prompt and what is to follow it."""
+        tokens = self.tokenizer.encode(prompt)
+        limit = self.cfg.seq_len
+        if len(tokens) >= limit:
+            raise SampleError(
+                f"--prompt: {len(tokens)} tokens fill the model's context of {limit}: shorten it"
+            )
+        if length is None:
+            length = min(limit, len(tokens) + DEFAULT_LENGTH)
+        check(length >= 1, "length", length, "at least 1")
+        check(length <= limit, "length", length, f"this model goes up to {limit} (its seq_len)")
+        room = f"the prompt alone has {len(tokens)} tokens: raise it or shorten the prompt"
+        check(length > len(tokens), "length", length, room)
+        return self.canvas([tokens, length - len(tokens)])
+
+    def canvas_for_infill(self, text, blank=DEFAULT_BLANK, length=None):
+        """(known (T,), is_known (T,)) of a text with blanks of `blank` tokens, an int or a list."""
+        parts = [self.tokenizer.encode(part) for part in BLANK.split(text)]
+        n_blanks = len(parts) - 1
+        if n_blanks == 0:
+            raise SampleError("--infill: no blank in the text: write ___ where one should be")
+        blanks = [blank] * n_blanks if isinstance(blank, int) else list(blank)
+        shown = ",".join(str(n) for n in blanks)
+        check(all(n >= 1 for n in blanks), "blank", shown, "at least 1 token each")
+        check(len(blanks) == n_blanks, "blank", shown, f"the text has {n_blanks} blanks")
+        total = sum(map(len, parts)) + sum(blanks)
+        limit = self.cfg.seq_len
+        if total > limit:
+            raise SampleError(
+                f"--infill: {total} tokens with its blanks, the model's context is {limit}:"
+                " shorten the text or lower --blank"
+            )
+        length = total if length is None else length
+        check(length >= total, "length", length, f"the infill alone has {total} tokens")
+        check(length <= limit, "length", length, f"this model goes up to {limit} (its seq_len)")
+        filled = itertools.chain.from_iterable(zip(parts, blanks, strict=False))
+        return self.canvas([*filled, parts[-1], length - total])
+
+    def canvas(self, pieces):
+        """Lists of tokens stand as they are, an int is that many tokens to predict."""
+        known, is_known = [], []
+        for piece in pieces:
+            tokens = [0] * piece if isinstance(piece, int) else piece
+            known += tokens
+            is_known += [tokens is piece] * len(tokens)
+        return torch.tensor(known), torch.tensor(is_known)
+
+    @torch.inference_mode()
+    def batches(self, known, is_known, sampler, *, n, seed, watch=None):
+        """Fill the canvas n times; yield Samples of as many rows as fit in a batch.
+
+        Sample i depends on (seed, i) alone. watch(tokens (B,T), nfe) sees every pass.
+        """
+        rows = self.batch_rows(len(known))
+        # The refining pass has a stream of its own: both hand out one seed a row.
+        gens = [torch.Generator().manual_seed(s) for s in (seed, seed ^ 2**62)]
+        for first in range(0, n, rows):
+            start = time.perf_counter()
+            size = (min(rows, n - first), len(known))
+            x = known.to(self.device).expand(size)
+            given = is_known.to(self.device).expand(size)
+            out = self.fill(x, given, sampler, gens[0], watch)
+            nfe = out.nfe
+            if sampler.refine > 0:
+                keep, scoring = self.likeliest(out.tokens, given, sampler.refine)
+                nfe += scoring
+                seen = nfe
+
+                def watch_on(tokens, more, seen=seen):
+                    watch(tokens, seen + more)
+
+                out = self.fill(out.tokens, keep, sampler, gens[1], watch and watch_on)
+                nfe += out.nfe
+            tokens = [
+                row[:stop]
+                for row, stop in zip(out.tokens.tolist(), out.length.tolist(), strict=True)
+            ]
+            yield Samples(tokens, nfe, time.perf_counter() - start)
+
+    def fill(self, known, is_known, sampler, gen, watch):
+        """One run of the script's generate over (B, T)."""
+        steps = sampler.steps
+        warp = make_warp(sampler.temperature, sampler.top_k, sampler.top_p)
+        choose = None
+        if sampler.name == "ancestral" and steps is None:
+            steps = max(1, int((~is_known).sum(1).max()))
+        if sampler.name in RANKS:
+            choose = ordered(sampler.name, sampler.threshold)
+        elif sampler.remask:
+            remask = Remask(sampler.remask, watch)
+            choose, watch = remask.choose, remask.see
+        return self.script.generate(
+            self.net, self.cfg, known, is_known,
+            steps=steps, gen=gen, choose=choose, warp=warp, watch=watch,
+        )
+
+    def likeliest(self, tokens, is_known, refine):
+        """What to keep (B, T) when the fraction `refine` is predicted anew, and the passes spent.
+
+        Two passes score every token: every second one is masked, then the others, so that each is
+        judged with its neighbours in sight.
+        """
+        free = ~is_known
+        odd = free.cumsum(1) % 2 == 1
+        score = torch.full(tokens.shape, math.inf, dtype=torch.float32, device=tokens.device)
+        nfe = 0
+        for half in (free & odd, free & ~odd):
+            seen = []
+
+            def note(log_probs, is_mask, seen=seen, **_):
+                seen.append(log_probs)
+                return torch.zeros_like(is_mask)
+
+            gen = torch.Generator().manual_seed(0)  # its draws are thrown away
+            nfe += self.script.generate(
+                self.net, self.cfg, tokens, ~half, steps=1, gen=gen, choose=note
+            ).nfe
+            score[half] = seen[0].gather(1, tokens[half][:, None]).squeeze(1)
+        n_again = (free.sum(1, keepdim=True) * refine).round().clamp(min=1)  # (B, 1)
+        place = score.argsort(dim=1, stable=True).argsort(1)
+        return is_known | (place >= n_again), nfe
+
+    def generate(self, n=1, length=None, prompt="", seed=0, **how):
+        """n texts of `length` tokens that begin with the prompt; `how`: the fields of Sampler."""
+        return self.texts(*self.canvas_for_prompt(prompt, length), n, seed, how)
+
+    def infill(self, text, blank=DEFAULT_BLANK, n=1, length=None, seed=0, **how):
+        """n versions of a text whose blanks (___) are filled with `blank` tokens each."""
+        return self.texts(*self.canvas_for_infill(text, blank, length), n, seed, how)
+
+    def texts(self, known, is_known, n, seed, how):
+        check_counts(n, seed)
+        batches = self.batches(known, is_known, Sampler(**how), n=n, seed=seed)
+        return [self.tokenizer.decode(row) for batch in batches for row in batch.tokens]
+
+    @torch.inference_mode()
+    def score(self, text, draws=DEFAULT_DRAWS, seed=0, watch=None):
+        """Score of a text, cut into windows of seq_len tokens (the last may be shorter).
+
+        A draw masks every window twice, as an antithetic pair; the draws are independent.
+        watch(share) sees how much is done.
+        """
+        check(draws >= 2, "draws", draws, "at least 2, for a standard error")
+        check_counts(1, seed)
+        tokens = self.tokenizer.encode(text)
+        if not tokens:
+            raise SampleError("--score: the text is empty")
+        gen = torch.Generator().manual_seed(seed)
+        whole = len(tokens) // self.cfg.seq_len * self.cfg.seq_len
+        totals = torch.zeros(draws, dtype=torch.float64)
+        done = 0  # tokens times passes
+        for part in (tokens[:whole], tokens[whole:]):
+            if not part:
+                continue
+            cfg = dataclasses.replace(self.cfg, seq_len=min(len(part), self.cfg.seq_len))
+            x0 = torch.tensor(part).view(-1, cfg.seq_len).repeat_interleave(2, 0)  # (2W, T)
+            rows = self.batch_rows(cfg.seq_len)
+            for draw in range(draws):
+                noise = self.script.draw_noise(cfg, len(x0), gen, bound=True)
+                for a in range(0, len(x0), rows):
+                    piece = type(noise)(*(v[a : a + rows].to(self.device) for v in noise))
+                    batch = x0[a : a + rows].to(self.device)
+                    nats = self.script.nelbo_fn(self.net, batch, piece, cfg)
+                    totals[draw] += nats.double().sum().cpu() / 2
+                    done += batch.numel()
+                    if watch is not None:
+                        watch(done / (2 * draws * len(tokens)))
+        nats, stderr = totals.mean().item(), totals.std().item() / math.sqrt(draws)
+        n_bytes = self.tokenizer.n_bytes(tokens)
+        bits = 1 / (math.log(2) * n_bytes)
+        return Score(nats, stderr, nats * bits, stderr * bits, len(tokens), n_bytes)
+
+
+# Loading
+
+
+def newest_checkpoint():
+    found = sorted(Path("out").glob("*/ckpt.pt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise SampleError(
+            "out/*/ckpt.pt: no checkpoint here: pass --ckpt=PATH, or train one:"
+            " python train_mdlm.py --preset=tiny"
+        )
+    return found[-1]
+
+
+def find_checkpoint(name):
+    """The file behind PATH, a run folder, or hf:OWNER/REPO/FILE, which is downloaded once."""
+    name = str(name)
+    if not name.startswith("hf:"):
+        path = Path(name)
+        return path / "ckpt.pt" if path.is_dir() else path
+    parts = name[3:].split("/", 2)
+    if len(parts) < 3 or not all(parts):
+        raise SampleError(f"--ckpt={name}: write hf:OWNER/REPO/FILE")
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise SampleError(f"--ckpt={name} needs: pip install huggingface_hub") from None
+    huggingface_hub.utils.logging.set_verbosity_error()  # it would report every retry
+    try:
+        return Path(huggingface_hub.hf_hub_download("/".join(parts[:2]), parts[2]))
+    except Exception as error:  # its errors share no base class across versions
+        reason = str(error).strip().partition("\n")[0]
+        raise SampleError(f"--ckpt={name}: could not be downloaded: {reason}") from None
+
+
+def load_script(path):
+    """Import a training script from its file."""
+    if not path.is_file():
+        raise SampleError(f"--script={path}: no such file")
+    spec = importlib.util.spec_from_file_location(f"sampled_{path.stem}", path)
+    if spec is None:
+        raise SampleError(f"--script={path}: not a Python file")
+    script = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = script
+    sys.path[:0] = [str(path.resolve().parent), str(HERE)]  # it imports muon
+    try:
+        spec.loader.exec_module(script)
+    except Exception as error:
+        raise SampleError(f"--script={path}: {type(error).__name__}: {error}") from error
+    finally:
+        del sys.path[:2]
+    for name in NEEDED:
+        if not hasattr(script, name):
+            raise SampleError(f"--script={path}: not a training script: it has no {name}")
+    return script
+
+
+def load(path=None, script=None, weights="ema", device="auto", dtype="auto"):
+    """LM from a checkpoint: PATH, its folder or hf:OWNER/REPO/FILE; None: the newest in out/.
+
+    script: file of the training script, when it is not one beside this file. The others: as the
+    flags of these names.
+    """
+    check(weights in ("ema", "raw"), "weights", weights, "ema or raw")
+    check(dtype in DTYPES, "dtype", dtype, near_miss(str(dtype), DTYPES))
+    path = newest_checkpoint() if path is None else find_checkpoint(path)
+    module = load_script(HERE / f"{SCRIPTS[0]}.py" if script is None else Path(script))
+    ckpt = module.load_checkpoint(path)  # the same text in every script
+    name = ckpt["script"]
+    if script is None and name not in SCRIPTS:
+        raise SampleError(f"--ckpt={path}: written by {name!r}: pass that file as --script=PATH")
+    return LM(module, ckpt, path, weights, device, dtype)
+
+
+# The terminal
+
+FRAME = 0.04  # seconds between two pictures
+MILESTONES = (0.25, 0.5, 0.75)
+STYLES = {"known": "\x1b[1m", "new": "\x1b[32m", "mask": "\x1b[2m", "note": "\x1b[2m"}
+
+
+def is_terminal(stream):
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def styled(text, kind):
+    return f"{STYLES[kind]}{text}\x1b[0m" if kind in STYLES else text
+
+
+def printable(text):
+    """Text that cannot steer a terminal: a model of bytes writes escape codes, too."""
+    text = text.replace("\t", "    ").replace("\r", "")
+    return "".join(c if c == "\n" or unicodedata.category(c)[0] != "C" else "\ufffd" for c in text)
+
+
+def lines_of(spans, width):
+    """Styled lines of at most `width` cells."""
+    lines, cells = [""], 0
+    for text, kind in spans:
+        run = ""
+        for char in printable(text):
+            size = 0 if unicodedata.combining(char) else 1
+            size += unicodedata.east_asian_width(char) in "WF"
+            if char == "\n" or cells + size > width:
+                lines[-1] += styled(run, kind)
+                lines.append("")
+                run, cells = "", 0
+            if char != "\n":
+                run += char
+                cells += size
+        lines[-1] += styled(run, kind)
+    return lines
+
+
+class Watch:
+    """Looks on while a batch is filled: redraws it in place on a terminal, or else prints its first
+    sample at a few milestones. Without `text`, only a line of progress on stderr."""
+
+    def __init__(self, tokenizer, is_known, text):
+        self.tokenizer = tokenizer
+        self.is_known = is_known.tolist()
+        self.text = text
+        self.live = is_terminal(sys.stdout if text else sys.stderr)
+        self.height = 0  # lines of the picture that is on the terminal
+        self.drawn = -math.inf
+        self.begin()
+
+    def begin(self):
+        """A new batch."""
+        self.last = None
+        self.due = list(MILESTONES)
+
+    def __call__(self, tokens, nfe):
+        n_free = len(tokens) * self.is_known.count(False)
+        done = 1 - int((tokens == self.tokenizer.mask_id).sum()) / max(1, n_free)
+        if self.live and (time.monotonic() - self.drawn >= FRAME or (done == 1 and self.text)):
+            self.draw(tokens.tolist(), nfe, done)
+        elif not self.live and self.text and self.due and self.due[0] <= done < 1:
+            self.due = [share for share in self.due if share > done]
+            row = tokens[0].tolist()
+            print(f"[{done:.0%} after {nfe} passes] {self.tokenizer.decode(row)}", flush=True)
+
+    def draw(self, tokens, nfe, done):
+        size = shutil.get_terminal_size()
+        lines = [styled(f"{done:4.0%}, {nfe} passes", "note")]
+        if self.text:
+            for i, (row, before) in enumerate(zip(tokens, self.last or tokens, strict=True)):
+                lines += [styled("---", "note")] if i else []
+                lines += lines_of(self.tokenizer.spans(row, self.kinds(row, before)), size.columns)
+        del lines[max(1, size.lines - 1) :]  # what has scrolled away cannot be drawn over
+        stream = sys.stdout if self.text else sys.stderr
+        stream.write(self.back() + "\n".join(lines))
+        stream.flush()
+        self.height = len(lines)
+        self.last = tokens
+        self.drawn = time.monotonic()
+
+    def kinds(self, row, before):
+        for token, old, known in zip(row, before, self.is_known, strict=True):
+            if token == self.tokenizer.mask_id:
+                yield "mask"
+            else:
+                yield "known" if known else "new" if token != old else None
+
+    def back(self):
+        """Codes that wipe the picture and leave the cursor where it began."""
+        up = f"\x1b[{self.height - 1}A" if self.height > 1 else ""
+        return f"\r{up}\x1b[J" if self.height else ""
+
+    def erase(self):
+        stream = sys.stdout if self.text else sys.stderr
+        stream.write(self.back())
+        stream.flush()
+        self.height = 0
+
+
+# Command line
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(Sampler):
+    """The flags; see the text at the top."""
+
+    ckpt: str | None = None  # path, run folder or hf:OWNER/REPO/FILE; None: the newest
+    script: str | None = None  # an edited training script
+    weights: str = "ema"  # ema or raw
+    device: str = "auto"  # auto, cpu, cuda or mps
+    dtype: str = "auto"  # of DTYPES
+    prompt: str | None = None  # text to continue
+    infill: str | None = None  # text with blanks
+    blank: str | None = None  # tokens a blank, comma separated
+    n: int = 1  # samples
+    length: int | None = None  # tokens a sample
+    seed: int = 0  # of the samples, or of the noise of a score
+    watch: bool = False  # show the text appearing
+    score: str | None = None  # text or file to score
+    draws: int | None = None  # noise draws of a score
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_counts(self.n, self.seed)
+
+
+KINDS = {int: "a whole number", float: "a number"}
+
+
+def parse_args(argv):
+    """Flags --name=value -> Options."""
+    hints = typing.get_type_hints(Options)
+    given = {}
+    for arg in argv:
+        if arg in ("--help", "-h"):
+            print(__doc__.strip())
+            raise SystemExit(0)
+        name, equals, text = arg.partition("=")
+        key = name.removeprefix("--")
+        if not arg.startswith("--") or key not in hints:
+            close = difflib.get_close_matches(key, hints, n=1)
+            hint = f"did you mean --{close[0]}?" if close else "--help lists the flags"
+            raise SampleError(f"unknown flag {name}: {hint}")
+        if key in given:
+            raise SampleError(f"--{key} is given twice")
+        kind = (typing.get_args(hints[key]) or (hints[key],))[0]
+        if not equals and kind is not bool:
+            raise SampleError(f"--{key} needs a value: --{key}=...")
+        if kind is bool:
+            check(text in ("", "0", "1"), key, text, "0 or 1")
+            given[key] = text != "0"
+        else:
+            try:
+                given[key] = kind(text)
+            except ValueError:
+                raise SampleError(f"--{key}={text}: {KINDS[kind]} expected") from None
+    return Options(**given)
+
+
+def entropy_bits(tokens):
+    """Entropy in bits of a sample's own token frequencies: low when it repeats itself."""
+    counts = torch.tensor(tokens).unique(return_counts=True)[1]
+    return torch.special.entr(counts / counts.sum()).sum().item() / math.log(2)
+
+
+def blank_lengths(text):
+    """--blank as an int or, with commas, a list."""
+    try:
+        lengths = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise SampleError(f"--blank={text}: a whole number, or several as in 8,16") from None
+    return lengths if len(lengths) > 1 else lengths[0]
+
+
+def print_score(lm, opts):
+    text, what = opts.score, "the text given"
+    if os.path.isfile(text):
+        text, what = Path(text).read_text(encoding="utf-8", errors="replace"), f"file {text}"
+    draws = DEFAULT_DRAWS if opts.draws is None else opts.draws
+    live = is_terminal(sys.stderr)
+
+    def watch(share):
+        print(f"\r{share:4.0%}", end="", file=sys.stderr, flush=True)
+
+    score = lm.score(text, draws, opts.seed, watch if live else None)
+    if live:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    print(
+        f"{lm.summary}\n"
+        f"-log p <= {score.nats:.2f} +- {score.nats_stderr:.2f} nats,"
+        f" {score.bits_per_byte:.4f} +- {score.bits_stderr:.4f} bits per byte"
+        f" ({what}: {score.n_tokens} tokens, {score.n_bytes} bytes; {draws} noise draws,"
+        f" seed {opts.seed}, {lm.where})"
+    )
+
+
+def print_samples(lm, opts):
+    if opts.infill is None:
+        known, is_known = lm.canvas_for_prompt(opts.prompt or "", opts.length)
+    else:
+        blank = DEFAULT_BLANK if opts.blank is None else blank_lengths(opts.blank)
+        known, is_known = lm.canvas_for_infill(opts.infill, blank, opts.length)
+    fancy = is_terminal(sys.stdout)
+
+    def note(text):
+        print(styled(text, "note") if fancy else text, flush=True)
+
+    note(lm.summary)
+    watch = Watch(lm.tokenizer, is_known, opts.watch)
+    given = is_known.tolist()
+    nfe, seconds, entropies, n_new = 0, 0.0, [], 0
+    for batch in lm.batches(known, is_known, opts, n=opts.n, seed=opts.seed, watch=watch):
+        watch.erase()
+        watch.begin()
+        nfe += batch.nfe
+        seconds += batch.seconds
+        for row in batch.tokens:
+            new = [token for token, old in zip(row, given, strict=False) if not old]
+            entropies.append(entropy_bits(new))
+            n_new += len(new)
+            if opts.n > 1:
+                note(f"--- sample {len(entropies)} of {opts.n}")
+            if fancy:
+                kinds = ["known" if old else None for old in given[: len(row)]]
+                for text, kind in lm.tokenizer.spans(row, kinds):
+                    print(styled(printable(text), kind), end="")
+                print("\n")
+            else:
+                print(lm.tokenizer.decode(row) + "\n", flush=True)
+    note(
+        f"NFE {nfe}, {n_new / seconds:.0f} tokens/s, {lm.where}, {opts.describe()},"
+        f" entropy {sum(entropies) / len(entropies):.2f} bits"
+    )
+
+
+def run(opts):
+    modes = [name for name in ("prompt", "infill", "score") if getattr(opts, name) is not None]
+    if len(modes) > 1:
+        raise SampleError(f"--{modes[0]} and --{modes[1]} exclude each other: drop one")
+    for name, needed in (("blank", "infill"), ("draws", "score")):
+        if getattr(opts, name) is not None and needed not in modes:
+            raise SampleError(f"--{name} goes with --{needed}: add it or drop --{name}")
+    lm = load(opts.ckpt, opts.script, opts.weights, opts.device, opts.dtype)
+    if opts.score is None:
+        print_samples(lm, opts)
+    else:
+        print_score(lm, opts)
+
+
+def main(argv):
+    try:
+        run(parse_args(argv))
+    except SampleError as error:
+        print(f"sample.py: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # as in "sample.py | head"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
+    main(sys.argv[1:])
