@@ -382,9 +382,9 @@ class Reader:
             if self.parts[index].split is None and "hash" in rule and first:
                 split = "val" if document_hash(text) <= rule["hash"] else "train"
             elif self.parts[index].split is None and "tail" in rule:
-                left = max(0, rule["tail"] - self.counts["tail_bytes"])
-                self.counts["tail_bytes"] += utf8_bytes(text)
-                if left < utf8_bytes(text):
+                size, left = utf8_bytes(text), max(0, rule["tail"] - self.counts["tail_bytes"])
+                self.counts["tail_bytes"] += size
+                if left < size:
                     head = text.encode()[:left].decode(errors="ignore")  # ends on a character
                     if head:
                         yield "train", first, head
@@ -614,7 +614,7 @@ def write_atomically(path, data):
 
 
 def write_json(path, value):
-    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
+    write_atomically(path, (json.dumps(value) + "\n").encode())
 
 
 def read_json(path):
@@ -762,7 +762,7 @@ def in_order(pool, work, stream, ahead):
 
 def tokenize(cfg, parts, tokenizer, folder, state):
     """The pipeline: this thread reads and writes in order, the workers tokenize."""
-    rule, position = state["rule"], state["position"] or {"part": 0, "pieces": 0, "counts": {}}
+    rule, position = state["rule"], state["position"]
     limits = {"train": cfg.max_tokens} if cfg.max_tokens else {}
     if limits and "hash" in rule:  # a short run has its share of validation, too
         limits["val"] = math.ceil(VAL_FRACTION * cfg.max_tokens)
@@ -918,16 +918,17 @@ def prepare(cfg):
 def build(cfg, folder):
     """Write all but meta.json -> its content, and counts of what was odd in the text."""
     state = read_json(folder / STATE) if (folder / STATE).exists() else None
-    if not state and any(folder.glob("*.bin")) and cfg.name != "finewebedu10B":
+    if state is None and any(folder.glob("*.bin")) and cfg.name != "finewebedu10B":
         fail(f"{folder}: holds .bin files of another origin; give another --out")
     parts, source = corpus(cfg, folder)
     settings = settings_of(cfg, parts)
-    resumed = bool(state and state["position"])
+    resumed = state is not None
     if resumed:
         refuse_other(folder, "an unfinished run", state["settings"], settings)
         print(f"{cfg.name}: going on from an earlier run", file=sys.stderr)
     else:
-        state = {"settings": settings, "rule": split_rule(parts, cfg.text_key), "position": None,
+        state = {"settings": settings, "rule": split_rule(parts, cfg.text_key),
+                 "position": {"part": 0, "pieces": 0, "counts": {}},
                  "shards": {"finished": {}, "totals": {}, "current": {}}}
     tokenizer = make_tokenizer(cfg, parts, state["rule"], folder / TOKEN_FILE, resumed)
     if cfg.name == "finewebedu10B":
