@@ -59,7 +59,7 @@ MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
 BLOCK_BYTES = 1 << 20  # one read of a file
 PIECE_CHARS = 1 << 19  # longest text tokenized in one go, and size of a batch of short ones
 HASH_CHARS = 1 << 16  # a document's split depends on its start, since the rest may not be read yet
-MAX_LINE = 1 << 26  # longest .jsonl line in bytes: it is parsed whole
+MAX_LINE = 1 << 25  # longest .jsonl line in bytes: it is parsed whole
 BPE_CHARS = 50_000_000  # a BPE is trained on this much of the training text, from the start
 FEW_DOCUMENTS, TAIL = 20, 0.1
 VAL_FRACTION, SCAN_DOCUMENTS = 0.02, 2000  # the hash that gives 2% is found on the first 2,000
@@ -276,7 +276,7 @@ def hub_texts(builder, path, key):
 
 
 class Reader:
-    """Reads parts as blocks (first, text), where `first` marks the start of a document."""
+    """Reads parts as blocks (first, text, UTF-8 bytes); `first` marks the start of a document."""
     def __init__(self, parts, text_key, counts=None):
         self.parts, self.text_key, self.file, self.index = parts, text_key, None, 0
         self.before = list(itertools.accumulate((p.size for p in parts), initial=0))
@@ -307,18 +307,16 @@ class Reader:
             fail(f"{part.path}: {reason}; mend or replace the file")
 
     def decode(self, raw):
+        """-> text, its bytes in UTF-8; NUL goes, since it marks documents among byte tokens."""
+        if b"\0" in raw:
+            self.counts["nul"] += raw.count(b"\0")
+            raw = raw.replace(b"\0", b"")
         try:
-            return raw.decode()
+            return raw.decode(), len(raw)
         except UnicodeDecodeError:
             text = raw.decode(errors="replace")
             self.counts["invalid"] += text.count("\ufffd") - raw.count("\ufffd".encode())
-            return text
-
-    def clean(self, text):
-        if "\0" in text:
-            self.counts["nul"] += text.count("\0")
-            text = text.replace("\0", "")
-        return text
+            return text, len(text.encode())
 
     def blocks(self, path, file):
         """A file as one document, in blocks that end between characters."""
@@ -333,11 +331,13 @@ class Reader:
                 if raw[-back] >= 0xC0 or raw[-back] < 0x80:
                     break
             raw, rest = raw[:len(raw) - end], raw[len(raw) - end:]
-            if text := self.clean(self.decode(raw)):
-                yield first, text
+            text, size = self.decode(raw)
+            if text:
+                yield first, text, size
                 first = False
-        if text := self.clean(self.decode(rest)):
-            yield first, text
+        text, size = self.decode(rest)
+        if text:
+            yield first, text, size
             first = False
         self.counts["empty"] += first
 
@@ -353,7 +353,7 @@ class Reader:
             if not line.strip():
                 continue
             try:
-                row = json.loads(self.decode(line))
+                row = json.loads(self.decode(line)[0])
             except (ValueError, RecursionError) as error:
                 fail(f"{where}: not JSON ({error}); mend or remove the line")
             if not isinstance(row, dict) or not isinstance(row.get(self.text_key), str):
@@ -370,19 +370,22 @@ class Reader:
         for text in texts:
             if not isinstance(text, str):
                 fail(f"{path}: a row holds {type(text).__name__} instead of text")
-            text = self.clean(text)
+            if "\0" in text:
+                self.counts["nul"] += text.count("\0")
+                text = text.replace("\0", "")
             self.counts["empty"] += not text
             for start in range(0, len(text), PIECE_CHARS):
-                yield start == 0, text[start:start + PIECE_CHARS]
+                block = text[start:start + PIECE_CHARS]
+                yield start == 0, block, len(block) if block.isascii() else len(block.encode())
 
     def route(self, index, rule):
         """Blocks of a part as (split, first, text), by its own split or by the corpus's rule."""
         split = self.parts[index].split
-        for first, text in self.read(index):
+        for first, text, size in self.read(index):
             if self.parts[index].split is None and "hash" in rule and first:
                 split = "val" if document_hash(text) <= rule["hash"] else "train"
             elif self.parts[index].split is None and "tail" in rule:
-                size, left = utf8_bytes(text), max(0, rule["tail"] - self.counts["tail_bytes"])
+                left = max(0, rule["tail"] - self.counts["tail_bytes"])
                 self.counts["tail_bytes"] += size
                 if left < size:
                     head = text.encode()[:left].decode(errors="ignore")  # ends on a character
@@ -393,10 +396,6 @@ class Reader:
                 else:
                     split = "train"
             yield split, first, text
-
-
-def utf8_bytes(text):
-    return len(text) if text.isascii() else len(text.encode())
 
 
 def document_hash(text):
@@ -413,13 +412,13 @@ def split_rule(parts, text_key):
     if all(part.split for part in parts):
         return {}
     reader, hashes, sizes = Reader(parts, text_key), [], Counter()
-    for first, text in (block for index, part in enumerate(parts) if part.split is None
-                        for block in reader.read(index)):
+    for first, text, size in (block for index, part in enumerate(parts) if part.split is None
+                              for block in reader.read(index)):
         if first and len(hashes) == SCAN_DOCUMENTS:
             break
         if first:
             hashes.append(document_hash(text))
-        sizes[hashes[-1]] += utf8_bytes(text)
+        sizes[hashes[-1]] += size
     total = sum(sizes.values())
     if len(hashes) < FEW_DOCUMENTS:
         return {"tail": total - int(total * TAIL)}
@@ -493,13 +492,14 @@ class Tokenizer:
         self.bos_id = len(self.ranks)
         self.vocab_size = self.bos_id + 1 if bpe else 256
         self.dtype = np.dtype("<u2" if self.vocab_size > 256 else "<u1")
-        self.byte_length = np.ones(self.vocab_size, np.int64)  # bytes of text that an id stands for
+        self.byte_length = np.ones(self.vocab_size, np.int32)  # of text that an id stands for
         for token, rank in self.ranks.items():
             self.byte_length[rank] = len(token)
         self.byte_length[self.bos_id] = 0
 
     def count(self, tokens):
-        return Counter(tokens=int(tokens.size), bytes=int(self.byte_length[tokens].sum()),
+        size = self.byte_length[tokens].sum(dtype=np.int64)
+        return Counter(tokens=int(tokens.size), bytes=int(size),
                        documents=int(np.count_nonzero(tokens == self.bos_id)))
 
     def encode(self, texts):
