@@ -18,7 +18,7 @@ under every tokenizer alike, counted and reported.
 
 Validation is the source's own, or --val_input, or the documents of lowest hash up to 2% of the
 text; a corpus of fewer than 20 documents gives its last 10%. Long documents are cut where the
-pre-tokenizer splits anyway, so the tokens are those of the whole (512K characters without such a
+pre-tokenizer splits anyway, so the tokens are those of the whole (64K characters without such a
 place are cut all the same). The same command after Ctrl-C or kill -9 goes on, and gives the same
 bytes.
 """
@@ -58,6 +58,7 @@ except ImportError:  # Windows: no lock, everything else works
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
 BLOCK_BYTES = 1 << 20  # one read of a file
 PIECE_CHARS = 1 << 19  # longest text tokenized in one go, and size of a batch of short ones
+CUT_CHARS = 1 << 16  # how far back from there a safe place to cut is looked for
 HASH_CHARS = 1 << 16  # a document's split depends on its start, since the rest may not be read yet
 MAX_LINE = 1 << 25  # longest .jsonl line in bytes: it is parsed whole
 BPE_CHARS = 50_000_000  # a BPE is trained on this much of the training text, from the start
@@ -209,7 +210,7 @@ def local_parts(flag, given, split=None):
         if not files:
             fail(f"--{flag}={item}: no such file, or no .txt or .jsonl (.gz, .xz) in the folder")
         found += files
-    return [local_part(path, split) for path in dict.fromkeys(found)]
+    return [local_part(path, split) for path in {p.resolve(): p for p in found}.values()]
 
 
 def stdlib_parts():
@@ -427,7 +428,7 @@ def split_rule(parts, text_key):
     return {"hash": order[max(1, bisect.bisect_right(reached, VAL_FRACTION * total)) - 1]}
 
 
-# GPT2_PATTERN starts a match here whatever stands around: before ASCII white space after something
+# GPT2_PATTERN starts a match here whatever stands around: before white space after something
 # else (no alternative runs from text into white space), and where letters, digits and marks change,
 # except after an apostrophe, which may begin a contraction.
 LETTER, DIGIT = r"A-Za-z\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3", "0-9"
@@ -438,13 +439,13 @@ CHANGE = re.compile(f"(?<=[{LETTER}])(?=[{DIGIT}{MARK}])|(?<=[{DIGIT}])(?=[{LETT
 
 def safe_cut(text, start, limit):
     """Last place in (start, limit] where a cut changes no token, or limit where there is none."""
-    at = limit
+    at, start = limit, max(start, limit - CUT_CHARS)
     while (at := max(text.rfind(" ", start, at), text.rfind("\n", start, at))) > start:
         at = start + len(text[start:at].rstrip())
         # rstrip takes all that \s matches and four control characters that it does not
-        if at > start and text[at] in " \t\r\n":
+        if at > start and text[at] not in "\x1c\x1d\x1e\x1f":
             return at
-    cuts = deque(CHANGE.finditer(text, max(start + 1, limit - HASH_CHARS), limit), maxlen=1)
+    cuts = deque(CHANGE.finditer(text, start + 1, limit), maxlen=1)
     return cuts[0].start() if cuts else limit
 
 
@@ -644,7 +645,7 @@ class Shards:
         self.finished = state["finished"]  # name -> counts and sha256
         self.totals = {split: Counter(c) for split, c in state["totals"].items()}
         self.current = {split: Counter(c) for split, c in state["current"].items()}  # and index
-        for path in folder.iterdir():
+        for path in list(folder.iterdir()):
             if OURS.fullmatch(path.name) and path.name not in self.finished:
                 split, index = path.name[:-4].removesuffix(".bin").split("_")
                 if int(index) != self.current.get(split, {}).get("index"):
@@ -764,8 +765,8 @@ def tokenize(cfg, parts, tokenizer, folder, state):
     """The pipeline: this thread reads and writes in order, the workers tokenize."""
     rule, position = state["rule"], state["position"]
     limits = {"train": cfg.max_tokens} if cfg.max_tokens else {}
-    if limits and "hash" in rule:  # a short run has its share of validation, too
-        limits["val"] = math.ceil(VAL_FRACTION * cfg.max_tokens)
+    if limits and "hash" in rule:  # half the usual share, so that training is seldom full before
+        limits["val"] = math.ceil(VAL_FRACTION / 2 * cfg.max_tokens)
     reader = Reader(parts, cfg.text_key, position["counts"])
     shards = Shards(folder, tokenizer, cfg.shard_tokens, limits, state["shards"])
     workers = cfg.workers or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity")
@@ -830,7 +831,7 @@ def fetch_published(cfg, folder):
         if not re.fullmatch(r"finewebedu_(train|val)_\d{6}\.bin", path.name):
             fail(f"{path}: of another origin; give another --out")
         names.add(path.name)
-    for number, name in enumerate(names := sorted(names, reverse=True), 1):
+    for number, name in enumerate(names := sorted(names, key=lambda n: ("train" in n, n)), 1):
         print(f"{cfg.name}: {name}, {number} of {len(names)}", file=sys.stderr)
         with hub_errors(cfg.name):
             hub.hf_hub_download(PUBLISHED, name, repo_type="dataset", local_dir=folder)
@@ -853,7 +854,7 @@ def corpus(cfg, folder):
         source = f"{HUB[cfg.name][0]} at {parts[0].stamp}"
     for split, given in (("test", cfg.test_input), ("val", cfg.val_input)):
         own = local_parts(f"{split}_input", given, split)
-        for path in {part.path for part in own} & {part.path for part in parts}:
+        for path in {Path(p.path).resolve() for p in own} & {Path(p.path).resolve() for p in parts}:
             fail(f"--{split}_input: {path} is among the other inputs, too; keep splits apart")
         parts = own + [part for part in parts if not own or part.split != split]
     if cfg.val_input:
@@ -866,13 +867,16 @@ def settings_of(cfg, parts):
     stamps = [(Path(p.path).name, p.kind, p.split, p.size, p.stamp) for p in parts]
     kept = ("name", "tokenizer", "max_tokens", "shard_tokens", "text_key")
     return {key: getattr(cfg, key) for key in kept} | {
+        "val_input": [Path(item).name for item in cfg.val_input],
+        "test_input": [Path(item).name for item in cfg.test_input],
         "inputs": hashlib.sha256(json.dumps(stamps).encode()).hexdigest()}
 
 
 def refuse_other(folder, what, was, settings):
     for key in settings:
         if was.get(key) != settings[key]:
-            other = "from other input files" if key == "inputs" else f"with --{key}={was.get(key)}"
+            other = {"inputs": "from other input files", "name": f"from {was.get('name')}"}.get(
+                key, f"with --{key}={was.get(key)}")
             fail(f"{folder}: holds {what} made {other}; give another --out, or delete that folder")
 
 
@@ -885,6 +889,8 @@ def prepare(cfg):
             del settings["inputs"]
         made = read_json(folder / "meta.json").get("settings", {})
         refuse_other(folder, "a data set", made, settings)
+        for name in (STATE, LOCK):  # of a run killed just before its end
+            (folder / name).unlink(missing_ok=True)
         print(f"{folder} is complete; nothing to do")
         return
     folder.mkdir(parents=True, exist_ok=True)
