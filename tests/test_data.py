@@ -460,10 +460,24 @@ def test_published_shards(tmp_path, tokenizer_of, capsys):
         assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_streaming_a_data_set(corpus):
+def test_streaming_a_data_set(tmp_path, corpus, capsys):
+    """A parquet file read as those on the hub are, here from a folder."""
     pytest.importorskip("datasets")
-    texts = [json.loads(line)["text"] for line in corpus.open()]
-    assert list(prepare_data.hub_texts("json", str(corpus), "text")) == texts
+    import pyarrow
+    import pyarrow.parquet
+    texts = [json.loads(line)["text"] for line in corpus.open()][:500] + ["", "a\0b", "x" * 600_000]
+    path = str(tmp_path / "a.parquet")
+    table = pyarrow.table({"id": list(range(len(texts))), "text": texts})
+    pyarrow.parquet.write_table(table, path, row_group_size=100)
+    reader = prepare_data.Reader([prepare_data.Part(path, "hub", None, 1, "")], "text")
+    found = list(prepare_data.pieces(reader.route(0, {"hash": -1}), 1_000_000))
+    assert [text for _, _, text in found] == [*texts[:500], "ab", texts[-1]]
+    assert reader.counts["nul"] == reader.counts["empty"] == 1
+    with pytest.raises(SystemExit) as stop:
+        part = prepare_data.Part(path + "x", "hub", None, 1, "")
+        list(prepare_data.Reader([part], "text").read(0))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "the same command tries again" in error.splitlines()[-1]
 
 
 @pytest.mark.parametrize("args, remedy", [
