@@ -563,7 +563,7 @@ def train_bpe(name, texts):
 
 
 def make_tokenizer(cfg, parts, rule, path, resumed):
-    """The tokenizer of a run; `path` keeps its vocabulary."""
+    """The tokenizer of a run; `path` keeps its vocabulary until the run is complete."""
     if cfg.tokenizer == "byte":
         return Tokenizer("byte")
     if cfg.tokenizer == "gpt2":
@@ -889,7 +889,7 @@ def prepare(cfg):
             del settings["inputs"]
         made = read_json(folder / "meta.json").get("settings", {})
         refuse_other(folder, "a data set", made, settings)
-        for name in (STATE, LOCK):  # of a run killed just before its end
+        for name in (STATE, TOKEN_FILE, LOCK):  # of a run killed just before its end
             (folder / name).unlink(missing_ok=True)
         print(f"{folder} is complete; nothing to do")
         return
@@ -908,7 +908,7 @@ def prepare(cfg):
                 folder.rmdir()
             raise
         write_json(folder / "meta.json", meta)
-        for name in (STATE, LOCK):
+        for name in (STATE, TOKEN_FILE, LOCK):
             (folder / name).unlink(missing_ok=True)
     for split, total in meta["splits"].items():
         print(f"{split:5} {total['tokens']:13,} tokens {total['bytes']:13,} bytes "
@@ -945,10 +945,13 @@ def build(cfg, folder):
         totals, finished, counts = tokenize(cfg, parts, tokenizer, folder, state)
     shards = {name: {key: finished[name][key] for key in ("tokens", "bytes", "sha256")}
               for name in sorted(finished)}
-    bpe = tokenizer.bpe
+    bpe, spelling = tokenizer.bpe, None
+    if bpe:  # bytes as the characters U+0000 to U+00FF; the document start spells nothing
+        by_rank = sorted(tokenizer.ranks, key=tokenizer.ranks.get)
+        spelling = [token.decode("latin-1") for token in by_rank] + [""]
     return {"format": 1, "name": cfg.name, "source": source, "tokenizer": cfg.tokenizer,
             "vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id,
-            "pattern": bpe._pat_str if bpe else None, "token_bytes": TOKEN_FILE if bpe else None,
+            "pattern": bpe._pat_str if bpe else None, "token_bytes": spelling,
             "byte_length": tokenizer.byte_length.tolist(), "splits": totals, "shards": shards,
             "settings": settings}, counts
 

@@ -48,10 +48,7 @@ def read_documents(folder, split):
     meta, tokens = read_meta(folder), read_split(folder, split)
     spelling = {i: bytes([i]) for i in range(256)}
     if meta["token_bytes"]:
-        import base64
-        lines = (folder / meta["token_bytes"]).read_text().split()
-        spelling = {int(rank): base64.b64decode(token)
-                    for token, rank in zip(lines[::2], lines[1::2], strict=True)}
+        spelling = [token.encode("latin-1") for token in meta["token_bytes"]]
     starts = np.flatnonzero(tokens == meta["bos_id"])
     assert not len(tokens) or starts[0] == 0
     ends = [*starts[1:], len(tokens)]

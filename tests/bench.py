@@ -1,0 +1,255 @@
+"""Benchmarks: one table, each row a ratio against a baseline measured in the same run.
+
+    make bench                      everything, a quarter of an hour on two cores
+    python tests/bench.py train     only the rows whose name starts so
+
+Each ratio is the median over rounds of ratios of neighbouring measurements, so that a machine whose
+speed drifts does no harm. Ratios above 1 favour this code; memory rows are used / baseline.
+"""
+
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import sample  # noqa: E402
+import train_mdlm as mdlm  # noqa: E402
+from muon import Muon  # noqa: E402
+
+ROUNDS = 7
+BF16 = torch.bfloat16
+
+
+def seconds(f):
+    start = time.perf_counter()
+    f()
+    return time.perf_counter() - start
+
+
+def row(name, what, shape, ours, baseline, unit):
+    """Print a row: paired measurements -> medians and the median of the ratios."""
+    ratio = median(a / b for a, b in zip(ours, baseline, strict=True))
+    print(f"| {name} | {what} | {shape} | {median(ours):,.4g} {unit} "
+          f"| {median(baseline):,.4g} {unit} | **{ratio:.2f}** |", flush=True)
+
+
+def rounds(*functions, n=ROUNDS):
+    """Interleaved times of several functions, after one call of each: a list for every one."""
+    for f in functions:
+        f()
+    times = [[seconds(f) for f in functions] for _ in range(n)]
+    return [list(column) for column in zip(*times, strict=True)]
+
+
+def text():
+    """A few megabytes of real text that every machine has."""
+    folder = Path(os.__file__).parent
+    return "".join(p.read_text(encoding="utf-8", errors="replace")
+                   for p in sorted(folder.glob("*.py")))
+
+
+def network(preset, batch, **names):
+    cfg = mdlm.Config(**(mdlm.PRESETS[preset] | {"vocab_size": 256, "dropout": 0.0} | names))
+    torch.manual_seed(0)
+    model = mdlm.Model(cfg)
+    gen = torch.Generator().manual_seed(0)
+    x0 = torch.randint(cfg.vocab_size, (batch, cfg.seq_len), generator=gen)
+    return cfg, model, x0, mdlm.draw_noise(cfg, batch, gen)
+
+
+def full_logits_loss(model, x0, noise, cfg):
+    """The same loss as a plain script writes it: logits and cross entropy of every position."""
+    xt = mdlm.corrupt(x0, noise, cfg)
+    logits = model(xt, noise.sigma)
+    ce = F.cross_entropy(logits.flatten(0, 1), x0.flatten(), reduction="none").view(x0.shape)
+    return (noise.weight[:, None] * ce * (xt != x0)).sum() / x0.numel()
+
+
+def plain_attention(q, k, v, ctx):
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.size(1) != k.size(1))
+
+
+def train():
+    """Forward and backward at the shape of shakespeare_10m."""
+    batch = 16
+    steps = {}
+    for name, compiled, dtype in (("gathered rows", False, torch.float32),
+                                  ("bf16", False, BF16), ("bf16, compiled", True, BF16)):
+        cfg, model, x0, noise = network("shakespeare_10m", batch)
+        if compiled:
+            for layer in model.layers:
+                layer.compile(dynamic=False)
+
+        def step(model=model, dtype=dtype, x0=x0, noise=noise, cfg=cfg):
+            model.zero_grad()
+            with torch.autocast("cpu", dtype, enabled=dtype == BF16):
+                mdlm.loss_fn(model, x0, noise, cfg).backward()
+
+        steps[name] = step
+    plain = network("shakespeare_10m", batch)[1]
+
+    def baseline():
+        ours, mdlm.attend = mdlm.attend, plain_attention
+        plain.zero_grad()
+        full_logits_loss(plain, x0, noise, cfg).backward()
+        mdlm.attend = ours
+
+    times = rounds(*steps.values(), baseline)
+    rate = [[batch * cfg.seq_len / t for t in column] for column in times]
+    for name, column in zip(steps, rate, strict=False):
+        row("train", f"{name} / plain fp32 eager, full logits, SDPA",
+            f"6L 384, T {cfg.seq_len}, {batch} rows, {'bf16' if 'bf16' in name else 'fp32'}",
+            column, rate[-1], "tok/s")
+
+
+def muon():
+    """Muon's step against PyTorch's, on the matrices of two presets."""
+    for preset, width in (("tiny", "4L 256"), ("shakespeare_10m", "6L 384")):
+        params = [p for n, p in network(preset, 2)[1].named_parameters() if mdlm.is_hidden(n)]
+        twins = [p.detach().clone().requires_grad_() for p in params]
+        for p, q in zip(params, twins, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        ours = Muon(params, lr=0.02, weight_decay=0.1)
+        torchs = torch.optim.Muon(twins, lr=0.02, weight_decay=0.1, adjust_lr_fn="original")
+        times = rounds(ours.step, torchs.step)
+        row("muon", "step / torch.optim.Muon", f"{width}, bf16",
+            *([1 / t for t in column] for column in times), "steps/s")
+
+
+def loader():
+    """Reading windows and drawing noise against what training consumes."""
+    cfg, model, x0, noise = network("shakespeare_10m", 64)
+    with tempfile.TemporaryDirectory() as folder:
+        tokens = np.random.default_rng(0).integers(1, 256, 10_000_000).astype(np.uint8)
+        header = np.zeros(256, "<i4")
+        header[:5] = 20240520, 1, len(tokens), 1, 256
+        Path(folder, "train_000001.bin").write_bytes(header.tobytes() + tokens.tobytes())
+        windows = mdlm.Windows(folder, "train", cfg.seq_len)
+        position = iter(range(0, 10**9, 64))
+
+        def load():
+            windows.read(mdlm.training_rows(windows, next(position), 64, cfg), 256)
+            mdlm.draw_noise(cfg, 64, torch.Generator().manual_seed(0))
+
+        def step():
+            model.zero_grad()
+            with torch.autocast("cpu", BF16):
+                mdlm.loss_fn(model, x0, noise, cfg).backward()
+
+        times = rounds(load, step, n=3)
+    rate = [[x0.numel() / t for t in column] for column in times]
+    row("loader", "windows and noise / training need", f"T {cfg.seq_len}, 64 rows, bf16", *rate,
+        "tok/s")
+
+
+def tokenizer():
+    """prepare_data.py on all cores against one core of tiktoken, whole processes."""
+    import tiktoken
+
+    try:
+        gpt2 = tiktoken.get_encoding("gpt2")
+    except Exception as e:  # it comes over the network
+        print(f"| tokenizer | no GPT-2 vocabulary here ({type(e).__name__}) | | | | |")
+        return
+    corpus = text() * 8
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "text.txt")
+        path.write_text(corpus, encoding="utf-8")
+        n_bytes = path.stat().st_size
+        runs = iter(range(100))
+
+        def ours():
+            command = ["prepare_data.py", "files", f"--input={path}", "--tokenizer=gpt2",
+                       f"--out={folder}/{next(runs)}"]
+            subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True)
+
+        def single():
+            for start in range(0, len(corpus), 1 << 19):
+                gpt2.encode_ordinary(corpus[start:start + (1 << 19)])
+
+        times = rounds(ours, single, n=3)
+    cores = len(os.sched_getaffinity(0))
+    rate = [[n_bytes / 1e6 / t for t in column] for column in times]
+    row("tokenizer", f"prepare_data.py on {cores} cores / tiktoken on one",
+        f"{n_bytes / 1e6:.0f} MB of source code, gpt2, start-up included", *rate, "MB/s")
+
+
+def sampling():
+    """Tokens per second of every sampler against first-hitting, one network pass a token."""
+    cfg, model, *_ = network("tiny", 2)
+    model.eval()
+    with torch.no_grad():
+        model.head.weight.normal_(std=0.02)  # untrained, but not uniform
+    batch, length = 4, 128
+    known = torch.zeros(batch, length, dtype=torch.int64)
+
+    def sampler(**how):
+        def run():
+            mdlm.generate(model, cfg, known, known > 0, gen=torch.Generator().manual_seed(0), **how)
+        return run
+
+    half = length // 2
+    ways = {
+        f"ancestral, {half} steps": dict(steps=half),
+        f"ancestral, {length} steps": dict(steps=length),
+        f"confidence, {half} steps": dict(steps=half, choose=sample.ordered("confidence")),
+        f"entropy, {length // 8} steps": dict(steps=length // 8, choose=sample.ordered("entropy")),
+        f"ReMDM loop, {length} steps": dict(steps=length, choose=sample.Remask("loop").choose),
+    }
+    times = rounds(*(sampler(**how) for how in ways.values()), sampler(steps=None), n=3)
+    rate = [[batch * length / t for t in column] for column in times]
+    for name, column in zip(ways, rate, strict=False):
+        row("sampling", f"{name} / first-hitting", f"4L 256, {batch} x {length} tokens, fp32",
+            column, rate[-1], "tok/s")
+
+
+def one_step_memory(gathered):
+    """Peak resident memory of a step at V = 50,257, GiB; run in a process of its own."""
+    cfg, model, x0, noise = network("shakespeare_10m", 4, vocab_size=50257, seq_len=1024)
+    loss = mdlm.loss_fn if gathered else full_logits_loss
+    with torch.autocast("cpu", BF16):
+        loss(model, x0, noise, cfg).backward()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+
+
+def memory():
+    peaks = []
+    for gathered in (True, False):
+        command = [sys.executable, __file__, f"--memory={int(gathered)}"]
+        peaks.append(float(subprocess.run(command, check=True, capture_output=True).stdout))
+    row("memory", "peak of a step, head on masked rows / on all rows",
+        "6L 384, V 50,257, T 1,024, 4 rows, bf16", peaks[:1], peaks[1:], "GiB")
+
+
+BENCHMARKS = {f.__name__: f for f in (train, muon, loader, tokenizer, sampling, memory)}
+
+
+def main(argv):
+    if argv and argv[0].startswith("--memory="):
+        return one_step_memory(argv[0].endswith("1"))
+    unknown = [a for a in argv if not any(name.startswith(a) for name in BENCHMARKS)]
+    if unknown:
+        print(f"bench.py: no benchmark {unknown[0]}: {', '.join(BENCHMARKS)}", file=sys.stderr)
+        raise SystemExit(2)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU\n")
+    print("| what | ours / baseline | shape, dtype | ours | baseline | ratio |")
+    print("|---|---|---|---|---|---|")
+    for name, run in BENCHMARKS.items():
+        if not argv or any(name.startswith(a) for a in argv):
+            run()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
