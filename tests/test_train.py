@@ -217,24 +217,27 @@ RUN = ("--steps=120", "--eval_every=25", "--val_draws=2", "--log_every=4")
 RICH = ("--dropout=0.2", "--ema=0.9", "--ema_start=0.02", "--estimator=bernoulli",
         "--muon_beta2=0.95", "--cautious=1", "--micro_batch=4", "--cond_dim=16", "--unet=1",
         "--n_layer=2")
-VARIANTS = {"plain": (), "rich": RICH, "adamw": ("--optimizer=adamw", "--lr=0.003")}
+VARIANTS = {"plain": (), "rich": RICH,
+            "started": ("--optimizer=adamw", "--lr=0.003", "--ema=0.9", "--init_from={start}")}
 # Who is stopped how: (variant, signal, further flags).
 STOPS = {
     "SIGTERM": ("rich", signal.SIGTERM, ()),
     "SIGUSR1": ("plain", signal.SIGUSR1, ()),
-    "SIGINT": ("adamw", signal.SIGINT, ()),
+    "SIGINT": ("started", signal.SIGINT, ()),
     "SIGKILL": ("plain", signal.SIGKILL, ("--ckpt_every=6",)),
 }
 
 
+def long_run(variant, data, short_run, out, *flags):
+    flags = (*VARIANTS[variant], *flags, f"--data={data}", f"--out={out}")
+    return tiny(*RUN, *(x.format(start=short_run[0] / "ckpt.pt") for x in flags))
+
+
 @pytest.fixture(scope="module")
-def stopped(data, runs):
+def stopped(data, short_run, runs):
     """{how: (folder, result)} of runs that were told to stop early on."""
-    processes = {}
-    for how, (variant, _, flags) in STOPS.items():
-        out = runs / how
-        processes[how] = launch(SCRIPT, *tiny(*RUN, *VARIANTS[variant], *flags, f"--data={data}",
-                                             f"--out={out}"))
+    processes = {how: launch(SCRIPT, *long_run(variant, data, short_run, runs / how, *flags))
+                 for how, (variant, _, flags) in STOPS.items()}
 
     def stop(how):
         # SIGKILL comes after a checkpoint and after steps that it does not have.
@@ -247,12 +250,12 @@ def stopped(data, runs):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(data, runs):
+def uninterrupted(data, short_run, runs):
     """{variant: (folder, result)} of the same runs left alone."""
     results = {}
-    for variant, flags in VARIANTS.items():
+    for variant in VARIANTS:
         out = runs / f"whole-{variant}"
-        results[variant] = out, train_tiny(*RUN, *flags, f"--data={data}", f"--out={out}")
+        results[variant] = out, train(*long_run(variant, data, short_run, out))
         assert results[variant][1].status == 0, results[variant][1].err
     return results
 
@@ -285,6 +288,8 @@ def test_stopped_run_continues_bit_for_bit(how, stopped, uninterrupted):
     assert [x["step"] for x in lines if "loss" in x] == list(range(4, 121, 4))
     assert [x["step"] for x in lines if "val_nelbo" in x] == [25, 50, 75, 100, 120]
     assert evaluations(again.out)[-1] == evaluations(straight.out)[-1]
+    alone = train("--eval_only=1", f"--init_from={folder / 'ckpt.pt'}")
+    assert evaluations(alone.out) == evaluations(straight.out)[-1:], alone.err
 
 
 def test_finished_run_stays_as_it_is(short_run):
@@ -313,7 +318,8 @@ def test_previous_checkpoint_is_kept_and_log_holds_the_source(short_run):
 def test_speed_is_that_of_the_steps_shown(data, tmp_path):
     """One line for all of a run that is shorter than --log_every: tokens a second follow from the
     time a step."""
-    result = train_tiny("--steps=3", "--log_every=50", f"--data={data}", f"--out={tmp_path / 'run'}")
+    result = train_tiny("--steps=3", "--log_every=50", f"--data={data}",
+                        f"--out={tmp_path / 'run'}")
     speed = float(re.search(r"tok/s:(\d+)", result.out)[1])
     seconds = float(re.search(r"step_avg:([\d.]+)ms", result.out)[1]) / 1000
     assert speed == pytest.approx(ROWS * SEQ_LEN / seconds, rel=0.01)
@@ -518,7 +524,7 @@ def test_evaluation_does_not_depend_on_the_micro_batch(short_run):
 # ----------------------------------------------------------------------------- optimization
 def test_average_follows_its_formula(data, tmp_path):
     """ema <- d ema + (1 - d) p with d = min(ema, (1 + n) / (10 + n)) after step n = 0, 1, .."""
-    out, decay, weights = tmp_path / "run", 0.2, []
+    out, decay, weights, average = tmp_path / "run", 0.2, [], {}
     flags = tiny(*CONSTANT_RATE, f"--data={data}", f"--ema={decay}")
     for n in range(4):
         more = (f"--out={out}", f"--steps={n + 1}")
@@ -527,8 +533,7 @@ def test_average_follows_its_formula(data, tmp_path):
         state = checkpoint(out)
         weights.append({k: v.double() for k, v in state["model"].items()})
         d = min(decay, (1 + n) / (10 + n))
-        average = weights[0] if not n else \
-            {k: d * average[k] + (1 - d) * v for k, v in weights[n].items()}
+        average = {k: d * average.get(k, v) + (1 - d) * v for k, v in weights[n].items()}
         for k, v in average.items():
             assert state["ema"][k].dtype == torch.float32
             assert torch.allclose(state["ema"][k].double(), v, atol=1e-5), (n, k)
@@ -749,11 +754,10 @@ def bare(tmp_path_factory):
     for name in ("fineweb_train_000001.bin", "fineweb_val_000000.bin"):
         write_shard(folder / name, rng.integers(0, 50_257, 1024), itemsize=2, stated=0)
     (folder / "empty").mkdir()
-    nowhere = "http://127.0.0.1:9"
+    empty, nowhere = str(folder / "empty"), "http://127.0.0.1:9"
     flags = tiny("--compile=1", f"--data={folder}", f"--out={folder / 'run'}", "--steps=2")
-    return finish(launch(
-        SCRIPT, *flags, PATH=str(folder / "empty"), CXX="", TIKTOKEN_CACHE_DIR=str(folder / "empty"),
-        https_proxy=nowhere, HTTPS_PROXY=nowhere, HOME=str(folder / "empty")))
+    return finish(launch(SCRIPT, *flags, PATH=empty, HOME=empty, CXX="", TIKTOKEN_CACHE_DIR=empty,
+                         https_proxy=nowhere, HTTPS_PROXY=nowhere))
 
 
 def test_published_shards_without_meta_json(bare):
@@ -820,6 +824,7 @@ def assert_refused(result, *words):
     (["--preset=tinny"], ["--preset=tinny", "tiny"]),
     (["--steps=0"], ["--steps=0"]),
     (["--dropout=1"], ["--dropout=1"]),
+    (["--mlp_ratio=0.001"], ["--mlp_ratio=0.001"]),
     (["--mlp=gelu"], ["--mlp=gelu", "swiglu"]),
     (["--n_head=3"], ["--n_head=3", "32"]),
     (["--n_head=32"], ["--n_head=32"]),
@@ -995,7 +1000,8 @@ def bad_checkpoint(kind, good, path):
     elif kind == "code":
         torch.save(state | {"step": Touch(path.parent / "executed")}, path)
     elif kind == "pickle":
-        path.write_bytes(pickle.dumps({"model": Touch(path.parent / "executed")}))
+        code = {"model": Touch(path.parent / "executed")}
+        path.write_bytes(pickle.dumps(code, protocol=2))
     elif kind == "tensor":
         torch.save(torch.zeros(3), path)
     elif kind == "foreign":
