@@ -1,0 +1,1083 @@
+"""Training runs through the command line: resume, ranks, evaluation, data, bad input.
+
+Most runs happen in this process, since `main(argv)` is the command line; what needs a signal, a
+launcher or another environment is a process of its own, started early and collected late.
+"""
+import contextlib
+import errno
+import io
+import json
+import math
+import os
+import pickle
+import re
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+import train_mdlm
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "train_mdlm.py"
+SEQ_LEN, ROWS = 32, 8
+TINY = (f"--seq_len={SEQ_LEN}", f"--batch_tokens={ROWS * SEQ_LEN}", f"--micro_batch={ROWS}",
+        "--n_layer=1", "--n_head=2", "--n_embd=32", "--val_tokens=512", "--device=cpu",
+        "--dtype=fp32", "--compile=0", "--log_every=1")
+FROZEN = tuple(f"--{name}=0" for name in "lr embed_lr head_lr scalar_lr cond_lr".split())
+CONSTANT_RATE = ("--cooldown=0", "--momentum_warmup=0")  # a step then does not depend on --steps
+BYTES = 256
+LAUNCH_LIMIT = 120  # seconds, for a process that takes five on an idle machine
+
+
+class Result(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+def train(*flags):
+    """Run the command line in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    status = 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            train_mdlm.main(list(map(str, flags)))
+        except SystemExit as e:
+            status = e.code
+    return Result(status, out.getvalue(), err.getvalue())
+
+
+def tiny(*flags):
+    """TINY with these flags, which win."""
+    named = {x.partition("=")[0]: x for x in (*TINY, *map(str, flags))}
+    return tuple(named.values())
+
+
+def train_tiny(*flags):
+    return train(*tiny(*flags))
+
+
+def launch(*command, **environment):
+    """Start a process with one thread per rank; its output is read by `finish`."""
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+
+
+def finish(process, before=""):
+    out, err = process.communicate(timeout=LAUNCH_LIMIT)
+    return Result(process.returncode, before + out, err)
+
+
+def torchrun(*flags):
+    return launch("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT,
+                  *flags)
+
+
+def wait_for(process, pattern):
+    """Read the output up to a line that matches."""
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if re.search(pattern, line):
+            return seen
+    raise AssertionError(f"no {pattern!r} in:\n{seen}\n{process.stderr.read()}")
+
+
+def checkpoint(folder, name="ckpt.pt"):
+    return train_mdlm.load_checkpoint(str(folder / name))
+
+
+def strict_json(line):
+    def refuse(text):
+        raise ValueError(f"{text} is not JSON")
+
+    return json.loads(line, parse_constant=refuse)
+
+
+def log(folder):
+    return [strict_json(x) for x in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def evaluations(text):
+    """[(bound, standard error, bits per byte), ..] as printed."""
+    found = re.findall(r"val_nelbo:([\d.]+)\+-([\d.]+|n/a) bpb:([\d.]+|n/a)", text)
+    return [tuple(float("nan" if x == "n/a" else x) for x in line) for line in found]
+
+
+def tree(folder):
+    """Every path under a folder with its content."""
+    return {str(p): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+def write_shard(path, tokens, itemsize=1, stated=None):
+    """A shard by the description of the format; stated=0 is what the published ones say."""
+    header = np.zeros(256, "<i4")
+    header[:4] = 20240520, 1, len(tokens), itemsize if stated is None else stated
+    body = np.asarray(tokens).astype({1: np.uint8, 2: "<u2"}[itemsize])
+    path.write_bytes(header.tobytes() + body.tobytes())
+
+
+def write_meta(folder, table, **changes):
+    """meta.json of tokens that stand for these bytes; token 0 is BOS."""
+    meta = {"format": 1, "name": folder.name, "source": "test", "tokenizer": "bpe:test",
+            "vocab_size": len(table), "bos_id": 0, "pattern": None,
+            "token_bytes": [b.decode("latin-1") for b in table],
+            "byte_length": [len(b) for b in table], "splits": {}, "shards": {}}
+    (folder / "meta.json").write_text(json.dumps(meta | changes))
+
+
+def byte_table(n):
+    return [b""] + [bytes([i]) for i in range(1, n)]
+
+
+def babble(n, seed=0):
+    """n bytes of random words out of sixty."""
+    rng = np.random.default_rng(seed)
+    words = [rng.integers(97, 123, rng.integers(2, 7)) for _ in range(60)]
+    picked = [x for i in rng.integers(0, 60, n) for x in (*words[i], 32)]
+    return np.array(picked[:n])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Bytes without meta.json, the training text in two shards."""
+    folder = tmp_path_factory.mktemp("data")
+    text = babble(16_000)
+    write_shard(folder / "train_000001.bin", text[:9000])
+    write_shard(folder / "train_000002.bin", text[9000:14_000])
+    write_shard(folder / "val_000000.bin", text[14_000:])
+    write_shard(folder / "test_000000.bin", babble(2000, seed=1))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folder under which the runs that tests share lie."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def short_run(data, runs):
+    """A finished run of four steps: (folder, result). Tests leave it as it is."""
+    out = runs / "short"
+    return out, train_tiny(f"--data={data}", f"--out={out}", "--steps=4", "--eval_every=2",
+                      "--ckpt_every=3", "--ema=0.5", "--lr=0.01")
+
+
+def flat(state):
+    """Nested dicts and lists of a checkpoint -> {path: leaf}."""
+    if isinstance(state, dict | list | tuple):
+        items = state.items() if isinstance(state, dict) else enumerate(state)
+        return {f"{k}.{name}".rstrip("."): x for k, v in items for name, x in flat(v).items()}
+    return {"": state}
+
+
+def assert_same_state(a, b):
+    """All of two checkpoints but the flags and the clock."""
+    a, b = ({k: v for k, v in flat(x).items() if k.split(".")[0] != "config" and "seconds" not in k}
+            for x in (a, b))
+    assert a.keys() == b.keys()
+    for name, x in a.items():
+        same = torch.equal(x, b[name]) if isinstance(x, torch.Tensor) else x == b[name]
+        assert same, name
+
+
+def moments(state):
+    """Running means of the gradients, of every parameter that AdamW has."""
+    values = [s for o in state["optimizers"] for s in o["state"].values()]
+    return [s["exp_avg"] for s in values if "exp_avg" in s]
+
+
+def distance(a, b):
+    """Largest difference of any parameter between two checkpoints."""
+    return max(float((x - b["model"][n]).abs().max()) for n, x in a["model"].items())
+
+
+# ----------------------------------------------------------------------------- stop and resume
+RUN = ("--steps=120", "--eval_every=25", "--val_draws=2", "--log_every=4")
+RICH = ("--dropout=0.2", "--ema=0.9", "--ema_start=0.02", "--estimator=bernoulli",
+        "--muon_beta2=0.95", "--cautious=1", "--micro_batch=4", "--cond_dim=16", "--unet=1",
+        "--n_layer=2")
+VARIANTS = {"plain": (), "rich": RICH,
+            "started": ("--optimizer=adamw", "--lr=0.003", "--ema=0.9", "--init_from={start}")}
+# Who is stopped how: (variant, signal, further flags).
+STOPS = {
+    "SIGTERM": ("rich", signal.SIGTERM, ()),
+    "SIGUSR1": ("plain", signal.SIGUSR1, ()),
+    "SIGINT": ("started", signal.SIGINT, ()),
+    "SIGKILL": ("plain", signal.SIGKILL, ("--ckpt_every=6",)),
+}
+
+
+def long_run(variant, data, short_run, out, *flags):
+    flags = (*VARIANTS[variant], *flags, f"--data={data}", f"--out={out}")
+    return tiny(*RUN, *(x.format(start=short_run[0] / "ckpt.pt") for x in flags))
+
+
+@pytest.fixture(scope="module")
+def stopped(data, short_run, runs):
+    """{how: (folder, result)} of runs that were told to stop early on."""
+    processes = {how: launch(SCRIPT, *long_run(variant, data, short_run, runs / how, *flags))
+                 for how, (variant, _, flags) in STOPS.items()}
+
+    def stop(how):
+        # SIGKILL comes after a checkpoint and after steps that it does not have.
+        before = wait_for(processes[how], r"step:8/")
+        processes[how].send_signal(STOPS[how][1])
+        return runs / how, finish(processes[how], before)
+
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(STOPS, pool.map(stop, STOPS), strict=True))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data, short_run, runs):
+    """{variant: (folder, result)} of the same runs left alone."""
+    results = {}
+    for variant in VARIANTS:
+        out = runs / f"whole-{variant}"
+        results[variant] = out, train(*long_run(variant, data, short_run, out))
+        assert results[variant][1].status == 0, results[variant][1].err
+    return results
+
+
+@pytest.mark.parametrize("how", STOPS)
+def test_stopped_run_continues_bit_for_bit(how, stopped, uninterrupted):
+    folder, result = stopped[how]
+    expected = {"SIGTERM": 0, "SIGUSR1": 0, "SIGINT": 130, "SIGKILL": -signal.SIGKILL}[how]
+    assert result.status == expected, result.err
+    assert "Traceback" not in result.err
+    step = checkpoint(folder)["step"]
+    assert 6 <= step < 120
+    if how == "SIGKILL":
+        (folder / "ckpt.pt.partial").write_bytes(b"cut short")
+        again = train("--resume=1", f"--out={folder}")
+    else:
+        command = re.search(r"continue with: python (.*)", result.out)[1]
+        assert "--resume=1" in command
+        flags = shlex.split(command)
+        assert flags[0] == SCRIPT.name
+        if how == "SIGTERM":
+            again = finish(launch(*flags))
+        else:
+            again = train(*flags[1:])
+    assert again.status == 0, again.err
+    whole, straight = uninterrupted[STOPS[how][0]]
+    assert_same_state(checkpoint(folder), checkpoint(whole))
+    assert log(folder) == log(whole)
+    lines = log(folder)
+    assert [x["step"] for x in lines if "loss" in x] == list(range(4, 121, 4))
+    assert [x["step"] for x in lines if "val_nelbo" in x] == [25, 50, 75, 100, 120]
+    assert evaluations(again.out)[-1] == evaluations(straight.out)[-1]
+    alone = train("--eval_only=1", f"--init_from={folder / 'ckpt.pt'}")
+    assert evaluations(alone.out) == evaluations(straight.out)[-1:], alone.err
+
+
+def test_finished_run_stays_as_it_is(short_run):
+    folder, _ = short_run
+    before = checkpoint(folder)
+    result = train("--resume=1", f"--out={folder}")
+    assert result.status == 0
+    assert_same_state(before, checkpoint(folder))
+    assert [x["step"] for x in log(folder) if "loss" in x] == [1, 2, 3, 4]
+
+
+def test_previous_checkpoint_is_kept_and_log_holds_the_source(short_run):
+    folder, result = short_run
+    assert result.status == 0, result.err
+    assert checkpoint(folder)["step"] == 4
+    assert checkpoint(folder, "ckpt_prev.pt")["step"] == 3
+    assert {p.name for p in folder.glob("*.partial")} == set()
+    text = (folder / "log.txt").read_text()
+    assert text.startswith(SCRIPT.read_text())
+    assert (ROOT / "muon.py").read_text() in text
+    assert torch.__version__ in text and '"n_embd": 32' in text
+    for line in result.out.splitlines()[1:]:
+        assert line in text
+
+
+def test_speed_is_that_of_the_steps_shown(data, tmp_path):
+    """One line for all of a run that is shorter than --log_every: tokens a second follow from the
+    time a step."""
+    result = train_tiny("--steps=3", "--log_every=50", f"--data={data}",
+                        f"--out={tmp_path / 'run'}")
+    speed = float(re.search(r"tok/s:(\d+)", result.out)[1])
+    seconds = float(re.search(r"step_avg:([\d.]+)ms", result.out)[1]) / 1000
+    assert speed == pytest.approx(ROWS * SEQ_LEN / seconds, rel=0.01)
+
+
+def test_full_disk_keeps_the_checkpoint_before(data, tmp_path):
+    flags = (*CONSTANT_RATE, f"--data={data}", f"--out={tmp_path / 'run'}")
+    assert train_tiny(*flags, "--steps=2").status == 0
+    before = checkpoint(tmp_path / "run")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Room for the logs and not for a checkpoint.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, hard))
+    try:
+        result = train("--resume=1", "--steps=4", "--ckpt_every=1", f"--out={tmp_path / 'run'}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert result.status == 2
+    assert_refused(result, "run", os.strerror(errno.EFBIG))
+    assert_same_state(checkpoint(tmp_path / "run"), before)
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+# ----------------------------------------------------------------------------- ranks
+RANK_RUN = tiny(*CONSTANT_RATE, "--micro_batch=4", "--dropout=0.1", "--lr=0.005", "--ema=0.5",
+                "--eval_every=2")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(data, runs):
+    """Four steps on two ranks; and a run on two ranks that the launcher was told to stop."""
+    shared = (*RANK_RUN, f"--data={data}")
+    short = torchrun(*shared, "--steps=4", f"--out={runs / 'ranks'}")
+    long = torchrun(*shared, "--steps=100000", f"--out={runs / 'ranks-stopped'}")
+    before = wait_for(long, "step:3/")
+    long.send_signal(signal.SIGTERM)
+    return finish(short), finish(long, before)
+
+
+@pytest.fixture(scope="module")
+def one_rank(data, runs):
+    result = train(*RANK_RUN, f"--data={data}", "--steps=4", f"--out={runs / 'one-rank'}")
+    assert result.status == 0, result.err
+    return result
+
+
+def test_two_ranks_train_as_one(two_ranks, one_rank, runs):
+    result, _ = two_ranks
+    assert result.status == 0, result.err
+    assert distance(checkpoint(runs / "ranks"), checkpoint(runs / "one-rank")) < 1e-5
+    for a, b in zip(log(runs / "ranks"), log(runs / "one-rank"), strict=True):
+        # The batches, the noise and the dropout must be the same for the losses to agree so well.
+        assert a == pytest.approx(b, rel=1e-5)
+    assert len(evaluations(result.out)) == 2
+    # On the very same weights one rank prints the very same digits.
+    alone = train("--eval_only=1", f"--init_from={runs / 'ranks' / 'ckpt.pt'}")
+    assert evaluations(alone.out)[0] == evaluations(result.out)[-1]
+
+
+def test_run_of_two_ranks_goes_on_with_one(two_ranks, one_rank, runs, tmp_path):
+    for name in ("ranks", "one-rank"):
+        shutil.copytree(runs / name, tmp_path / name)
+        result = train("--resume=1", "--steps=6", f"--out={tmp_path / name}")
+        assert result.status == 0, result.err
+        assert [x["step"] for x in log(tmp_path / name) if "loss" in x] == [1, 2, 3, 4, 5, 6]
+    assert distance(checkpoint(tmp_path / "ranks"), checkpoint(tmp_path / "one-rank")) < 2e-5
+
+
+def test_stopping_the_launcher_saves(two_ranks, runs):
+    _, result = two_ranks
+    command = re.search(r"continue with: (.*)", result.out)
+    assert command, result.err
+    assert "torchrun --nproc_per_node=2" in command[1]
+    step = checkpoint(runs / "ranks-stopped")["step"]
+    assert 3 <= step < 100_000
+    again = train("--resume=1", f"--steps={step + 1}", f"--out={runs / 'ranks-stopped'}")
+    assert again.status == 0, again.err
+    assert log(runs / "ranks-stopped")[-1]["step"] == step + 1
+
+
+GENTLE = ("--optimizer=adamw",
+          *(f"--{name}=0.001" for name in "lr embed_lr head_lr scalar_lr".split()))
+
+
+@pytest.mark.parametrize("options", [(), ("--estimator=bernoulli", "--loss_weight=masked_mean")])
+def test_accumulation_gives_the_same_run(options, short_run, data, tmp_path):
+    """From trained weights and by AdamW: at the zero weights of a start, any optimizer that fixes
+    the size of its step makes large steps out of rounding errors."""
+    for micro in (2, 8):
+        result = train_tiny("--steps=4", "--eval_every=2", f"--data={data}", *options, *GENTLE,
+                            f"--init_from={short_run[0] / 'ckpt.pt'}", f"--micro_batch={micro}",
+                            f"--out={tmp_path / str(micro)}")
+        assert result.status == 0, result.err
+    a, b = checkpoint(tmp_path / "2"), checkpoint(tmp_path / "8")
+    assert distance(a, b) < 1e-5
+    for x, y in zip(moments(a), moments(b), strict=True):
+        assert torch.allclose(x, y, rtol=0, atol=1e-5 * float(y.abs().max()) + 1e-12)
+    for x, y in zip(log(tmp_path / "2"), log(tmp_path / "8"), strict=True):
+        assert x == pytest.approx(y, rel=1e-5)
+
+
+# ----------------------------------------------------------------------------- evaluation
+def save_iid(source, path, log_p):
+    """A checkpoint made to predict log_p (V,) everywhere, whatever stands around: all embeddings
+    equal, layers that add nothing. Then the bound of a window of one token a is -T log p(a), for
+    any mask, and the training loss under masked_mean is -log p(a)."""
+    state = torch.load(source, weights_only=True)
+    for name, p in state["model"].items():
+        if name == "embed.weight":
+            p.fill_(1.0)
+        elif name.endswith(("o.weight", "down.weight")):
+            p.zero_()
+        elif name == "head.weight":
+            p.copy_((log_p / p.shape[1])[:, None].expand_as(p))
+        elif name.endswith("residual"):
+            p.copy_(torch.tensor([1.0, 0.0]))
+    state["ema"] = None
+    torch.save(state, path)
+    return path
+
+
+def constant_windows(tokens):
+    return np.repeat(np.asarray(tokens), SEQ_LEN)
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory):
+    """Twelve tokens of 0 to 5 bytes; every window of val and test repeats one of them.
+
+    -> (folder, checkpoint of known log p, bytes of each token, tokens of val, tokens of test)
+    """
+    folder = tmp_path_factory.mktemp("bpe")
+    token_bytes = [b"", b"a", b"b", b"\xff", b"ab", b" a", "é".encode(), b"abc", b"\n\n\n",
+                   b"abab", b" abc", b"ababa"]
+    write_meta(folder, token_bytes)
+    val, test = [0, 1, 4, 4, 7, 11, 2, 9, 3, 10], [5, 6, 8, 1]
+    write_shard(folder / "train_000001.bin", np.arange(2000) % 12)
+    write_shard(folder / "val_000000.bin", np.append(constant_windows(val), [1, 2, 3]))
+    write_shard(folder / "test_000000.bin", constant_windows(test))
+    start = train_tiny(*FROZEN, f"--data={folder}", "--steps=1", f"--out={folder / 'run'}")
+    assert start.status == 0, start.err
+    log_p = torch.linspace(0, -9, 12, dtype=torch.float64).log_softmax(0)
+    ckpt = save_iid(folder / "run" / "ckpt.pt", folder / "iid.pt", log_p)
+    return folder, ckpt, token_bytes, val, test, -log_p.numpy(), start
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_bound_bits_per_byte_and_error_by_hand(split, bpe):
+    folder, ckpt, token_bytes, val, test, nats, start = bpe
+    windows = val if split == "val" else test
+    per_token = nats[windows]  # nats per token of each window
+    n_bytes = SEQ_LEN * sum(len(token_bytes[a]) for a in windows)
+    pairs = per_token.reshape(-1, 2).mean(1)
+    error = np.sqrt(((pairs - pairs.mean()) ** 2).sum() / (len(pairs) - 1) / len(pairs))
+    for draws in (1, 2):
+        before = tree(folder)
+        result = train("--eval_only=1", f"--init_from={ckpt}", f"--split={split}",
+                       f"--val_draws={draws}", "--val_tokens=100000")
+        assert result.status == 0, result.err
+        nelbo, se, bpb = evaluations(result.out)[0]
+        assert nelbo == pytest.approx(per_token.mean(), abs=1e-4)
+        assert se == pytest.approx(error, abs=1e-4)
+        assert bpb == pytest.approx(SEQ_LEN * per_token.sum() / math.log(2) / n_bytes, abs=1e-4)
+        assert re.search(rf"\b{len(windows) * SEQ_LEN}\b", result.out), "tokens are not stated"
+        assert re.search(rf"\b{n_bytes}\b", result.out), "bytes are not stated"
+        assert tree(folder) == before
+
+
+def test_untrained_model_scores_the_uniform_distribution(bpe):
+    """A head of zeros predicts every token alike: the bound is ln V to the last digit."""
+    *_, start = bpe
+    assert evaluations(start.out)[0][0] == round(math.log(12), 4)
+    assert evaluations(start.out)[0][1] == 0
+
+
+def test_val_tokens_limits_the_evaluation(bpe):
+    _, ckpt, _, val, _, nats, _ = bpe
+    result = train("--eval_only=1", f"--init_from={ckpt}", f"--val_tokens={4 * SEQ_LEN}")
+    assert evaluations(result.out)[0][0] == pytest.approx(nats[val[:4]].mean(), abs=1e-4)
+
+
+def test_eval_only_prints_the_digits_of_the_run(short_run, tmp_path):
+    folder, result = short_run
+    before = tree(folder)
+    alone = train("--eval_only=1", f"--init_from={folder / 'ckpt.pt'}")
+    assert alone.status == 0, alone.err
+    assert evaluations(alone.out) == evaluations(result.out)[-1:]
+    # More draws are another estimate of the same bound.
+    more = train("--eval_only=1", f"--init_from={folder / 'ckpt.pt'}", "--val_draws=3")
+    (a, error, _), (b, _, _) = evaluations(alone.out)[0], evaluations(more.out)[0]
+    assert 0 < abs(a - b) < 5 * error
+    assert tree(folder) == before
+
+
+def test_evaluation_does_not_depend_on_the_micro_batch(short_run):
+    """Masks come from a fixed seed, so that runs compare in pairs however memory cuts them."""
+    folder, result = short_run
+    other = train("--eval_only=1", f"--init_from={folder / 'ckpt.pt'}", "--micro_batch=4")
+    for a, b in zip(evaluations(other.out)[0], evaluations(result.out)[-1], strict=True):
+        assert a == pytest.approx(b, abs=2e-4)
+
+
+# ----------------------------------------------------------------------------- optimization
+def test_average_follows_its_formula(data, tmp_path):
+    """ema <- d ema + (1 - d) p with d = min(ema, (1 + n) / (10 + n)) after step n = 0, 1, .."""
+    out, decay, weights, average = tmp_path / "run", 0.2, [], {}
+    flags = tiny(*CONSTANT_RATE, f"--data={data}", f"--ema={decay}")
+    for n in range(4):
+        more = (f"--out={out}", f"--steps={n + 1}")
+        result = train("--resume=1", *more) if n else train(*flags, *more)
+        assert result.status == 0, result.err
+        state = checkpoint(out)
+        weights.append({k: v.double() for k, v in state["model"].items()})
+        d = min(decay, (1 + n) / (10 + n))
+        average = {k: d * average.get(k, v) + (1 - d) * v for k, v in weights[n].items()}
+        for k, v in average.items():
+            assert state["ema"][k].dtype == torch.float32
+            assert torch.allclose(state["ema"][k].double(), v, atol=1e-5), (n, k)
+    # Begun at half of the steps, it knows nothing of the first ones.
+    assert train(*flags, "--ema_start=0.5", "--steps=4", f"--out={tmp_path / 'late'}").status == 0
+    for k, v in checkpoint(tmp_path / "late")["ema"].items():
+        d = min(decay, 2 / 11)
+        assert torch.allclose(v.double(), d * weights[2][k] + (1 - d) * weights[3][k], atol=1e-5)
+
+
+def rates(data, out, *flags):
+    result = train_tiny(*FROZEN[1:], f"--data={data}", f"--out={out}", "--lr=0.01", "--steps=10",
+                   *flags)
+    assert result.status == 0, result.err
+    return np.array([x["lr"] for x in log(out) if "loss" in x]) / 0.01
+
+
+def test_learning_rate_schedules(data, tmp_path):
+    linear = rates(data, tmp_path / "a", "--cooldown=0.5", "--lr_end=0.1", "--warmup=4")
+    cooling = [0.1 + 0.9 * (10 - s) / 5 for s in range(5, 10)]
+    assert linear == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, *cooling], rel=1e-6)
+    cosine = rates(data, tmp_path / "b", "--lr_schedule=cosine", "--lr_end=0.2", "--warmup=2")
+    falling = [0.2 + 0.4 * (1 + math.cos(math.pi * s / 8)) for s in range(8)]
+    assert cosine == pytest.approx([0.5, 1.0, *falling], rel=1e-6)
+    assert rates(data, tmp_path / "c", "--cooldown=0") == pytest.approx([1.0] * 10)
+
+
+def test_gradient_is_clipped_to_its_norm(data, tmp_path):
+    """AdamW's first moment after one step is (1 - beta1) times the gradient that it was given."""
+    norms = {}
+    for clip in (0, 0.01, 100):
+        out = tmp_path / str(clip)
+        result = train_tiny("--optimizer=adamw", "--steps=1", f"--grad_clip={clip}",
+                       "--adam_beta1=0.75", f"--data={data}", f"--out={out}")
+        assert result.status == 0, result.err
+        squares = [float(m.double().square().sum()) for m in moments(checkpoint(out))]
+        norms[clip] = math.sqrt(sum(squares)) / 0.25
+        # What is logged is the norm before clipping.
+        assert log(out)[0]["grad_norm"] == pytest.approx(norms[0], rel=1e-4)
+    assert norms[0.01] == pytest.approx(0.01, rel=1e-3)
+    assert norms[100] == pytest.approx(norms[0], rel=1e-5)
+
+
+NARROW = ("--n_layer=2", "--n_embd=32", "--dtype=fp32", "--compile=0", "--device=cpu",
+          "--seq_len=32", "--batch_tokens=256", "--micro_batch=8", "--val_tokens=64", "--steps=2",
+          "--eval_every=0", "--warmup=0")
+NARROW_PRESETS = {
+    "": ("--n_head=2",),
+    "tiny": ("--n_head=2",),
+    "shakespeare_10m": ("--n_head=2",),
+    "fineweb_124m": ("--n_head=2",),
+    "golf_19m": (),
+    "tinystories_142m": ("--n_head=2", "--cond_dim=32"),
+}
+HIDDEN = re.compile(r"layers\.\d+\.(q|k|v|o|up|gate|down)\.weight")
+
+
+@pytest.mark.parametrize("preset", NARROW_PRESETS)
+def test_every_parameter_is_optimized_once(preset, data, tmp_path):
+    named = (f"--preset={preset}",) if preset else ()
+    result = train(*NARROW, *named, *NARROW_PRESETS[preset], f"--data={data}",
+                   f"--out={tmp_path / 'run'}")
+    assert result.status == 0, result.err
+    state = checkpoint(tmp_path / "run")
+    model, cfg = train_mdlm.build_model(state, weights="raw")
+    names = [n for n, _ in model.named_parameters()]
+    assert state["model"].keys() == set(names)
+    groups = [g for o in state["optimizers"] for g in o["param_groups"]]
+    assert sum(len(g["params"]) for g in groups) == len(names)
+
+    def sizes(tensors):
+        return sorted(tuple(x.shape) for x in tensors)
+
+    # One state of a parameter's shape for every parameter, Muon's for the hidden matrices.
+    values = [s for o in state["optimizers"] for s in o["state"].values()]
+    adam, muon = moments(state), [s["momentum"] for s in values if "momentum" in s]
+    hidden = [v for n, v in state["model"].items() if HIDDEN.fullmatch(n)]
+    others = [v for n, v in state["model"].items() if not HIDDEN.fullmatch(n)]
+    if cfg.optimizer == "muon":
+        assert sizes(muon) == sizes(hidden) and sizes(adam) == sizes(others)
+    else:
+        assert not muon and sizes(adam) == sizes(hidden + others)
+
+
+def test_every_preset_is_narrowed():
+    assert NARROW_PRESETS.keys() == {"", *train_mdlm.PRESETS}
+
+
+@pytest.mark.parametrize("options", [
+    ("--lr=0.02",),
+    ("--optimizer=adamw", "--lr=0.005"),
+    ("--estimator=bernoulli", "--schedule=cosine", "--loss_weight=elbo", "--cond_dim=16"),
+])
+def test_learns_a_rule(options, tmp_path):
+    """Tokens that count upwards modulo 16 from a random start: ln 16 nats a token by frequency,
+    a small part of that to who looks at the neighbours."""
+    rng = np.random.default_rng(0)
+    text = (np.arange(SEQ_LEN) + rng.integers(0, 16, (600, 1))) % 16
+    write_shard(tmp_path / "train_000001.bin", text[:500].ravel())
+    write_shard(tmp_path / "val_000000.bin", text[500:].ravel())
+    write_meta(tmp_path, byte_table(16))
+    result = train_tiny("--steps=120", "--eval_every=60", "--log_every=30", "--batch_tokens=1024",
+                   "--micro_batch=32", f"--data={tmp_path}", f"--out={tmp_path / 'run'}", *options)
+    assert result.status == 0, result.err
+    bounds = [x[0] for x in evaluations(result.out)]
+    assert bounds[1] < bounds[0]
+    assert bounds[1] < 0.7 * math.log(16)
+    # No bound may fall below the entropy: ln 16 for the start, nothing for the rest.
+    assert bounds[1] > math.log(16) / SEQ_LEN
+
+
+# ----------------------------------------------------------------------------- non-finite numbers
+POISON = 200  # a token that the text does not have and whose embedding is not a number
+
+
+@pytest.fixture
+def poisoned(short_run, tmp_path):
+    """(flags, data folder, writer of its training windows): the batch that holds POISON has no
+    finite loss, the others do not notice."""
+    state = torch.load(short_run[0] / "ckpt.pt", weights_only=True)
+    for weights in (state["model"], state["ema"]):
+        weights["embed.weight"][POISON] = math.nan
+    torch.save(state, tmp_path / "poisoned.pt")
+    write_shard(tmp_path / "val_000000.bin", babble(600))
+
+    def write_train(bad_steps, steps):
+        rows = babble(steps * ROWS * SEQ_LEN).reshape(steps, -1)
+        rows[[s - 1 for s in bad_steps]] = POISON
+        write_shard(tmp_path / "train_000001.bin", rows.ravel())
+
+    flags = tiny(f"--data={tmp_path}", f"--out={tmp_path / 'run'}", "--shuffle=0",
+                 f"--init_from={tmp_path / 'poisoned.pt'}", "--ckpt_every=1")
+    return flags, tmp_path, write_train
+
+
+def test_non_finite_steps_are_skipped_and_counted(poisoned):
+    flags, folder, write_train = poisoned
+    write_train((3, 4), 6)
+    result = train(*flags, "--steps=6", "--max_bad_steps=3", "--optimizer=adamw", "--lr=0.001")
+    assert result.status == 0, result.err
+    assert re.search(r"step:3\b.*skipped", result.out)
+    assert "skipped:2" in result.out
+    assert math.isfinite(evaluations(result.out)[-1][0])
+    steps = {x["step"]: x for x in log(folder / "run") if "loss" in x}
+    assert list(steps) == [1, 2, 3, 4, 5, 6]
+    # A step without a loss does not show one.
+    assert [s for s, x in steps.items() if x["loss"] is None] == [3, 4]
+    # AdamW made four steps, not six.
+    made = {float(s["step"]) for s in checkpoint(folder / "run")["optimizers"][0]["state"].values()}
+    assert made == {4.0}
+
+
+def test_too_many_non_finite_steps_stop_the_run(poisoned):
+    flags, folder, write_train = poisoned
+    write_train((2, 4, 5, 6, 7, 8), 8)
+    result = train(*flags, "--steps=8", "--max_bad_steps=3")
+    assert result.status not in (0, None)
+    assert result.err.count("\n") == 1 and "non-finite" in result.err
+    assert "step:7/" not in result.out, "the three bad steps in a row are 4, 5 and 6"
+    state = checkpoint(folder / "run")
+    finite = [v.isfinite().all() for n, v in state["model"].items() if n != "embed.weight"]
+    assert all(finite)
+    train_mdlm.build_model(state)
+
+
+def test_exploding_learning_rate_stops_the_run(data, tmp_path):
+    result = train_tiny("--steps=20", "--head_lr=1e38", "--max_bad_steps=4", f"--data={data}",
+                   f"--out={tmp_path / 'run'}", "--ckpt_every=1", "--eval_every=0")
+    assert result.status not in (0, None)
+    assert "Traceback" not in result.err and result.err.count("\n") == 1
+    train_mdlm.build_model(checkpoint(tmp_path / "run"))
+
+
+# ----------------------------------------------------------------------------- reading data
+def order_of_windows(folder, ckpt, out, log_p, *flags):
+    """Which window each step of one row read, told from the loss of the iid model."""
+    result = train_tiny(*FROZEN, f"--data={folder}", f"--init_from={ckpt}", f"--out={out}",
+                   f"--batch_tokens={SEQ_LEN}", "--micro_batch=1", "--estimator=bernoulli",
+                   "--schedule=sqrt", "--loss_weight=masked_mean", "--eval_every=0",
+                   "--steps=36", *flags)
+    assert result.status == 0, result.err
+    losses = np.array([x["loss"] for x in log(out) if "loss" in x])
+    gaps = np.abs(losses[:, None] + log_p.numpy()[None])
+    assert gaps.min(1).max() < 1e-3
+    return list(gaps.argmin(1) - 1)
+
+
+def test_windows_cover_the_shards_once_an_epoch(data, short_run, tmp_path):
+    """Twelve windows in three shards whose tails are no windows, each of one token."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    names = [f"fineweb_train_{i:06d}.bin" for i in (1, 2, 10)]
+    for name, ids in zip(names, (range(5), range(5, 6), range(6, 12)), strict=True):
+        tokens = constant_windows([i + 1 for i in ids])
+        write_shard(folder / name, np.append(tokens, [99] * 7))
+    shutil.copy(data / "val_000000.bin", folder / "fineweb_val_000000.bin")
+    log_p = torch.linspace(0, -30, BYTES, dtype=torch.float64).log_softmax(0)
+    ckpt = save_iid(short_run[0] / "ckpt.pt", tmp_path / "iid.pt", log_p)
+
+    def order(out, *flags):
+        return order_of_windows(folder, ckpt, tmp_path / out, log_p, *flags)
+
+    everything = list(range(12))
+    assert order("file", "--shuffle=0") == everything * 3
+    shuffled = order("shuffled")
+    epochs = [shuffled[i:i + 12] for i in (0, 12, 24)]
+    assert all(sorted(x) == everything for x in epochs)
+    assert everything not in epochs and epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    assert order("again") == shuffled
+    assert order("seed", "--seed=1") != shuffled
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """Published GPT-2 shards, on a machine without C++ compiler, vocabulary or network."""
+    folder = tmp_path_factory.mktemp("bare")
+    rng = np.random.default_rng(0)
+    for name in ("fineweb_train_000001.bin", "fineweb_val_000000.bin"):
+        write_shard(folder / name, rng.integers(0, 50_257, 1024), itemsize=2, stated=0)
+    (folder / "empty").mkdir()
+    empty, nowhere = str(folder / "empty"), "http://127.0.0.1:9"
+    flags = tiny("--compile=1", f"--data={folder}", f"--out={folder / 'run'}", "--steps=2")
+    return finish(launch(SCRIPT, *flags, PATH=empty, HOME=empty, CXX="", TIKTOKEN_CACHE_DIR=empty,
+                         https_proxy=nowhere, HTTPS_PROXY=nowhere))
+
+
+def test_published_shards_without_meta_json(bare):
+    assert bare.status == 0, bare.err
+    nelbo, _, bpb = evaluations(bare.out)[0]
+    assert math.isfinite(nelbo) and math.isnan(bpb)
+    assert "Traceback" not in bare.err
+    assert "TIKTOKEN_CACHE_DIR" in bare.out + bare.err
+
+
+def test_no_compiler_is_said_and_survived(bare):
+    assert bare.status == 0, bare.err
+    assert "without torch.compile" in bare.out + bare.err
+
+
+# ----------------------------------------------------------------------------- machine
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no compiler")
+def test_compiled_losses_equal_eager_ones(data, tmp_path):
+    flags = tiny("--steps=3", "--eval_every=0", f"--data={data}", "--ema=0.5", "--lr=0.01")
+    flags = [x for x in flags if x != "--compile=0"]
+    compiled = launch(SCRIPT, *flags, "--compile=1", f"--out={tmp_path / 'compiled'}")
+    assert train(*flags, "--compile=0", f"--out={tmp_path / 'eager'}").status == 0
+    result = finish(compiled)
+    assert result.status == 0, result.err
+    assert "without torch.compile" not in result.out
+    for a, b in zip(log(tmp_path / "compiled"), log(tmp_path / "eager"), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    a, b = checkpoint(tmp_path / "compiled"), checkpoint(tmp_path / "eager")
+    assert a["model"].keys() == b["model"].keys()
+    # A compiled run's checkpoint is one like any other.
+    train_mdlm.build_model(a)
+
+
+def test_bf16_on_cpu_stays_close(data, tmp_path):
+    for dtype in ("bf16", "fp32"):
+        result = train_tiny("--steps=3", f"--data={data}", f"--dtype={dtype}",
+                       f"--out={tmp_path / dtype}")
+        assert result.status == 0, result.err
+    a, b = (log(tmp_path / x) for x in ("bf16", "fp32"))
+    assert [x["loss"] for x in a[:3]] == pytest.approx([x["loss"] for x in b[:3]], rel=0.02)
+    assert a != b
+
+
+# ----------------------------------------------------------------------------- bad input
+def assert_refused(result, *words):
+    assert result.status == 2, result
+    assert result.err.count("\n") == 1 and result.err.endswith("\n"), result.err
+    for word in words:
+        assert word in result.err, result.err
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--n_embed=32"], ["--n_embed", "n_embd"]),
+    (["--frobnicate=1"], ["--frobnicate"]),
+    (["n_embd=32"], ["n_embd=32"]),
+    (["--lr=0.1", "--lr=0.1"], ["--lr", "twice"]),
+    (["--steps=many"], ["--steps=many"]),
+    (["--steps=1.5"], ["--steps=1.5"]),
+    (["--lr=fast"], ["--lr=fast"]),
+    (["--lr=nan"], ["--lr=nan"]),
+    (["--ema"], ["--ema"]),
+    (["--shuffle=perhaps"], ["--shuffle=perhaps"]),
+    (["--block_size=128"], ["--block_size", "--seq_len"]),
+    (["--preset=tinny"], ["--preset=tinny", "tiny"]),
+    (["--steps=0"], ["--steps=0"]),
+    (["--dropout=1"], ["--dropout=1"]),
+    (["--mlp_ratio=0.001"], ["--mlp_ratio=0.001"]),
+    (["--mlp=gelu"], ["--mlp=gelu", "swiglu"]),
+    (["--n_head=3"], ["--n_head=3", "32"]),
+    (["--n_head=32"], ["--n_head=32"]),
+    (["--n_head=4", "--n_kv_head=3"], ["--n_kv_head=3", "--n_head=4"]),
+    (["--batch_tokens=224"], ["--batch_tokens=224"]),
+    (["--micro_batch=1"], ["--micro_batch=1"]),
+    (["--micro_batch=6"], ["--micro_batch=6"]),
+    (["--batch_tokens=250"], ["--batch_tokens=250", "--seq_len=32"]),
+    (["--batch_tokens=32000", "--micro_batch=10"], ["--batch_tokens"]),
+    (["--device=gpu"], ["--device=gpu"]),
+    (["--dtype=fp16"], ["--dtype=fp16", "bf16", "fp32"]),
+    (["--schedule=cosine"], ["--schedule=cosine", "--estimator=bernoulli"]),
+    (["--schedule=cosin", "--estimator=bernoulli"], ["--schedule=cosin", "cosine"]),
+    (["--masking=entropy"], ["--estimator=bernoulli"]),
+    (["--masking=entropy", "--estimator=bernoulli"], ["--token_entropy"]),
+    (["--loss_weight=clipped"], ["--loss_weight=clipped", "--estimator=bernoulli"]),
+    (["--token_entropy=none.npy"], ["--token_entropy"]),
+    (["--masking=entropy", "--estimator=bernoulli", "--token_entropy=none.npy"], ["none.npy"]),
+    (["--data=nowhere"], ["nowhere", "prepare_data.py"]),
+    (["--eval_only=1"], ["--eval_only", "--init_from"]),
+    (["--resume=1"], ["--resume", "ckpt.pt"]),
+    (["--init_from=nowhere.pt"], ["nowhere.pt"]),
+    (["--vocab_size=100"], ["--vocab_size=100", "256"]),
+    (["--split=train"], ["--split=train"]),
+])
+def test_flag_is_refused(flags, words, data, tmp_path):
+    given = {x.partition("=")[0] for x in flags}
+    defaults = tiny(f"--data={data}", "--steps=2", f"--out={tmp_path / 'run'}")
+    result = train(*(x for x in defaults if x.partition("=")[0] not in given), *flags)
+    assert_refused(result, *words)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
+def test_cuda_is_refused_where_there_is_none(data, tmp_path):
+    result = train_tiny("--device=cuda", f"--data={data}", f"--out={tmp_path / 'run'}")
+    assert_refused(result, "--device=cuda")
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_lists_every_flag():
+    result = train("--help")
+    assert result.status == 0
+    for name in train_mdlm.Config.__dataclass_fields__:
+        assert f"--{name}=" in result.out
+
+
+def spoil_header(folder):
+    path = folder / "train_000001.bin"
+    path.write_bytes(b"PK\x03\x04" * 1000)
+
+
+def cut_short(folder):
+    path = folder / "train_000002.bin"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def cut_header(folder):
+    path = folder / "val_000000.bin"
+    path.write_bytes(path.read_bytes()[:500])
+
+
+def mix_types(folder):
+    write_shard(folder / "train_000002.bin", babble(900), itemsize=2)
+
+
+def mix_splits(folder):
+    write_shard(folder / "val_000000.bin", babble(900), itemsize=2)
+
+
+def large_token(folder):
+    write_meta(folder, byte_table(100))
+    write_shard(folder / "val_000000.bin", [65] * 900)
+
+
+def large_val_token(folder):
+    write_meta(folder, byte_table(123))
+    write_shard(folder / "val_000000.bin", [200] * 900)
+
+
+def no_training(folder):
+    for path in folder.glob("train_*.bin"):
+        path.unlink()
+
+
+def no_validation(folder):
+    (folder / "val_000000.bin").unlink()
+
+
+def few_windows(folder):
+    (folder / "train_000002.bin").unlink()
+    write_shard(folder / "train_000001.bin", babble(255))
+
+
+def short_validation(folder):
+    write_shard(folder / "val_000000.bin", babble(40))
+
+
+def meta(text):
+    def change(folder):
+        (folder / "meta.json").write_text(text)
+    return change
+
+
+def short_table(folder):
+    write_meta(folder, byte_table(256), token_bytes=["a"] * 255)
+
+
+def foreign_table(folder):
+    write_meta(folder, byte_table(256), token_bytes=["\u20ac"] * 256)
+
+
+@pytest.mark.parametrize("change, words", [
+    (spoil_header, ["train_000001.bin"]),
+    (cut_short, ["train_000002.bin"]),
+    (cut_header, ["val_000000.bin"]),
+    (mix_types, ["train_000002.bin"]),
+    (mix_splits, ["uint16"]),
+    (large_token, ["train_00000", "100"]),
+    (large_val_token, ["val_000000.bin", "200"]),
+    (no_training, ["train"]),
+    (no_validation, ["val"]),
+    (few_windows, ["--batch_tokens"]),
+    (short_validation, ["val"]),
+    (meta("{"), ["meta.json"]),
+    (meta("[]"), ["meta.json"]),
+    (meta('{"tokenizer": "byte"}'), ["meta.json"]),
+    (meta('{"tokenizer": "byte", "vocab_size": "many", "bos_id": 0, "byte_length": []}'),
+     ["meta.json"]),
+    (short_table, ["meta.json"]),
+    (foreign_table, ["meta.json"]),
+], ids=lambda x: getattr(x, "__name__", None))
+def test_data_is_refused(change, words, data, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    change(folder)
+    before = tree(folder)
+    result = train_tiny(f"--data={folder}", "--steps=2", f"--out={tmp_path / 'run'}")
+    assert_refused(result, *words)
+    assert tree(folder) == before
+    assert not (tmp_path / "run" / "ckpt.pt").exists()
+
+
+@pytest.mark.parametrize("change", [short_validation, large_val_token])
+def test_bad_validation_set_is_refused_before_training(change, data, tmp_path):
+    """Not at the first evaluation, hours later."""
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    change(folder)
+    result = train_tiny(f"--data={folder}", "--steps=2", f"--out={tmp_path / 'run'}")
+    assert_refused(result, "val")
+    assert "step:" not in result.out
+
+
+class Touch:
+    """Pickled, it is code that makes a file when loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def bad_checkpoint(kind, good, path):
+    state = torch.load(good, weights_only=True) | {"ema": None}
+    if kind == "cut":
+        path.write_bytes(good.read_bytes()[:-1000])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "text":
+        path.write_text("These are words, not weights.\n" * 50)
+    elif kind == "code":
+        torch.save(state | {"step": Touch(path.parent / "executed")}, path)
+    elif kind == "pickle":
+        code = {"model": Touch(path.parent / "executed")}
+        path.write_bytes(pickle.dumps(code, protocol=2))
+    elif kind == "tensor":
+        torch.save(torch.zeros(3), path)
+    elif kind == "foreign":
+        torch.save({"model": state["model"]}, path)
+    elif kind == "script":
+        torch.save(state | {"script": "train_other"}, path)
+    elif kind == "missing":
+        state["model"].pop("embed.weight")
+        torch.save(state, path)
+    elif kind == "shape":
+        state["model"]["embed.weight"] = state["model"]["embed.weight"][:-1]
+        torch.save(state, path)
+
+
+@pytest.mark.parametrize("how", ["init_from", "resume", "eval_only"])
+@pytest.mark.parametrize("kind", ["cut", "empty", "text", "code", "pickle", "tensor", "foreign",
+                                  "script", "missing", "shape"])
+def test_checkpoint_is_refused(kind, how, short_run, data, tmp_path):
+    path = tmp_path / "ckpt.pt"
+    bad_checkpoint(kind, short_run[0] / "ckpt.pt", path)
+    before = tree(tmp_path)
+    if how == "resume":
+        result = train("--resume=1", f"--out={tmp_path}")
+    elif how == "eval_only":
+        result = train("--eval_only=1", f"--init_from={path}")
+    else:
+        result = train_tiny(f"--data={data}", "--steps=2", f"--out={tmp_path / 'run'}",
+                            f"--init_from={path}")
+    assert_refused(result, "ckpt.pt")
+    assert tree(tmp_path) == before
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--resume=1", "--lr=0.5"], ["--lr=0.5", "0.01"]),
+    (["--resume=1", "--n_embd=64"], ["--n_embd=64", "32"]),
+    (["--resume=1", "--seed=3"], ["--seed=3"]),
+    (["--resume=1", "--init_from=ckpt.pt"], ["--resume", "--init_from"]),
+    (["--data={data}", *TINY], ["--resume=1", "--out"]),
+    (["--eval_only=1", "--init_from={run}/ckpt.pt", "--n_embd=64"], ["--n_embd=64", "32"]),
+    (["--eval_only=1", "--init_from={run}/ckpt.pt", "--n_layer=2"], ["--n_layer=2"]),
+    (["--eval_only=1", "--init_from={run}/ckpt.pt", "--data={bpe}"], ["256"]),
+])
+def test_run_is_not_touched_by_a_mistake(flags, words, short_run, data, bpe):
+    folder, _ = short_run
+    before = tree(folder)
+    flags = [x.format(data=data, run=folder, bpe=bpe[0]) for x in flags]
+    result = train(f"--out={folder}", *flags)
+    assert_refused(result, *words)
+    assert tree(folder) == before
+
+
+def test_another_width_is_refused_at_the_start(short_run, data, tmp_path):
+    result = train_tiny(f"--data={data}", f"--init_from={short_run[0] / 'ckpt.pt'}",
+                   "--steps=2", f"--out={tmp_path / 'run'}")
+    assert result.status == 0, result.err  # the same shape, said again
+    result = train_tiny("--n_embd=64", f"--data={data}", f"--out={tmp_path / 'wide'}",
+                        f"--init_from={short_run[0] / 'ckpt.pt'}", "--steps=2")
+    assert_refused(result, "--n_embd=64", "32")
+    assert not (tmp_path / "wide").exists()
+
+
+def test_out_below_a_file_is_refused(data, tmp_path):
+    (tmp_path / "file").write_text("keep me")
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        assert_refused(train_tiny(f"--data={data}", "--steps=2", f"--out={out}"), "--out")
+    assert (tmp_path / "file").read_text() == "keep me"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_read_only_out_is_refused(data, tmp_path):
+    tmp_path.chmod(0o500)
+    assert_refused(train_tiny(f"--data={data}", "--steps=2", f"--out={tmp_path / 'run'}"), "--out")
+
+
+def test_refusal_as_a_user_sees_it(tmp_path):
+    result = finish(launch(SCRIPT, "--lrate=1", f"--out={tmp_path / 'run'}"))
+    assert_refused(result, "--lrate")
+    assert result.out == ""
