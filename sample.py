@@ -13,7 +13,7 @@ Which model
   --script=FORK.py     training script that wrote it, when that is an edited one
   --weights=ema|raw    averaged weights, where there are some (default), or those of the last step
   --device=NAME        auto (default), cpu, cuda or mps
-  --dtype=NAME         auto (default: as trained on cuda, else fp32), fp32, bf16 or fp16
+  --dtype=NAME         auto (default: as trained on cuda, else fp32), fp32 or bf16
 What to write
   --prompt=TEXT        text to continue
   --infill=TEXT        text with blanks: each run of three or more underscores is one
@@ -74,7 +74,7 @@ DEFAULT_LENGTH = 256  # new tokens
 BATCH_NUMBERS = 2**27  # logits, or attention scores of a layer, in one forward pass
 DOCUMENT_BREAK = "\n\n---\n\n"  # how a document's beginning is shown
 BLANK = re.compile("_{3,}")
-DTYPES = ("auto", "fp32", "bf16", "fp16")
+DTYPES = ("auto", "fp32", "bf16")
 
 
 class SampleError(ValueError):
