@@ -36,6 +36,7 @@ TINY = (f"--seq_len={SEQ_LEN}", f"--batch_tokens={ROWS * SEQ_LEN}", f"--micro_ba
 FROZEN = tuple(f"--{name}=0" for name in "lr embed_lr head_lr scalar_lr cond_lr".split())
 CONSTANT_RATE = ("--cooldown=0", "--momentum_warmup=0")  # a step then does not depend on --steps
 BYTES = 256
+LAUNCHED = []  # processes, so that none outlives a test that failed
 LAUNCH_LIMIT = 120  # seconds, for a process that takes five on an idle machine
 
 
@@ -69,9 +70,11 @@ def train_tiny(*flags):
 
 def launch(*command, **environment):
     """Start a process with one thread per rank; its output is read by `finish`."""
-    return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+    LAUNCHED.append(process)
+    return process
 
 
 def finish(process, before=""):
@@ -149,12 +152,24 @@ def babble(n, seed=0):
     return np.array(picked[:n])
 
 
+def children(parent):
+    """Process numbers, from Linux's /proc: the field behind name and state is the parent's."""
+    stats = {int(p.parent.name): p.read_text() for p in Path("/proc").glob("[0-9]*/stat")}
+    return [n for n, stat in stats.items() if int(stat.rpartition(")")[2].split()[1]) == parent]
+
+
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
+    """One thread here as in the processes; and an end to those that are left over."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+    for process in LAUNCHED:
+        if process.poll() is None:
+            for number in (*children(process.pid), process.pid):
+                os.kill(number, signal.SIGKILL)
+            process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +233,8 @@ RICH = ("--dropout=0.2", "--ema=0.9", "--ema_start=0.02", "--estimator=bernoulli
         "--muon_beta2=0.95", "--cautious=1", "--micro_batch=4", "--cond_dim=16", "--unet=1",
         "--n_layer=2")
 VARIANTS = {"plain": (), "rich": RICH,
-            "started": ("--optimizer=adamw", "--lr=0.003", "--ema=0.9", "--init_from={start}")}
+            "started": ("--optimizer=adamw", "--lr=0.003", "--ema=0.9", "--init_from={start}",
+                        "--eval_every=1")}
 # Who is stopped how: (variant, signal, further flags).
 STOPS = {
     "SIGTERM": ("rich", signal.SIGTERM, ()),
@@ -286,7 +302,10 @@ def test_stopped_run_continues_bit_for_bit(how, stopped, uninterrupted):
     assert log(folder) == log(whole)
     lines = log(folder)
     assert [x["step"] for x in lines if "loss" in x] == list(range(4, 121, 4))
-    assert [x["step"] for x in lines if "val_nelbo" in x] == [25, 50, 75, 100, 120]
+    # A signal in a step that ends with an evaluation leaves that to the run that goes on.
+    often = "--eval_every=1" in VARIANTS[STOPS[how][0]]
+    due = list(range(1, 121)) if often else [25, 50, 75, 100, 120]
+    assert [x["step"] for x in lines if "val_nelbo" in x] == due
     assert evaluations(again.out)[-1] == evaluations(straight.out)[-1]
     alone = train("--eval_only=1", f"--init_from={folder / 'ckpt.pt'}")
     assert evaluations(alone.out) == evaluations(straight.out)[-1:], alone.err
@@ -349,13 +368,21 @@ RANK_RUN = tiny(*CONSTANT_RATE, "--micro_batch=4", "--dropout=0.1", "--lr=0.005"
 
 @pytest.fixture(scope="module")
 def two_ranks(data, runs):
-    """Four steps on two ranks; and a run on two ranks that the launcher was told to stop."""
+    """Four steps on two ranks; and endless runs of which one rank, or the launcher, was told to
+    stop."""
     shared = (*RANK_RUN, f"--data={data}")
     short = torchrun(*shared, "--steps=4", f"--out={runs / 'ranks'}")
-    long = torchrun(*shared, "--steps=100000", f"--out={runs / 'ranks-stopped'}")
-    before = wait_for(long, "step:3/")
-    long.send_signal(signal.SIGTERM)
-    return finish(short), finish(long, before)
+    names = ["one rank stopped", "launcher stopped"]
+    endless = [torchrun(*shared, "--steps=100000", f"--out={runs / name}") for name in names]
+    results = [finish(short)]
+    for name, process in zip(names, endless, strict=True):
+        before = wait_for(process, "step:3/")
+        if name == "one rank stopped":
+            os.kill(max(children(process.pid)), signal.SIGUSR1)
+        else:
+            process.send_signal(signal.SIGTERM)
+        results.append(finish(process, before))
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -366,7 +393,7 @@ def one_rank(data, runs):
 
 
 def test_two_ranks_train_as_one(two_ranks, one_rank, runs):
-    result, _ = two_ranks
+    result, *_ = two_ranks
     assert result.status == 0, result.err
     assert distance(checkpoint(runs / "ranks"), checkpoint(runs / "one-rank")) < 1e-5
     for a, b in zip(log(runs / "ranks"), log(runs / "one-rank"), strict=True):
@@ -387,16 +414,20 @@ def test_run_of_two_ranks_goes_on_with_one(two_ranks, one_rank, runs, tmp_path):
     assert distance(checkpoint(tmp_path / "ranks"), checkpoint(tmp_path / "one-rank")) < 2e-5
 
 
-def test_stopping_the_launcher_saves(two_ranks, runs):
-    _, result = two_ranks
-    command = re.search(r"continue with: (.*)", result.out)
-    assert command, result.err
-    assert "torchrun --nproc_per_node=2" in command[1]
-    step = checkpoint(runs / "ranks-stopped")["step"]
-    assert 3 <= step < 100_000
-    again = train("--resume=1", f"--steps={step + 1}", f"--out={runs / 'ranks-stopped'}")
-    assert again.status == 0, again.err
-    assert log(runs / "ranks-stopped")[-1]["step"] == step + 1
+def test_signal_to_a_rank_or_to_the_launcher_saves(two_ranks, runs):
+    _, *results = two_ranks
+    for name, result in zip(("one rank stopped", "launcher stopped"), results, strict=True):
+        command = re.search(r"continue with: (.*)", result.out)
+        assert command, result.err
+        assert "torchrun --nproc_per_node=2" in command[1]
+        assert f"--out='{runs / name}'" in command[1]
+        step = checkpoint(runs / name)["step"]
+        assert 3 <= step < 100_000
+        again = train("--resume=1", f"--steps={step + 1}", f"--out={runs / name}")
+        assert again.status == 0, again.err
+        assert log(runs / name)[-1]["step"] == step + 1
+    # The launcher has an exit status of its own when it is stopped itself.
+    assert results[0].status == 0, results[0].err
 
 
 GENTLE = ("--optimizer=adamw",
@@ -692,7 +723,8 @@ def test_too_many_non_finite_steps_stop_the_run(poisoned):
     result = train(*flags, "--steps=8", "--max_bad_steps=3")
     assert result.status not in (0, None)
     assert result.err.count("\n") == 1 and "non-finite" in result.err
-    assert "step:7/" not in result.out, "the three bad steps in a row are 4, 5 and 6"
+    # The three bad steps in a row are 4, 5 and 6.
+    assert "step:6/" in result.out and "step:7/" not in result.out
     state = checkpoint(folder / "run")
     finite = [v.isfinite().all() for n, v in state["model"].items() if n != "embed.weight"]
     assert all(finite)
