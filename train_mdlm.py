@@ -25,6 +25,7 @@ import dataclasses
 import datetime
 import difflib
 import functools
+import inspect
 import json
 import math
 import os
@@ -34,8 +35,9 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager
+import warnings
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -137,7 +139,8 @@ RESUME_FIELDS = (
     "micro_batch checkpoint_layers max_bad_steps device dtype compile backend".split())
 POSITIVE = ("seq_len n_layer n_head n_embd mlp_ratio steps batch_tokens micro_batch val_tokens "
             "val_draws max_bad_steps log_every").split()
-FRACTIONS = "dropout ema ema_start momentum muon_beta2 adam_beta1 adam_beta2".split()
+BELOW_ONE = "dropout ema momentum muon_beta2 adam_beta1 adam_beta2".split()
+UP_TO_ONE = "ema_start cooldown lr_end".split()
 
 
 def fail(message):
@@ -147,56 +150,40 @@ def fail(message):
     raise SystemExit(2)
 
 
-def usage():
-    """Text of --help: the docstring, then every flag with the comment beside it in Config."""
-    with open(__file__, encoding="utf-8") as f:
-        body = f.read().split("class Config:")[1].split("\n\n\n")[0]
-    comments = dict(re.findall(r"^    (\w+): [^#]+# (.+)$", body, re.M))
-    lines = [f"  --{f.name}={f.default}  {comments[f.name]}"
-             + (f" ({', '.join(get_args(f.type))})" if get_args(f.type) else "")
-             for f in dataclasses.fields(Config)]
-    return "\n".join([__doc__, "Flags (--name=value):", *lines, "Presets: " + ", ".join(PRESETS)])
-
-
-def near(word, words, otherwise):
-    """The end of a message about a word that is none of the words."""
-    close = difflib.get_close_matches(word, words, 1)
-    return f"did you mean {close[0]}?" if close else otherwise
-
-
-def parse_value(field, text):
-    """The text of one flag as a value of its field's type."""
-    kind, choices = type(field.default), get_args(field.type)
-    try:
-        if choices and text not in choices:
-            raise ValueError(f"one of {', '.join(choices)}")
-        if kind is bool and text not in ("0", "1"):
-            raise ValueError("0 or 1")
-        value = kind(int(text)) if kind is bool else kind(text)
-        if kind is float and not math.isfinite(value):
-            raise ValueError("a finite number")
-        return value
-    except ValueError as e:
-        wanted = {int: "a whole number", float: "a number"}.get(kind, e)
-        fail(f"--{field.name}={text}: {wanted} expected")
+def show_help():
+    """The docstring, then every flag with the comment beside it in Config."""
+    comments = dict(re.findall(r"^    (\w+): [^#]+# (.+)$", inspect.getsource(Config), re.M))
+    print(__doc__, "Flags:", sep="\n")
+    for f in dataclasses.fields(Config):
+        default = int(f.default) if isinstance(f.default, bool) else f.default
+        choices = f" ({', '.join(get_args(f.type))})" if get_args(f.type) else ""
+        print(f"  --{f.name}={default}  {comments[f.name]}{choices}")
+    print(f"Presets: {', '.join(PRESETS)}")
 
 
 def parse_flags(argv):
     """['--name=value', ..] -> {name: value}, typed; anything else is refused."""
-    fields = {f.name: f for f in dataclasses.fields(Config)}
+    defaults = {f.name: f.default for f in dataclasses.fields(Config)}
+    wanted = {bool: "0 or 1", int: "a whole number", float: "a number"}
     flags = {}
     for arg in argv:
         if arg in ("--help", "-h"):
-            print(usage())
+            show_help()
             raise SystemExit(0)
         name, equals, text = arg.removeprefix("--").partition("=")
         if name == "block_size":
             fail("--block_size means three things elsewhere: --seq_len is the context in tokens")
-        if not arg.startswith("--") or name not in fields:
-            fail(f"unknown flag {arg}: " + near(name, fields, "--help lists the flags"))
+        if not arg.startswith("--") or name not in defaults:
+            near = difflib.get_close_matches(name, defaults, 1)
+            fail(f"unknown flag {arg}: "
+                 + (f"did you mean --{near[0]}=?" if near else "--help lists the flags"))
         if not equals or name in flags:
             fail(f"--{name} " + ("is given twice" if equals else f"needs a value: --{name}=VALUE"))
-        flags[name] = parse_value(fields[name], text)
+        kind = type(defaults[name])
+        try:
+            flags[name] = ("0", "1").index(text) == 1 if kind is bool else kind(text)
+        except ValueError:
+            fail(f"{arg}: {wanted[kind]} expected")
     return flags
 
 
@@ -204,28 +191,27 @@ def parse_args(argv):
     """Flags -> Config. A preset stands below the flags. A run that is resumed keeps its settings;
     a checkpoint that is started from fixes the shape of the model."""
     flags = parse_flags(argv)
-    preset = flags.get("preset", "")
+    preset, source = flags.get("preset", ""), flags.get("init_from", "")
+    resume, eval_only = flags.get("resume", False), flags.get("eval_only", False)
     if preset and preset not in PRESETS:
-        fail(f"--preset={preset}: " + near(preset, PRESETS, f"there are {', '.join(PRESETS)}"))
+        fail(f"--preset={preset}: there are {', '.join(PRESETS)}")
     base = {"out": os.path.join("out", SCRIPT + (f"-{preset}" if preset else "")),
             **PRESETS.get(preset, {})}
-    source = flags.get("init_from", "")
-    if flags.get("resume"):
-        if source:
-            fail("--resume=1 and --init_from exclude each other")
+    if resume and source:
+        fail("--resume=1 and --init_from exclude each other")
+    if resume:
         source = os.path.join(flags.get("out", base["out"]), "ckpt.pt")
         if not os.path.exists(source):
             fail(f"--resume=1: there is no {source}: name the run's folder with --out")
-    elif flags.get("eval_only") and not source:
+    elif eval_only and not source:
         fail("--eval_only=1 needs a checkpoint: --init_from=PATH")
     if source:
-        saved = load_checkpoint(source)["config"]
-        saved = {f.name: saved[f.name] for f in dataclasses.fields(Config) if f.name in saved}
-        fixed = set(saved) - set(RESUME_FIELDS) if flags.get("resume") else SHAPE_FIELDS
-        for name in fixed:
+        config = load_checkpoint(source)["config"]
+        saved = {f.name: config[f.name] for f in dataclasses.fields(Config) if f.name in config}
+        for name in set(saved) - set(RESUME_FIELDS) if resume else SHAPE_FIELDS:
             if flags.get(name, saved.get(name)) != saved.get(name):
-                fail(f"--{name}={flags[name]}: {source} has {saved[name]}, which stays")
-        if flags.get("resume") or flags.get("eval_only"):
+                fail(f"--{name}={flags[name]}: {source} has {saved.get(name)}, which stays")
+        if resume or eval_only:
             base = dict(saved, split="val", out=base["out"])
         else:
             base.update((name, saved[name]) for name in SHAPE_FIELDS if name in saved)
@@ -237,23 +223,25 @@ def validate(cfg, world):
     def refuse(name, why):
         fail(f"--{name}={getattr(cfg, name)}: {why}")
 
-    for field in dataclasses.fields(Config):
-        name, value = field.name, getattr(cfg, field.name)
+    for f in dataclasses.fields(Config):
+        name, value, choices = f.name, getattr(cfg, f.name), get_args(f.type)
+        if type(value) is not type(f.default):
+            refuse(name, f"{type(f.default).__name__} expected")
+        if choices and value not in choices:
+            refuse(name, f"there are {', '.join(choices)}")
         if isinstance(value, str):
             continue
-        if value < 0 or (name in POSITIVE and value == 0):
-            refuse(name, "must be positive" if name in POSITIVE else "must not be negative")
-        if (name in FRACTIONS and value >= 1) or (name in ("cooldown", "lr_end") and value > 1):
-            refuse(name, "must be below 1" if name in FRACTIONS else "must be at most 1")
+        if not 0 <= value < math.inf or (name in POSITIVE and value == 0):
+            refuse(name, "must be positive" if name in POSITIVE else "must be 0 or more")
+        if (name in BELOW_ONE and value >= 1) or (name in UP_TO_ONE and value > 1):
+            refuse(name, "must be below 1" if name in BELOW_ONE else "must be at most 1")
     if cfg.n_embd % (2 * cfg.n_head):
         refuse("n_head", f"{cfg.n_embd} wide does not divide into heads of even width")
     if cfg.n_head % (cfg.n_kv_head or cfg.n_head):
         refuse("n_kv_head", f"must divide --n_head={cfg.n_head}")
-    if cfg.batch_tokens % cfg.seq_len:
-        refuse("batch_tokens", f"not a multiple of --seq_len={cfg.seq_len}")
     n_rows = cfg.batch_tokens // cfg.seq_len
-    if n_rows % world:
-        refuse("batch_tokens", f"its {n_rows} rows do not divide by {world} ranks")
+    if cfg.batch_tokens % cfg.seq_len or n_rows % world:
+        refuse("batch_tokens", f"no multiple of --seq_len={cfg.seq_len} on each of {world} ranks")
     micro = min(cfg.micro_batch, n_rows // world)
     if n_rows // world % micro:
         refuse("micro_batch", f"the {n_rows // world} rows of a rank are no multiple of it")
@@ -265,76 +253,55 @@ SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 GPT2_VOCAB = 50257
 
 
-def open_shard(path):
-    """A shard of llm.c's format as a memory map of tokens, (n,) uint8 or uint16."""
+def open_shard(path, seq_len):
+    """The windows of a shard of llm.c's format, (n, seq_len), on disk; its tail is left out."""
     try:
         size, header = os.path.getsize(path), np.fromfile(path, "<i4", HEADER_BYTES // 4)
     except OSError as e:
         fail(f"{path}: {e.strerror}")
-    if header.size < HEADER_BYTES // 4 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+    if size < HEADER_BYTES or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
         fail(f"{path}: not a token shard; make them with prepare_data.py")
     n_tokens, itemsize = int(header[2]), int(header[3]) or 2
-    if itemsize not in (1, 2) or n_tokens <= 0:
-        fail(f"{path}: bad header ({n_tokens} tokens of {itemsize} bytes); prepare it again")
-    if size != HEADER_BYTES + n_tokens * itemsize:
-        fail(f"{path}: {size} bytes, {HEADER_BYTES + n_tokens * itemsize} expected: "
+    if itemsize not in (1, 2) or n_tokens <= 0 or size != HEADER_BYTES + n_tokens * itemsize:
+        fail(f"{path}: {size} bytes, but a header for {n_tokens} tokens of {itemsize}: "
              "cut short or damaged; prepare it again")
-    dtype = np.uint8 if itemsize == 1 else np.dtype("<u2")
-    return np.memmap(path, dtype, "r", HEADER_BYTES, (n_tokens,))
+    tokens = np.memmap(path, np.uint8 if itemsize == 1 else "<u2", "r", HEADER_BYTES, (n_tokens,))
+    return tokens[:n_tokens // seq_len * seq_len].reshape(-1, seq_len)
 
 
 class Windows:
-    """All windows of seq_len tokens of one split, shard after shard; a shard's tail is left out."""
+    """All windows of seq_len tokens of one split, shard after shard."""
 
     def __init__(self, folder, split, seq_len):
         names = sorted(n for n in os.listdir(folder) if re.search(rf"{split}_\w*\.bin$", n))
         if not names:
             fail(f"--data={folder}: no *{split}_*.bin in it")
         self.paths = [os.path.join(folder, n) for n in names]
-        self.shards = [open_shard(p) for p in self.paths]
-        for shard, path in zip(self.shards, self.paths, strict=True):
-            if shard.dtype != self.shards[0].dtype:
-                fail(f"{path}: {shard.dtype} tokens beside {self.shards[0].dtype}: prepare anew")
+        self.shards = [open_shard(p, seq_len) for p in self.paths]
+        self.starts = np.cumsum([0] + [len(s) for s in self.shards])
         self.dtype = self.shards[0].dtype
-        self.starts = np.cumsum([0] + [len(s) // seq_len for s in self.shards])
-        self.seq_len = seq_len
+        for shard, path in zip(self.shards, self.paths, strict=True):
+            if shard.dtype != self.dtype:
+                fail(f"{path}: {shard.dtype} tokens beside {self.dtype}: prepare anew")
 
     def __len__(self):
         return int(self.starts[-1])
 
     def read(self, indices, vocab_size):
         """Windows -> (len(indices), seq_len) int64."""
-        T = self.seq_len
-        rows = np.empty((len(indices), T), np.int64)
-        for row, index in zip(rows, indices, strict=True):
+        rows = []
+        for index in indices:
             shard = int(np.searchsorted(self.starts, index, "right")) - 1
-            start = int(index - self.starts[shard]) * T
-            row[:] = self.shards[shard][start:start + T]
-            if row.max() >= vocab_size:
-                fail(f"{self.paths[shard]}: token id {row.max()} with a vocabulary of {vocab_size}")
-        return torch.from_numpy(rows)
+            rows.append(self.shards[shard][index - self.starts[shard]].astype(np.int64))
+            if rows[-1].max() >= vocab_size:
+                fail(f"{self.paths[shard]}: token id {rows[-1].max()} with a vocabulary of "
+                     f"{vocab_size}")
+        return torch.from_numpy(np.stack(rows))
 
 
 @functools.lru_cache(maxsize=2)
 def permutation(seed, epoch, n):
     return np.random.default_rng((seed, epoch)).permutation(n)
-
-
-def training_rows(windows, position, n_rows, cfg):
-    """Window numbers of rows position .. position + n_rows - 1 of an endless, shuffled stream."""
-    n = len(windows)
-    rows = np.arange(position, position + n_rows)
-    if not cfg.shuffle:
-        return rows % n
-    return np.array([permutation(cfg.seed, int(r) // n, n)[r % n] for r in rows])
-
-
-def data_folder(name):
-    folder = name if os.path.isdir(name) else os.path.join("data", name)
-    if not os.path.isdir(folder):
-        fail(f"--data={name}: no such folder, nor {folder}; 'python prepare_data.py {name}' may "
-             "make it, 'python prepare_data.py --help' lists what there is")
-    return folder
 
 
 def load_tokenizer(folder, dtype):
@@ -351,8 +318,7 @@ def load_tokenizer(folder, dtype):
                 meta = json.load(f)
         elif dtype != np.uint8:
             meta = gpt2_meta()
-        table = [chr(i) for i in range(256)] if meta["token_bytes"] is None else meta["token_bytes"]
-        table = [text.encode("latin-1") for text in table]
+        table = [text.encode("latin-1") for text in meta["token_bytes"] or map(chr, range(256))]
         table[meta["bos_id"]] = b""
         if len(table) != meta["vocab_size"]:
             raise ValueError(f"{len(table)} tokens, vocab_size {meta['vocab_size']}")
@@ -380,9 +346,7 @@ def gpt2_meta():
 
 
 # ----------------------------------------------------------------------------- layers
-MUON_MATRICES = ("q", "k", "v", "o", "up", "gate", "down")
-EMBED_STD = 1.0  # untied; h0 is normalised, so this only sets the relative step size
-TIED_STD = 0.02
+EMBED_STD, TIED_STD = 1.0, 0.02  # h0 is normalised: untied, this only sets the relative step size
 SIGMA_FEATURES = 256
 SIGMA_MIN_FREQ, SIGMA_MAX_FREQ = 1 / 32, 32  # radians per unit of log sigma
 
@@ -398,8 +362,9 @@ class Ctx(NamedTuple):
     cache: object = None  # keys and values of earlier passes; attend reads and extends it
 
 
-def norm(x):
-    return F.rms_norm(x, (x.size(-1),))
+def norm(x, shift=None, scale=None):
+    x = F.rms_norm(x, (x.size(-1),))
+    return x if scale is None else x * (1 + scale) + shift
 
 
 def rotary(x, cos, sin):
@@ -415,10 +380,12 @@ def rotary_tables(positions, head_dim):
     return angle.cos(), angle.sin()
 
 
-def init_matrix(weight, zero=False):
-    """Uniform with the variance 1 / (3 fan_in) of a linear layer, or zero."""
-    bound = 0.0 if zero else weight.size(1) ** -0.5
-    nn.init.uniform_(weight, -bound, bound)
+def matrix(n_in, n_out, zero=False):
+    """A linear map, without bias; zero, or uniform with PyTorch's variance 1 / (3 n_in)."""
+    linear = nn.Linear(n_in, n_out, bias=False)
+    if zero:
+        nn.init.zeros_(linear.weight)
+    return linear
 
 
 class Layer(nn.Module):
@@ -426,68 +393,48 @@ class Layer(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        D = cfg.n_embd
-        self.n_head, self.n_kv_head = cfg.n_head, cfg.n_kv_head or cfg.n_head
-        self.head_dim = D // cfg.n_head
-        self.dropout = cfg.dropout
-        kv_dim = self.n_kv_head * self.head_dim
-        # Separate matrices, because Muon orthogonalises each; forward joins them into one product.
-        self.q = nn.Linear(D, D, bias=False)
-        self.k = nn.Linear(D, kv_dim, bias=False)
-        self.v = nn.Linear(D, kv_dim, bias=False)
-        self.o = nn.Linear(D, D, bias=False)
+        self.cfg, D = cfg, cfg.n_embd
+        kv_dim = D // cfg.n_head * (cfg.n_kv_head or cfg.n_head)
         hidden = round(cfg.mlp_ratio * D)
         if cfg.mlp == "swiglu":
             hidden = math.ceil(hidden * 2 / 3 / 64) * 64
-            self.gate = nn.Linear(D, hidden, bias=False)
-        self.up = nn.Linear(D, hidden, bias=False)
-        self.down = nn.Linear(hidden, D, bias=False)
-        self.swiglu = cfg.mlp == "swiglu"
-        self.residual = nn.Parameter(torch.tensor([1.0, 0.0]))  # weights of h and of h0
-        self.mod = nn.Linear(cfg.cond_dim, 6 * D, bias=False) if cfg.cond_dim else None
         # Every layer starts as the identity: by adaLN's zero gates, or else by zero projections.
-        for name, module in self.named_children():
-            zero = name == "mod" or (name in ("o", "down") and not cfg.cond_dim)
-            init_matrix(module.weight, zero)
+        self.mod = matrix(cfg.cond_dim, 6 * D, zero=True) if cfg.cond_dim else None
+        self.q = matrix(D, D)
+        self.k = matrix(D, kv_dim)
+        self.v = matrix(D, kv_dim)
+        self.o = matrix(D, D, zero=self.mod is None)
+        self.gate = matrix(D, hidden) if cfg.mlp == "swiglu" else None
+        self.up = matrix(D, hidden)
+        self.down = matrix(hidden, D, zero=self.mod is None)
+        self.residual = nn.Parameter(torch.tensor([1.0, 0.0]))  # weights of h and of h0
 
     def forward(self, h, ctx, n_query=None):
         """h (B, S, D) -> (B, N, D), N = n_query leading positions, or all S."""
         B, S, D = h.shape
-        N = n_query or S
+        N, d = n_query or S, D // self.cfg.n_head
         h = self.residual[0] * h + self.residual[1] * ctx.h0  # (B, S, D)
-        if self.mod is not None:
-            mod = self.mod(ctx.cond)[:, None]  # (B, 1, 6D)
-            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = mod.chunk(6, -1)
+        mods = 6 * [None] if self.mod is None else self.mod(ctx.cond)[:, None].chunk(6, -1)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = mods  # (B, 1, D) each
 
-        x = norm(h)
-        if self.mod is not None:
-            x = x * (1 + scale_a) + shift_a
-        if N == S:
-            qkv = F.linear(x, torch.cat((self.q.weight, self.k.weight, self.v.weight)))
-            q, k, v = qkv.split((D, self.k.out_features, self.v.out_features), -1)
-        else:
-            q = self.q(x[:, :N])
-            k, v = F.linear(x, torch.cat((self.k.weight, self.v.weight))).chunk(2, -1)
-        q = q.view(B, N, self.n_head, self.head_dim).transpose(1, 2)  # (B, H, N, d)
-        k = k.reshape(B, S, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, Hkv, S, d)
-        v = v.reshape(B, S, self.n_kv_head, self.head_dim).transpose(1, 2)
+        x = norm(h, shift_a, scale_a)
+        q = self.q(x[:, :N]).view(B, N, -1, d).transpose(1, 2)  # (B, H, N, d)
+        k = self.k(x).view(B, S, -1, d).transpose(1, 2)  # (B, Hkv, S, d)
+        v = self.v(x).view(B, S, -1, d).transpose(1, 2)
         q = rotary(norm(q), ctx.cos[:N], ctx.sin[:N])
         k = rotary(norm(k), ctx.cos, ctx.sin)
         y = attend(q, k, v, ctx)  # (B, H, N, d)
         y = self.o(y.transpose(1, 2).reshape(B, N, D))
-        y = F.dropout(y, self.dropout, self.training)
-        h = h[:, :N] + (y if self.mod is None else gate_a * y)
+        y = F.dropout(y, self.cfg.dropout, self.training)
+        h = h[:, :N] + (y if gate_a is None else gate_a * y)
 
-        x = norm(h)
-        if self.mod is not None:
-            x = x * (1 + scale_m) + shift_m
-        if self.swiglu:
-            gate, up = F.linear(x, torch.cat((self.gate.weight, self.up.weight))).chunk(2, -1)
-            x = F.silu(gate) * up  # (B, N, hidden)
+        x = norm(h, shift_m, scale_m)
+        if self.gate is None:
+            x = F.relu(self.up(x)).square()  # (B, N, hidden)
         else:
-            x = F.relu(self.up(x)).square()
-        y = F.dropout(self.down(x), self.dropout, self.training)
-        return h + (y if self.mod is None else gate_m * y)
+            x = F.silu(self.gate(x)) * self.up(x)
+        y = F.dropout(self.down(x), self.cfg.dropout, self.training)
+        return h + (y if gate_m is None else gate_m * y)
 
 
 class Trunk(nn.Module):
@@ -496,23 +443,17 @@ class Trunk(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        D, V = cfg.n_embd, cfg.vocab_size
+        C, D, V = cfg.cond_dim, cfg.n_embd, cfg.vocab_size
         self.embed = nn.Embedding(V + 1, D)  # the last row is the mask
         nn.init.normal_(self.embed.weight, std=TIED_STD if cfg.tied else EMBED_STD)
         self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.n_layer))
-        self.head = None if cfg.tied else nn.Linear(D, V, bias=False)
-        if self.head is not None:
-            init_matrix(self.head.weight, zero=True)
+        self.head = None if cfg.tied else matrix(D, V, zero=True)
         self.skip = nn.Parameter(torch.ones(cfg.n_layer // 2)) if cfg.unet else None
         self.sigma_mlp = self.final_mod = None
-        if cfg.cond_dim:
-            C = cfg.cond_dim
-            self.sigma_mlp = nn.Sequential(nn.Linear(SIGMA_FEATURES, C, bias=False), nn.SiLU(),
-                                           nn.Linear(C, C, bias=False), nn.SiLU())
-            init_matrix(self.sigma_mlp[0].weight)
-            init_matrix(self.sigma_mlp[2].weight)
-            self.final_mod = nn.Linear(C, 2 * D, bias=False)
-            init_matrix(self.final_mod.weight, zero=True)
+        if C:
+            self.sigma_mlp = nn.Sequential(
+                matrix(SIGMA_FEATURES, C), nn.SiLU(), matrix(C, C), nn.SiLU())
+            self.final_mod = matrix(C, 2 * D, zero=True)
 
     def embed_tokens(self, tokens):
         """(B, S) int64 -> (B, S, D), in the dtype of the matrix products."""
@@ -532,8 +473,7 @@ class Trunk(nn.Module):
 
     def run_layers(self, ctx, n_query=None):
         """h0 (B, S, D) -> (B, N, D); only the last layer leaves out queries (n_query)."""
-        h, skips = ctx.h0, []
-        n = len(self.layers)
+        h, skips, n = ctx.h0, [], len(self.layers)
         for i, layer in enumerate(self.layers):
             if self.skip is not None and i >= n - n // 2:
                 h = h + self.skip[i - (n - n // 2)] * skips.pop()
@@ -548,10 +488,8 @@ class Trunk(nn.Module):
 
     def logits(self, h, cond=None, rows=None):
         """(B, N, D) -> (B, N, V) float32, or (R, V) at the flat positions rows (R,)."""
-        h = norm(h)
-        if self.final_mod is not None:
-            shift, scale = self.final_mod(cond)[:, None].chunk(2, -1)
-            h = h * (1 + scale) + shift
+        mods = (None, None) if cond is None else self.final_mod(cond)[:, None].chunk(2, -1)
+        h = norm(h, *mods)
         if rows is not None:
             h = h.flatten(0, 1).index_select(0, rows)  # (R, D)
         # Only real tokens: the mask is never predicted (SUBS, arXiv 2406.07524, section 3.2.3).
@@ -569,26 +507,25 @@ INIT_FROM = ("train_mdlm",)  # scripts whose checkpoints fit --init_from
 
 PRESETS = {
     "tiny": dict(
-        data="stdlib", seq_len=256, n_layer=4, n_head=4, n_embd=256, steps=400,
-        batch_tokens=8192, micro_batch=32, lr=0.03, eval_every=100, val_tokens=65_536,
-        ckpt_every=200),
+        data="stdlib", seq_len=256, n_layer=4, n_head=4, n_embd=256, steps=400, batch_tokens=8192,
+        micro_batch=32, lr=0.03, eval_every=100, val_tokens=65_536, ckpt_every=200),
     "shakespeare_10m": dict(
-        data="shakespeare", seq_len=256, n_layer=6, n_head=6, n_embd=384, steps=1500,
-        batch_tokens=16_384, micro_batch=64, dropout=0.1, ema=0.99, val_draws=4),
+        data="shakespeare", seq_len=256, n_layer=6, n_embd=384, steps=1500, batch_tokens=16_384,
+        micro_batch=64, dropout=0.1, ema=0.99, val_draws=4),
     "fineweb_124m": dict(
         n_head=12, mlp="swiglu", tied=True, steps=100_000, batch_tokens=32_768, micro_batch=32,
-        optimizer="adamw", lr=6e-4, embed_lr=6e-4, head_lr=6e-4, scalar_lr=6e-4, warmup=2000,
+        optimizer="adamw", lr=6e-4, embed_lr=6e-4, scalar_lr=6e-4, warmup=2000,
         lr_schedule="cosine", lr_end=0.1, weight_decay=0.1, adam_beta1=0.9, grad_clip=1.0,
         eval_every=1000),
     "golf_19m": dict(
         vocab_size=1024, n_layer=8, n_head=8, n_kv_head=4, n_embd=576, mlp_ratio=2.0, unet=True,
         softcap=30.0, tied=True, steps=80_000, batch_tokens=524_288, micro_batch=64, lr=0.02,
-        embed_lr=0.05, scalar_lr=0.05, adam_beta1=0.9, ema=0.999, ema_start=0.1,
-        estimator="bernoulli", loss_weight="clipped", weight_clip=100.0, eval_every=1000),
+        embed_lr=0.05, scalar_lr=0.05, adam_beta1=0.9, ema=0.999, ema_start=0.1, eval_every=1000,
+        estimator="bernoulli", loss_weight="clipped", weight_clip=100.0),
     "tinystories_142m": dict(
         data="tinystories", vocab_size=8192, seq_len=256, n_head=12, cond_dim=768, steps=20_000,
-        batch_tokens=131_072, micro_batch=64, schedule="cosine", estimator="bernoulli",
-        loss_weight="uniform", eval_every=1000),
+        micro_batch=64, eval_every=1000, schedule="cosine", estimator="bernoulli",
+        loss_weight="uniform"),
 }
 
 # The masked fraction 1 - alpha_t and its derivative -alpha'_t, of t in (0,1].
@@ -631,10 +568,9 @@ def check_objective(cfg, n_rows, micro_rows):
 def flops_per_token(cfg, model):
     """Training FLOPs per token of x0: 6 per weight used, the head on half of the positions, plus
     12 n_layer D T for attention over all pairs of positions."""
-    n_layers = sum(p.numel() for n, p in model.named_parameters() if is_hidden(n))
-    masked = (cfg.seq_len + 1) / (2 * cfg.seq_len)
-    n_head = masked * cfg.n_embd * cfg.vocab_size
-    return 6 * (n_layers + n_head) + 12 * cfg.n_layer * cfg.n_embd * cfg.seq_len
+    hidden = sum(p.numel() for n, p in model.named_parameters() if is_hidden(n))
+    head = cfg.n_embd * cfg.vocab_size * (cfg.seq_len + 1) / (2 * cfg.seq_len)
+    return 6 * (hidden + head) + 12 * cfg.n_layer * cfg.n_embd * cfg.seq_len
 
 
 def attend(q, k, v, ctx):
@@ -672,10 +608,9 @@ class Noise(NamedTuple):
 def draw_noise(cfg, n_rows, gen, bound=False):
     """All the randomness of a global batch of n_rows windows -> Noise, on the CPU.
 
-    exact_k: pair j of P takes u in stratum j of P of (0, 1/2) and masks k = 1 + floor(uT) positions
-    in one row and T + 1 - k in the other. Strata are dealt to the pairs at random and the order in
-    a pair is a coin toss, so each row alone has k ~ U{1..T}, as arXiv 2110.02037, eq. 8 asks.
-    bound=True draws this whatever training uses.
+    exact_k, and bound=True whatever training uses: pair j of P takes u in stratum j of (0, 1/2) and
+    masks k = 1 + floor(uT) positions in one row, T + 1 - k in the other. Strata are dealt at random
+    and a coin orders the pair, so each row alone has k ~ U{1..T} (arXiv 2110.02037, eq. 8).
     """
     T = cfg.seq_len
     if bound or cfg.estimator == "exact_k":
@@ -703,8 +638,7 @@ def draw_noise(cfg, n_rows, gen, bound=False):
     elif cfg.loss_weight == "uniform":
         weight = torch.full_like(t, 1 / fraction.mean())
     elif cfg.loss_weight == "masked_mean":
-        # The literature's mean over the masked tokens of the batch: of the global one, so that it
-        # does not depend on how the batch is cut.
+        # The mean over the masked tokens of the global batch, however that is cut.
         n_masked = (score < fraction[:, None]).sum().clamp(min=1)
         weight = torch.full_like(t, n_rows * T / n_masked)
     sigma = -torch.log1p(-fraction).clamp(min=-SIGMA_MAX)
@@ -742,40 +676,35 @@ def padded_count(is_mask):
     return min(-(-int(is_mask.sum()) // size) * size, is_mask.numel())
 
 
-def masked_rows(is_mask, n_masked):
-    """Flat positions of the masked tokens, (n_masked,); unmasked ones at the end are padding."""
-    return is_mask.flatten().to(torch.uint8).argsort(descending=True, stable=True)[:n_masked]
-
-
-def row_sums(model, x0, xt, noise, rows):
-    """Weighted cross entropy of the masked tokens, (R,), each at its flat position in rows."""
+def masked_losses(model, x0, xt, noise, n_masked):
+    """Flat positions of the masked tokens, (n_masked,), with unmasked ones at the end as padding,
+    and the weighted cross entropy there, 0 at padding."""
+    is_mask = (xt != x0).flatten()
+    rows = is_mask.to(torch.uint8).argsort(descending=True, stable=True)[:n_masked]
     logits = model(xt, noise.sigma, rows)
     ce = F.cross_entropy(logits, x0.flatten()[rows], reduction="none")
-    weight = noise.weight[:, None] * (xt != x0)  # (B, T), 0 at padding
-    return ce * weight.flatten()[rows]
+    weight = noise.weight.repeat_interleave(x0.size(1)) * is_mask  # (B T,)
+    return rows, ce * weight[rows]
 
 
 def loss_fn(model, x0, noise, cfg):
     """Training loss, nats per token: weighted sum over masked tokens / (B T)."""
     B, T = x0.shape
     xt = corrupt(x0, noise, cfg)
-    is_mask = xt != x0
-    if cfg.estimator == "exact_k" and B % 2 == 0:
-        n_masked = B // 2 * (T + 1)
-        loss = row_sums(model, x0, xt, noise, masked_rows(is_mask, n_masked)).sum() / (B * T)
-        # Rows that are no antithetic pairs would lose tokens here; better no number than that.
-        return torch.where(is_mask.sum() == n_masked, loss, torch.nan)
-    rows = masked_rows(is_mask, padded_count(is_mask))
-    return row_sums(model, x0, xt, noise, rows).sum() / (B * T)
+    paired = cfg.estimator == "exact_k" and B % 2 == 0
+    n_masked = B // 2 * (T + 1) if paired else padded_count(xt != x0)
+    _, losses = masked_losses(model, x0, xt, noise, n_masked)
+    loss = losses.sum() / (B * T)
+    # Rows that are no antithetic pairs would lose tokens here; better no number than that.
+    return torch.where((xt != x0).sum() == n_masked, loss, torch.nan) if paired else loss
 
 
 def nelbo_fn(model, x0, noise, cfg):
     """Bound on -log p(x0) in nats per sequence, (B,); noise by draw_noise(bound=True)."""
     B, T = x0.shape
     xt = torch.where(noise.score < noise.level[:, None], cfg.vocab_size, x0)
-    rows = masked_rows(xt != x0, padded_count(xt != x0))
-    sums = row_sums(model, x0, xt, noise, rows)
-    return torch.zeros(B, dtype=sums.dtype, device=sums.device).index_add(0, rows // T, sums)
+    rows, losses = masked_losses(model, x0, xt, noise, padded_count(xt != x0))
+    return losses.new_zeros(B).index_add(0, rows // T, losses)
 
 
 def other_figures(nats, noise):
@@ -820,47 +749,36 @@ def generate(model, cfg, known, is_known, *, steps, gen, choose=None, warp=None,
     mask_id, device = cfg.vocab_size, known.device
     seeds = [int(torch.randint(2**62, (), generator=gen)) for _ in range(B)]
     gens = [torch.Generator().manual_seed(s) for s in seeds]
-
-    def uniform():
-        return torch.stack([torch.rand(2, T, generator=g, dtype=torch.float64) for g in gens])
-
     tokens = torch.where(is_known, known, mask_id)
     order = torch.zeros_like(known)
     nfe, passes = 0, T if steps is None else steps
     for i in range(passes):
         is_mask = tokens == mask_id
-        pick, u = uniform().unbind(1)  # (B, T) each, CPU float64
-        sigma = -torch.log1p(-is_mask.sum(1).clamp(min=1) / (T + 1))
-        if choose is None:
-            if steps is None:
-                first = pick.masked_fill(~is_mask.cpu(), -1).argmax(1, keepdim=True)
-                commit = torch.zeros(B, T, dtype=torch.bool).scatter_(1, first, True)
-            else:
-                commit = pick * (steps - i) < 1
-            commit = commit.to(device) & is_mask
-            if not commit.any():
-                if steps is None:
-                    break
-                continue
-            rows = commit.flatten().nonzero()[:, 0]
+        u = [torch.rand(2, T, generator=g, dtype=torch.float64) for g in gens]
+        pick, u = torch.stack(u).unbind(1)  # (B, T) each, CPU float64
+        if choose is not None:
+            commit = torch.ones(B, T, dtype=torch.bool)  # chosen from below
+        elif steps is None:
+            first = pick.masked_fill(~is_mask.cpu(), -1).argmax(1, keepdim=True)
+            commit = torch.zeros(B, T, dtype=torch.bool).scatter_(1, first, True)
+        else:
+            commit = pick * (steps - i) < 1
+        commit = commit.to(device) & is_mask
+        rows = commit.flatten().nonzero()[:, 0]
+        log_probs = torch.zeros(0, mask_id, device=device)
+        if len(rows):
+            sigma = -torch.log1p(-is_mask.sum(1).clamp(min=1) / (T + 1))
             log_probs = model(tokens, sigma, rows).log_softmax(-1)  # (R, V)
             nfe += 1
-        else:
-            rows = is_mask.flatten().nonzero()[:, 0]
-            log_probs = torch.zeros(0, mask_id, device=device)
-            if len(rows):
-                log_probs = model(tokens, sigma, rows).log_softmax(-1)
-                nfe += 1
+        if choose is not None:
             new_mask = choose(log_probs, is_mask, step=i, steps=steps, u=pick) & ~is_known
-            if i == passes - 1:
-                new_mask = torch.zeros_like(is_mask)
-            commit = is_mask & ~new_mask
+            new_mask &= i < passes - 1
             tokens = torch.where(new_mask, mask_id, tokens)
+            commit = is_mask & ~new_mask
             at = commit.flatten()[rows]
             rows, log_probs = rows[at], log_probs[at]
-        if warp is not None and len(rows):
-            log_probs = warp(log_probs)
         if len(rows):
+            log_probs = log_probs if warp is None else warp(log_probs)
             where = "cpu" if device.type == "mps" else device  # MPS has no float64
             drawn = draw_tokens(log_probs.to(where), u.flatten()[rows.cpu()].to(where)).to(device)
             tokens = tokens.flatten().index_put((rows,), drawn).view(B, T)
@@ -874,97 +792,72 @@ def generate(model, cfg, known, is_known, *, steps, gen, choose=None, warp=None,
 # ----------------------------------------------------------------------------- optimizer
 MOMENTUM_START = 0.85
 EMA_WARMUP = 10
+ALIGN = 64  # elements, so that the gradient of every parameter starts on a cache line
 
 
 def is_hidden(name):
     """Does Muon take this parameter? The matrices of the layers, conditioning apart."""
-    parts = name.split(".")
-    return parts[0] == "layers" and parts[-2] in MUON_MATRICES
+    return re.match(r"layers\.\d+\.(q|k|v|o|gate|up|down)\.", name) is not None
 
 
 def make_optimizers(model, cfg):
     """[hidden matrices by Muon or AdamW, everything else by AdamW]."""
-    groups = {"hidden": [], "embed": [], "head": [], "scalar": [], "cond": []}
+    rates = {"hidden": cfg.lr, "embed": cfg.embed_lr, "head": cfg.head_lr,
+             "scalar": cfg.scalar_lr, "cond": cfg.cond_lr}
+    groups = {kind: dict(params=[], lr=lr, peak_lr=lr, weight_decay=cfg.adam_weight_decay)
+              for kind, lr in rates.items()}
     for name, p in model.named_parameters():
-        part = name.split(".")[0]
-        kind = "hidden" if is_hidden(name) else part if part in groups else \
-            "scalar" if p.ndim < 2 else "cond"
-        groups[kind].append(p)
-    owned = [id(p) for ps in groups.values() for p in ps]
-    assert len(set(owned)) == len(owned) == len(list(model.parameters()))
-
-    hidden = groups.pop("hidden")
-    rates = {"embed": cfg.embed_lr, "head": cfg.head_lr, "scalar": cfg.scalar_lr,
-             "cond": cfg.cond_lr}
-    rest = [dict(params=ps, lr=rates[kind], weight_decay=cfg.adam_weight_decay)
-            for kind, ps in groups.items() if ps]
-    optimizers = []
+        part = "hidden" if is_hidden(name) else name.split(".")[0]
+        kind = part if part in groups else "scalar" if p.ndim < 2 else "cond"
+        groups[kind]["params"].append(p)
+    hidden = groups.pop("hidden") | dict(weight_decay=cfg.weight_decay)
+    rest = [g for g in groups.values() if g["params"]]
+    adam = dict(betas=(cfg.adam_beta1, cfg.adam_beta2), eps=1e-10,
+                fused=model.embed.weight.device.type in ("cpu", "cuda"))
     if cfg.optimizer == "muon":
-        optimizers = [Muon(hidden, lr=cfg.lr, momentum=cfg.momentum, cautious=cfg.cautious,
-                           weight_decay=cfg.weight_decay, beta2=cfg.muon_beta2 or None)]
+        optimizers = [Muon([hidden], momentum=cfg.momentum, cautious=cfg.cautious,
+                           beta2=cfg.muon_beta2 or None), torch.optim.AdamW(rest, **adam)]
     else:
-        rest.insert(0, dict(params=hidden, lr=cfg.lr, weight_decay=cfg.weight_decay))
-    optimizers.append(torch.optim.AdamW(rest, betas=(cfg.adam_beta1, cfg.adam_beta2), eps=1e-10,
-                                        fused=hidden[0].device.type in ("cpu", "cuda")))
-    for group in (g for o in optimizers for g in o.param_groups):
-        group["peak_lr"] = group["lr"]
+        optimizers = [torch.optim.AdamW([hidden, *rest], **adam)]
+    owned = [p for o in optimizers for g in o.param_groups for p in g["params"]]
+    assert len(set(owned)) == len(owned) == len(list(model.parameters()))
     return optimizers
 
 
-def lr_factor(step, cfg):
-    """Learning rate of 0-based step / its peak."""
-    if step < cfg.warmup:
-        return (step + 1) / cfg.warmup
-    if cfg.lr_schedule == "cosine":
-        x = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
-        return cfg.lr_end + (1 - cfg.lr_end) * 0.5 * (1 + math.cos(math.pi * x))
-    x = (cfg.steps - step) / max(1.0, cfg.cooldown * cfg.steps)
-    return cfg.lr_end + (1 - cfg.lr_end) * min(1.0, x)
-
-
 def set_rates(optimizers, step, cfg):
-    """Learning rate of every group and Muon's momentum, as they are at a step."""
+    """Learning rate of every group and Muon's momentum, as they are at a 0-based step."""
+    if step < cfg.warmup:
+        factor = (step + 1) / cfg.warmup
+    elif cfg.lr_schedule == "cosine":
+        x = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
+        factor = cfg.lr_end + (1 - cfg.lr_end) * 0.5 * (1 + math.cos(math.pi * x))
+    else:
+        x = (cfg.steps - step) / max(1.0, cfg.cooldown * cfg.steps)
+        factor = cfg.lr_end + (1 - cfg.lr_end) * min(1.0, x)
     cold = max(0.0, 1 - step / cfg.momentum_warmup) if cfg.momentum_warmup else 0.0
     for group in (g for o in optimizers for g in o.param_groups):
-        group["lr"] = group["peak_lr"] * lr_factor(step, cfg)
+        group["lr"] = group["peak_lr"] * factor
         if "momentum" in group:
             group["momentum"] = cfg.momentum - cold * max(0.0, cfg.momentum - MOMENTUM_START)
 
 
 def flatten_grads(params):
     """Make every .grad a view of one flat buffer: one all-reduce, one norm, one memset a step."""
-    align = 64  # elements, so that each view starts on a cache line
-    sizes = [-(-p.numel() // align) * align for p in params]
+    sizes = [-(-p.numel() // ALIGN) * ALIGN for p in params]
     flat = torch.zeros(sum(sizes), device=params[0].device)
     for p, part in zip(params, flat.split(sizes), strict=True):
         p.grad = part[:p.numel()].view_as(p)
     return flat
 
 
-def update_ema(shadow, params, n, cfg):
-    """n-th update (0, 1, ..) of the fp32 average, its decay warmed up."""
-    decay = min(cfg.ema, (1 + n) / (EMA_WARMUP + n))
-    with torch.no_grad():
-        torch._foreach_lerp_(shadow, params, 1 - decay)
-
-
-@contextmanager
-def averaged(params, shadow):
-    """Inside, the parameters hold the average, if there is one; afterwards they are as before."""
-    kept = [p.detach().clone() for p in params] if shadow else []
-    try:
-        with torch.no_grad():
-            for p, average in zip(params, shadow, strict=bool(shadow)):
-                p.copy_(average)
-        yield
-    finally:
-        with torch.no_grad():
-            for p, before in zip(params, kept, strict=bool(shadow)):
-                p.copy_(before)
+def swap(params, shadow):
+    """Exchange the parameters with their average, if there is one; a second time undoes it."""
+    for p, average in zip(params, shadow, strict=bool(shadow)):
+        p.data, average.data = average.data, p.data
 
 
 # ----------------------------------------------------------------------------- evaluation
-EVAL_SEED = 20240520  # of masks and times, the same for every run, so that runs compare in pairs
+EVAL_SEED = 20240520  # of the noise, the same for every run, so that runs compare in pairs
 
 
 def derive_seed(*path):
@@ -979,53 +872,45 @@ def take_rows(noise, rows, device):
 
 @torch.no_grad()
 def evaluate(nelbo, cfg, windows, tokenizer, device, rank, world):
-    """Bound over the first val_tokens of a split; the same digits on any number of ranks.
+    """nelbo(x0, noise) -> (B,) nats, over the first val_tokens of a split.
 
-    nelbo(x0, noise) -> (B,) nats. The noise of all windows is one stratified draw; batches of them
+    The same digits on any number of ranks: the noise of all windows is one draw, batches of them
     are dealt to the ranks in turn, sums are in float64. -> ({METRIC: nats per token, se: standard
-    error over pairs of neighbouring windows, antithetic in their noise, bpb, ppl, tokens, ..},
-    nats of every window (N, draws))."""
+    error over pairs of neighbouring windows, whose noise is paired, bpb, ppl, ..}, nats (N,))."""
     n = min(len(windows), max(2, cfg.val_tokens // cfg.seq_len)) // 2 * 2
-    if not n:
-        fail(f"--data={cfg.data}: the {cfg.split} split is shorter than two windows of "
-             f"{cfg.seq_len} tokens")
-    nats = torch.zeros(n, cfg.val_draws, dtype=torch.float64)
-    n_bytes = torch.zeros(1, dtype=torch.float64)
-    others = {}
     size = cfg.micro_batch + cfg.micro_batch % 2
+    nats, others = torch.zeros(n, dtype=torch.float64), {}
     for draw in range(cfg.val_draws):
         gen = torch.Generator().manual_seed(derive_seed(EVAL_SEED, draw))
         noise = draw_noise(cfg, n, gen, bound=True)
+        sums = torch.zeros(n, 2, dtype=torch.float64)  # nats and bytes of every window
         for first in range(rank * size, n, world * size):
             rows = slice(first, min(first + size, n))
             x0 = windows.read(range(rows.start, rows.stop), cfg.vocab_size)
-            n_bytes += tokenizer["token_length"][x0].sum() if draw == 0 else 0
-            nats[rows, draw] = nelbo(x0.to(device), take_rows(noise, rows, device)).cpu().double()
+            sums[rows, 0] = nelbo(x0.to(device), take_rows(noise, rows, device)).cpu().double()
+            sums[rows, 1] = tokenizer["token_length"][x0].sum(1).double()
         if world > 1:
-            column = nats[:, draw].to(device)
-            dist.all_reduce(column)
-            nats[:, draw] = column.cpu()
-        for name, value in other_figures(nats[:, draw], noise).items():
+            sums = sums.to(device)
+            dist.all_reduce(sums)
+            sums = sums.cpu()
+        nats += sums[:, 0] / cfg.val_draws
+        for name, value in other_figures(sums[:, 0], noise).items():
             others[name] = others.get(name, 0.0) + value / cfg.val_draws
-    if world > 1:
-        n_bytes = n_bytes.to(device)
-        dist.all_reduce(n_bytes)
+    n_bytes = int(sums[:, 1].sum())
     mean = float(nats.mean()) / cfg.seq_len
-    pairs = nats.mean(1).view(-1, 2).mean(1) / cfg.seq_len
-    n_bytes = int(n_bytes)
-    bpb = float(nats.mean()) * n / math.log(2) / n_bytes if n_bytes else None
+    pairs = nats.view(-1, 2).mean(1) / cfg.seq_len
     return {METRIC: mean, "se": float(pairs.std() / len(pairs) ** 0.5) if n > 2 else None,
-            "bpb": bpb, "ppl": math.exp(min(mean, 700.0)), **others, "tokens": n * cfg.seq_len,
+            "bpb": float(nats.sum()) / math.log(2) / n_bytes if n_bytes else None,
+            "ppl": math.exp(min(mean, 700.0)), **others, "tokens": n * cfg.seq_len,
             "bytes": n_bytes, "draws": cfg.val_draws, "seed": EVAL_SEED}, nats
 
 
 def describe(result):
-    """The figures of one evaluation as they are printed."""
-    shown = {k: "n/a" if v is None else f"{v:.4f}" for k, v in result.items()}
-    line = f"{METRIC}:{shown.pop(METRIC)}+-{shown.pop('se')}"
-    for name in ("tokens", "bytes", "draws", "seed"):
-        shown.pop(name)
-    return line + "".join(f" {k}:{v}" for k, v in shown.items())
+    """The figures of an evaluation as they are printed."""
+    shown = {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in result.items()}
+    shown = {k: "n/a" if v is None else v for k, v in shown.items()}
+    shown[METRIC] += f"+-{shown.pop('se')}"
+    return " ".join(f"{k}:{v}" for k, v in shown.items())
 
 
 # ----------------------------------------------------------------------------- checkpoints
@@ -1058,7 +943,8 @@ def save_checkpoint(path, state):
 def load_checkpoint(path):
     """Read and check a checkpoint; tensors and plain values only, never code."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # torch's, about files of others
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         fail(f"{path}: no such checkpoint")
     except Exception as e:  # the unpickler meets arbitrary bytes
@@ -1075,24 +961,18 @@ def load_checkpoint(path):
 
 def load_weights(model, weights, path):
     """Copy a checkpoint's weights, all of them and in their shapes, or refuse."""
-    own = dict(model.named_parameters())
-    for name in sorted(own.keys() | weights.keys()):
-        shapes = [tuple(x.shape) if isinstance(x, Tensor) else "none"
-                  for x in (weights.get(name), own.get(name))]
-        if shapes[0] != shapes[1] or name not in own:
-            fail(f"{path}: {name} is {shapes[0]} there and {shapes[1]} here: another shape; "
-                 "give the flags it was trained with")
-    with torch.no_grad():
-        for name, p in own.items():
-            p.copy_(weights[name])
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError) as e:
+        what = str(e).splitlines()[-1].strip()
+        fail(f"{path}: {what} Another shape: give the flags it was trained with")
 
 
 def build_model(ckpt, weights="ema", device="cpu", path="checkpoint"):
     """A checkpoint (load_checkpoint) -> (model in eval mode, its Config); weights: ema or raw."""
-    defaults = {f.name: f.default for f in dataclasses.fields(Config)}
-    for name, value in ckpt["config"].items():
-        if name not in defaults or type(value) is not type(defaults[name]):
-            fail(f"{path}: its config has {name}={value!r}, which this script does not know")
+    unknown = ckpt["config"].keys() - {f.name for f in dataclasses.fields(Config)}
+    if unknown:
+        fail(f"{path}: its config has {min(unknown)}, which this script does not know")
     cfg = Config(**ckpt["config"])
     validate(cfg, 1)
     model = Model(cfg)
@@ -1105,7 +985,7 @@ def build_model(ckpt, weights="ema", device="cpu", path="checkpoint"):
 PEAK_FLOPS = {
     "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
     "L40S": 362e12, "L4": 121e12, "RTX 5090": 209e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
-RECOMPILE_LIMIT = 32  # shapes: training, evaluation, and the row sizes of a Bernoulli estimator
+RECOMPILE_LIMIT = 32  # shapes: training, evaluation, and batches whose size varies
 COLLECTIVE_TIMEOUT = 100  # seconds after which a rank that waits for a lost one gives up
 
 
@@ -1134,40 +1014,36 @@ def pick_dtype(cfg, device):
     return torch.bfloat16 if bf16 else torch.float32, ""
 
 
-def clock(seconds):
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
-
-
-def trim_logs(folder, step):
-    """Drop what was logged after the step that a run resumes from."""
+def start_logs(cfg, device, world, step):
+    """Start the logs with all that is needed to run it again; or drop what they have after the
+    step that a run resumes from."""
+    os.makedirs(cfg.out, exist_ok=True)
     for name, pattern in (("log.txt", r"step:(\d+)"), ("log.jsonl", r'\{"step": (\d+)')):
-        path = os.path.join(folder, name)
-        with open(path, encoding="utf-8") as f:
-            lines = f.readlines()
+        path, lines = os.path.join(cfg.out, name), []
+        if cfg.resume and os.path.exists(path):
+            with open(path, encoding="utf-8") as f:
+                lines = [x for x in f if int((re.match(pattern, x) or [0, 0])[1]) <= step]
+        elif name == "log.txt":
+            for source in (__file__, inspect.getfile(Muon)):
+                with open(source, encoding="utf-8") as f:
+                    lines += [*f, "=" * 100 + "\n"]
+            gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+            lines.append(f"python {sys.version.split()[0]} torch {torch.__version__} numpy "
+                         f"{np.__version__} device {gpu} ranks {world} threads "
+                         f"{torch.get_num_threads()}\n{json.dumps(dataclasses.asdict(cfg))}\n")
         with open(f"{path}.partial", "w", encoding="utf-8") as f:
-            f.writelines(x for x in lines if int((re.match(pattern, x) or [0, 0])[1]) <= step)
+            f.writelines(lines)
         os.replace(f"{path}.partial", path)
-
-
-def log_head(cfg, device, world):
-    """What a log starts with: everything needed to run it again."""
-    parts = []
-    for path in (__file__, sys.modules["muon"].__file__):
-        with open(path, encoding="utf-8") as f:
-            parts.append(f.read())
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    parts.append(f"python {sys.version.split()[0]} torch {torch.__version__} numpy {np.__version__}"
-                 f" device {name} ranks {world} threads {torch.get_num_threads()}\n"
-                 + json.dumps(dataclasses.asdict(cfg)) + "\n")
-    return ("\n" + "=" * 100 + "\n").join(parts) + "=" * 100 + "\n"
 
 
 def main(argv):
     cfg = parse_args(argv)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     validate(cfg, world)
-    folder = data_folder(cfg.data)
+    folder = cfg.data if os.path.isdir(cfg.data) else os.path.join("data", cfg.data)
+    if not os.path.isdir(folder):
+        fail(f"--data={cfg.data}: no such folder, nor {folder}; make it with prepare_data.py, "
+             "whose --help lists what there is")
     val = Windows(folder, cfg.split, cfg.seq_len)
     train = val if cfg.eval_only else Windows(folder, "train", cfg.seq_len)
     if train.dtype != val.dtype:
@@ -1177,19 +1053,25 @@ def main(argv):
     if cfg.vocab_size < tokenizer["vocab_size"]:
         fail(f"--vocab_size={cfg.vocab_size}: the data in {folder} has {tokenizer['vocab_size']}")
     n_rows = cfg.batch_tokens // cfg.seq_len
+    per_rank = n_rows // world
+    micro = min(cfg.micro_batch, per_rank)
+    if len(val) < 2:
+        fail(f"--data={cfg.data}: the {cfg.split} split is shorter than two windows of "
+             f"{cfg.seq_len} tokens")
     if len(train) < n_rows and not cfg.eval_only:
         fail(f"--data={cfg.data}: {len(train)} windows of {cfg.seq_len} tokens are fewer than the "
              f"{n_rows} of a batch; lower --batch_tokens")
+    val.read(range(min(len(val), cfg.val_tokens // cfg.seq_len)), cfg.vocab_size)  # all ids known?
     path = os.path.join(cfg.out, "ckpt.pt")
     if os.path.exists(path) and not cfg.resume and not cfg.eval_only:
         fail(f"--out={cfg.out} holds a run: --resume=1 continues it, another --out starts afresh")
     device = pick_device(cfg, int(os.environ.get("LOCAL_RANK", 0)))
     dtype, notice = pick_dtype(cfg, device)
+    amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     torch.manual_seed(derive_seed(cfg.seed))
-    model, ckpt = Model(cfg), None
-    if cfg.resume or cfg.init_from:
-        source = path if cfg.resume else cfg.init_from
+    model, source = Model(cfg), path if cfg.resume else cfg.init_from
+    if source:
         ckpt = load_checkpoint(source)
         if ckpt["script"] not in ((SCRIPT,) if cfg.resume else INIT_FROM):
             fail(f"{source}: a checkpoint of {ckpt['script']}.py")
@@ -1198,10 +1080,8 @@ def main(argv):
     params = list(model.parameters())
     if world > 1:
         auto = "nccl" if device.type == "cuda" else "gloo"
-        backend = auto if cfg.backend == "auto" else cfg.backend
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=COLLECTIVE_TIMEOUT))
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
+        dist.init_process_group(auto if cfg.backend == "auto" else cfg.backend,
+                                timeout=datetime.timedelta(seconds=COLLECTIVE_TIMEOUT))
 
     def say(line, record=None):
         """Print on the first rank and keep in the logs of a training run."""
@@ -1215,26 +1095,12 @@ def main(argv):
 
     if rank == 0 and not cfg.eval_only:
         try:
-            os.makedirs(cfg.out, exist_ok=True)
-            if cfg.resume:
-                trim_logs(cfg.out, ckpt["step"])
-            else:
-                for name, text in (("log.txt", log_head(cfg, device, world)), ("log.jsonl", "")):
-                    with open(os.path.join(cfg.out, name), "w", encoding="utf-8") as f:
-                        f.write(text)
+            start_logs(cfg, device, world, ckpt["step"] if cfg.resume else 0)
         except OSError as e:
             fail(f"--out={cfg.out}: {e.strerror}")
-
-    def loss_of(x0, noise):
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return loss_fn(model, x0, noise, cfg)
-
-    def nelbo_of(x0, noise):
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return nelbo_fn(model, x0, noise, cfg)
-
     flops, peak = flops_per_token(cfg, model), None
     if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
         name = torch.cuda.get_device_name(device)
         peak = next((world * f for part, f in PEAK_FLOPS.items() if part in name), None)
     say(f"{sum(p.numel() for p in params) / 1e6:.2f}M parameters, {flops / 1e6:.1f} MFLOP per "
@@ -1242,6 +1108,8 @@ def main(argv):
         f"{len(train) * cfg.seq_len:,} tokens")
     if notice:
         say(notice)
+
+    train_loss, nelbo = loss_fn, nelbo_fn
     if cfg.compile:
         try:  # a small function first: is there a compiler at all?
             torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
@@ -1251,148 +1119,159 @@ def main(argv):
                 for layer in model.layers:
                     layer.compile(dynamic=False)
             else:
-                loss_of, nelbo_of = (torch.compile(f, dynamic=False) for f in (loss_of, nelbo_of))
+                train_loss, nelbo = (torch.compile(f, dynamic=False) for f in (loss_fn, nelbo_fn))
             say("compiling: the first steps take longer (--compile=0 does without)")
         except Exception as e:  # whatever a missing or broken tool chain raises
             say(f"running without torch.compile: {str(e).strip().splitlines()[0]}")
-    if cfg.eval_only:
+
+    def run_evaluation():
+        """The figures of the averaged weights, where there are any, and nats per window."""
         model.eval()
-        result, _ = evaluate(nelbo_of, cfg, val, tokenizer, device, rank, world)
-        say(f"split:{cfg.split} {describe(result)}")
-        say(" ".join(f"{k}:{result[k]}" for k in ("tokens", "bytes", "draws", "seed")))
+        swap(params, shadow)
+        with amp:
+            result, nats = evaluate(functools.partial(nelbo, model, cfg=cfg), cfg, val, tokenizer,
+                                    device, rank, world)
+        swap(params, shadow)
+        model.train()
+        return result, nats
+
+    shadow = []  # the averaged weights
+    if cfg.eval_only:
+        say(f"split:{cfg.split} {describe(run_evaluation()[0])}")
         if world > 1:
             dist.destroy_process_group()
         return
 
     flat_grad = flatten_grads(params)
     optimizers = make_optimizers(model, cfg)
-    shadow = []  # the averaged weights
-    # Everything else that a resumed run needs; rows is the position in the data.
-    at = dict(step=0, rows=0, seconds=0.0, bad=0, skipped=0, evaluated=True, ema_updates=0)
+    # What else a resumed run needs; its place in the data is step * n_rows.
+    at = SimpleNamespace(step=0, seconds=0.0, bad=0, skipped=0, evaluated=True, ema_updates=0)
     if cfg.resume:
         try:
             for optimizer, state in zip(optimizers, ckpt["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
-            at = {k: type(v)(ckpt["progress"][k]) for k, v in at.items()}
-            shadow = [ckpt["ema"][n].to(device) for n, _ in model.named_parameters()] \
-                if ckpt["ema"] else []
+            at = SimpleNamespace(**{k: type(v)(ckpt["progress"][k]) for k, v in vars(at).items()})
+            if ckpt["ema"]:
+                shadow = [ckpt["ema"][name].to(device) for name, _ in model.named_parameters()]
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             fail(f"{path}: cannot be continued ({type(e).__name__}: {e})")
-        say(f"resuming {cfg.out} after step {at['step']}")
-    ckpt = None
-    per_rank = n_rows // world
-    micro = min(cfg.micro_batch, per_rank)
+        say(f"resuming {cfg.out} after step {at.step}")
+    ckpt = None  # gives its memory back
 
-    def next_batch(step, first):
-        """Micro-batches (x0, noise) of this rank at a step whose rows start at first."""
-        gen = torch.Generator().manual_seed(derive_seed(cfg.seed, step))
-        noise = draw_noise(cfg, n_rows, gen)
-        batch = []
+    def next_batch(step):
+        """Micro-batches (x0, noise) of this rank."""
+        noise = draw_noise(cfg, n_rows, torch.Generator().manual_seed(derive_seed(cfg.seed, step)))
+        n, batch = len(train), []
         for row in range(rank * per_rank, (rank + 1) * per_rank, micro):
-            indices = training_rows(train, first + row, micro, cfg)
+            places = range(step * n_rows + row, step * n_rows + row + micro)
+            if cfg.shuffle:
+                indices = [permutation(cfg.seed, i // n, n)[i % n] for i in places]
+            else:
+                indices = [i % n for i in places]
             x0 = train.read(indices, cfg.vocab_size).to(device)
             batch.append((x0, take_rows(noise, slice(row, row + micro), device)))
         return batch
 
-    def save():
-        named = {n: p.detach() for n, p in model.named_parameters()}
-        problem = save_checkpoint(path, {
-            "format": CKPT_FORMAT, "script": SCRIPT, "config": dataclasses.asdict(cfg),
-            "tokenizer": tokenizer, "model": named, "step": at["step"], "progress": at,
-            "ema": dict(zip(named, shadow, strict=True)) if shadow else None,
-            "optimizers": [o.state_dict() for o in optimizers],
-            "tokens_seen": at["step"] * cfg.batch_tokens}) if rank == 0 else ""
-        if problem:
-            say(f"checkpoint of step {at['step']} not written ({problem}); the one before it stays")
-        return problem
-
-    def run_evaluation():
-        model.eval()
-        with averaged(params, shadow):
-            result, nats = evaluate(nelbo_of, cfg, val, tokenizer, device, rank, world)
-        model.train()
-        step, ms = at["step"], 1000 * at["seconds"]
-        say(f"step:{step}/{cfg.steps} {describe(result)} train_time:{ms:.0f}ms "
+    def log_evaluation():
+        result, nats = run_evaluation()
+        step, ms = at.step, 1000 * at.seconds
+        short = {k: v for k, v in result.items() if not isinstance(v, int)}
+        say(f"step:{step}/{cfg.steps} {describe(short)} train_time:{ms:.0f}ms "
             f"step_avg:{ms / step:.2f}ms", {"step": step, **result})
         if step == cfg.steps and rank == 0:
             np.save(os.path.join(cfg.out, f"{cfg.split}_nats.npy"), nats.numpy())
+
+    def save(last):
+        named = {name: p.detach() for name, p in model.named_parameters()}
+        problem = save_checkpoint(path, {
+            "format": CKPT_FORMAT, "script": SCRIPT, "config": dataclasses.asdict(cfg),
+            "tokenizer": tokenizer, "model": named, "step": at.step, "progress": vars(at),
+            "ema": dict(zip(named, shadow, strict=True)) if shadow else None,
+            "optimizers": [o.state_dict() for o in optimizers],
+            "tokens_seen": at.step * cfg.batch_tokens})
+        if problem and last:
+            fail(f"{path} not written ({problem}); make room and go on with --resume=1")
+        if problem:
+            say(f"checkpoint of step {at.step} not written ({problem}); the one before it stays")
 
     stop = []  # signals received
     handlers = {s: signal.signal(s, lambda number, frame: stop.append(number))
                 for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     model.train()
-    if not at["evaluated"]:
-        run_evaluation()
-    batch = next_batch(at["step"], at["rows"])
+    if not at.evaluated:
+        log_evaluation()
+    batch = next_batch(at.step)
     recent = []  # (loss, seconds) of the steps since the last line
     start = time.perf_counter()
-    while at["step"] < cfg.steps:
+    while at.step < cfg.steps:
         flat_grad.zero_()
-        total = torch.zeros(2, device=device)  # loss; ranks that were told to stop
+        total = torch.zeros(2, device=device)  # loss; signals
         for i, (x0, noise) in enumerate(batch):
             if cfg.dropout:
-                torch.manual_seed(derive_seed(cfg.seed, at["step"], rank * len(batch) + i))
-            loss = loss_of(x0, noise) / len(batch)
+                torch.manual_seed(derive_seed(cfg.seed, at.step, rank * len(batch) + i))
+            with amp:
+                loss = train_loss(model, x0, noise, cfg) / len(batch)
             loss.backward()
             total[0] += loss.detach() / world
         total[1] = len(stop)
-        at["rows"] += n_rows
-        if at["step"] + 1 < cfg.steps:
-            batch = next_batch(at["step"] + 1, at["rows"])  # while the GPU works
+        if at.step + 1 < cfg.steps:
+            batch = next_batch(at.step + 1)  # while the GPU works
         if world > 1:
             dist.all_reduce(flat_grad)
             dist.all_reduce(total)
         flat_grad /= world
-        norm = float(flat_grad.norm())
+        grad_norm = float(flat_grad.norm())
         loss, stopping = total.tolist()
-        if math.isfinite(loss) and math.isfinite(norm):
-            if cfg.grad_clip and norm > cfg.grad_clip:
-                flat_grad *= cfg.grad_clip / norm
-            set_rates(optimizers, at["step"], cfg)
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            if cfg.grad_clip and grad_norm > cfg.grad_clip:
+                flat_grad *= cfg.grad_clip / grad_norm
+            set_rates(optimizers, at.step, cfg)
             for optimizer in optimizers:
                 optimizer.step()
-            if cfg.ema and at["step"] >= cfg.ema_start * cfg.steps:
+            if cfg.ema and at.step >= cfg.ema_start * cfg.steps:
                 shadow = shadow or [p.detach().clone() for p in params]
-                update_ema(shadow, params, at["ema_updates"], cfg)
-                at["ema_updates"] += 1
-            at["bad"] = 0
+                decay = min(cfg.ema, (1 + at.ema_updates) / (EMA_WARMUP + at.ema_updates))
+                with torch.no_grad():
+                    torch._foreach_lerp_(shadow, params, 1 - decay)
+                at.ema_updates += 1
+            at.bad = 0
         else:
-            at["bad"], at["skipped"] = at["bad"] + 1, at["skipped"] + 1
+            at.bad, at.skipped = at.bad + 1, at.skipped + 1
             names = [n for n, p in model.named_parameters() if not p.grad.isfinite().all()]
-            say(f"step:{at['step'] + 1}/{cfg.steps} skipped: loss {loss}, gradient norm {norm}, "
+            say(f"step:{at.step + 1}/{cfg.steps} skipped: loss {loss}, gradient norm {grad_norm}, "
                 f"first non-finite gradient: {(names or ['none'])[0]}")
-            if at["bad"] >= cfg.max_bad_steps:
-                fail(f"{at['bad']} non-finite steps in a row: stopped at step {at['step'] + 1}; "
+            if at.bad >= cfg.max_bad_steps:
+                fail(f"{at.bad} non-finite steps in a row: stopped at step {at.step + 1}; "
                      f"{cfg.out} keeps its last checkpoint; try a lower --lr, look at the data")
-        at["step"] += 1
-        step = at["step"]
+        at.step += 1
         recent.append((loss, time.perf_counter() - start))
-        at["seconds"] += recent[-1][1]
-        if step % cfg.log_every == 0 or step == cfg.steps:
-            mean, rate = np.mean(recent, 0).tolist()
-            rate, recent = cfg.batch_tokens / rate, []
-            lr = optimizers[0].param_groups[0]["lr"]
-            say(f"step:{step}/{cfg.steps} loss:{mean:.4f} lr:{lr:.2e} tok/s:{rate:.0f} mfu:"
+        at.seconds += recent[-1][1]
+        last = at.step == cfg.steps
+        if at.step % cfg.log_every == 0 or last:
+            mean, seconds = np.mean(recent, 0).tolist()
+            recent = []
+            rate, lr = cfg.batch_tokens / seconds, optimizers[0].param_groups[0]["lr"]
+            say(f"step:{at.step}/{cfg.steps} loss:{mean:.4f} lr:{lr:.2e} tok/s:{rate:.0f} mfu:"
                 + (f"{rate * flops / peak:.3f}" if peak else "n/a")
-                + f" eta:{clock((cfg.steps - step) * cfg.batch_tokens / rate)}"
-                + (f" skipped:{at['skipped']}" if at["skipped"] else ""),
-                {"step": step, "loss": mean, "grad_norm": norm, "lr": lr})
-        due = step == cfg.steps or (cfg.eval_every and step % cfg.eval_every == 0)
-        at["evaluated"] = not (due and stopping)
+                + f" eta:{datetime.timedelta(seconds=int((cfg.steps - at.step) * seconds))}"
+                + (f" skipped:{at.skipped}" if at.skipped else ""),
+                {"step": at.step, "loss": mean, "grad_norm": grad_norm, "lr": lr})
+        due = last or (cfg.eval_every and at.step % cfg.eval_every == 0)
+        at.evaluated = not (due and stopping)  # told to stop, it is made up for after --resume=1
         if due and not stopping:
-            run_evaluation()
-        if stopping or step == cfg.steps or (cfg.ckpt_every and step % cfg.ckpt_every == 0):
-            problem = save()
-            if problem and step == cfg.steps:
-                fail(f"--out={cfg.out}: {problem}")
+            log_evaluation()
+        if stopping or last or (cfg.ckpt_every and at.step % cfg.ckpt_every == 0):
+            if rank == 0:
+                save(stopping or last)
         if stopping:
             break
         start = time.perf_counter()
+
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    if at["step"] < cfg.steps:
+    if at.step < cfg.steps:
         launcher = f"torchrun --nproc_per_node={world}" if world > 1 else "python"
-        say(f"stopped after step {at['step']}; continue with: {launcher} {SCRIPT}.py --resume=1 "
+        say(f"stopped after step {at.step}; continue with: {launcher} {SCRIPT}.py --resume=1 "
             f"--out={shlex.quote(cfg.out)}")
     else:
         say(f"done: {path}; text: python sample.py --ckpt={shlex.quote(path)}")
