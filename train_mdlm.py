@@ -1,17 +1,15 @@
 """Masked diffusion language model (MDLM) in one file: data, model, training, evaluation, sampling.
 
 Forward process: every token of x0 is replaced by the mask with probability 1 - alpha_t, t in (0,1].
-The network sees the half-masked xt and predicts the masked tokens, all at once. Its training loss
-is a bound on the likelihood (Sahoo et al. 2024, arXiv 2406.07524, eq. 10):
+The network predicts the masked tokens of xt, all at once, and its loss bounds the likelihood,
+whatever the schedule alpha if it has no time input (Sahoo et al. 2024, arXiv 2406.07524, eq. 10):
 
     -log p(x0) <= E_t [ -alpha'_t / (1 - alpha_t)  sum_{i masked} -log p(x0_i | xt) ]
 
-For a denoiser without time input this does not depend on the schedule alpha, and equals the
-order-agnostic autoregressive bound (Hoogeboom et al. 2021, arXiv 2110.02037, eq. 8),
+The default estimator, exactly k masks in a row and T+1-k in the next one, draws the same as the
+order-agnostic autoregressive bound (Hoogeboom et al. 2021, arXiv 2110.02037, eq. 8):
 
-    -log p(x0) <= E_{k ~ U{1..T}} E_{|S| = k} [ T/k  sum_{i in S} -log p(x0_i | x0 outside S) ],
-
-which is what the default estimator draws: exactly k masks in a row, T+1-k in the next one.
+    -log p(x0) <= E_{k ~ U{1..T}} E_{|S| = k} [ T/k  sum_{i in S} -log p(x0_i | x0 outside S) ]
 
     python prepare_data.py stdlib && python train_mdlm.py --preset=tiny         # minutes on a CPU
     torchrun --nproc_per_node=8 train_mdlm.py                                   # FineWeb-Edu
@@ -25,6 +23,7 @@ import dataclasses
 import datetime
 import difflib
 import functools
+import glob
 import inspect
 import json
 import math
@@ -140,7 +139,6 @@ RESUME_FIELDS = (
 POSITIVE = ("seq_len n_layer n_head n_embd mlp_ratio steps batch_tokens micro_batch val_tokens "
             "val_draws max_bad_steps log_every").split()
 BELOW_ONE = "dropout ema momentum muon_beta2 adam_beta1 adam_beta2".split()
-UP_TO_ONE = "ema_start cooldown lr_end".split()
 
 
 def fail(message):
@@ -150,40 +148,41 @@ def fail(message):
     raise SystemExit(2)
 
 
+def require(condition, message):
+    if not condition:
+        fail(message)
+
+
 def show_help():
     """The docstring, then every flag with the comment beside it in Config."""
     comments = dict(re.findall(r"^    (\w+): [^#]+# (.+)$", inspect.getsource(Config), re.M))
-    print(__doc__, "Flags:", sep="\n")
+    print(__doc__)
     for f in dataclasses.fields(Config):
         default = int(f.default) if isinstance(f.default, bool) else f.default
-        choices = f" ({', '.join(get_args(f.type))})" if get_args(f.type) else ""
-        print(f"  --{f.name}={default}  {comments[f.name]}{choices}")
+        print(f"  --{f.name}={default}  {comments[f.name]} {', '.join(get_args(f.type))}")
     print(f"Presets: {', '.join(PRESETS)}")
 
 
 def parse_flags(argv):
     """['--name=value', ..] -> {name: value}, typed; anything else is refused."""
     defaults = {f.name: f.default for f in dataclasses.fields(Config)}
-    wanted = {bool: "0 or 1", int: "a whole number", float: "a number"}
     flags = {}
     for arg in argv:
         if arg in ("--help", "-h"):
             show_help()
             raise SystemExit(0)
         name, equals, text = arg.removeprefix("--").partition("=")
-        if name == "block_size":
-            fail("--block_size means three things elsewhere: --seq_len is the context in tokens")
-        if not arg.startswith("--") or name not in defaults:
-            near = difflib.get_close_matches(name, defaults, 1)
-            fail(f"unknown flag {arg}: "
-                 + (f"did you mean --{near[0]}=?" if near else "--help lists the flags"))
-        if not equals or name in flags:
-            fail(f"--{name} " + ("is given twice" if equals else f"needs a value: --{name}=VALUE"))
+        require(name != "block_size", "--block_size has several meanings; --seq_len is the context")
+        near = (difflib.get_close_matches(name, defaults, 1) or ["help"])[0]
+        known = arg.startswith("--") and name in defaults
+        require(known, f"unknown flag {arg}: did you mean --{near}?")
+        require(equals, f"--{name} needs a value: --{name}=VALUE")
+        require(name not in flags, f"--{name} is given twice")
         kind = type(defaults[name])
         try:
             flags[name] = ("0", "1").index(text) == 1 if kind is bool else kind(text)
         except ValueError:
-            fail(f"{arg}: {wanted[kind]} expected")
+            fail(f"{arg}: {kind.__name__} expected" + " (0 or 1)" * (kind is bool))
     return flags
 
 
@@ -193,58 +192,47 @@ def parse_args(argv):
     flags = parse_flags(argv)
     preset, source = flags.get("preset", ""), flags.get("init_from", "")
     resume, eval_only = flags.get("resume", False), flags.get("eval_only", False)
-    if preset and preset not in PRESETS:
-        fail(f"--preset={preset}: there are {', '.join(PRESETS)}")
-    base = {"out": os.path.join("out", SCRIPT + (f"-{preset}" if preset else "")),
-            **PRESETS.get(preset, {})}
-    if resume and source:
-        fail("--resume=1 and --init_from exclude each other")
+    require(preset in ("", *PRESETS), f"--preset={preset}: there are {', '.join(PRESETS)}")
+    require(not (resume and source), "--resume=1 and --init_from exclude each other")
+    require(source or not eval_only, "--eval_only=1 needs a checkpoint: --init_from=PATH")
+    base = {"out": os.path.join("out", SCRIPT + (f"-{preset}" if preset else ""))}
+    base.update(PRESETS.get(preset, {}))
     if resume:
         source = os.path.join(flags.get("out", base["out"]), "ckpt.pt")
-        if not os.path.exists(source):
-            fail(f"--resume=1: there is no {source}: name the run's folder with --out")
-    elif eval_only and not source:
-        fail("--eval_only=1 needs a checkpoint: --init_from=PATH")
+        require(os.path.exists(source), f"--resume=1: no {source}: name the run's folder by --out")
     if source:
         config = load_checkpoint(source)["config"]
         saved = {f.name: config[f.name] for f in dataclasses.fields(Config) if f.name in config}
         for name in set(saved) - set(RESUME_FIELDS) if resume else SHAPE_FIELDS:
             if flags.get(name, saved.get(name)) != saved.get(name):
                 fail(f"--{name}={flags[name]}: {source} has {saved.get(name)}, which stays")
-        if resume or eval_only:
-            base = dict(saved, split="val", out=base["out"])
-        else:
-            base.update((name, saved[name]) for name in SHAPE_FIELDS if name in saved)
+        if not (resume or eval_only):
+            saved = base | {name: saved[name] for name in SHAPE_FIELDS if name in saved}
+        base = saved | {"split": "val", "out": base["out"]}
     return Config(**(base | flags))
 
 
 def validate(cfg, world):
     """Refuse what cannot work, before anything is opened or written."""
-    def refuse(name, why):
-        fail(f"--{name}={getattr(cfg, name)}: {why}")
-
     for f in dataclasses.fields(Config):
-        name, value, choices = f.name, getattr(cfg, f.name), get_args(f.type)
-        if type(value) is not type(f.default):
-            refuse(name, f"{type(f.default).__name__} expected")
-        if choices and value not in choices:
-            refuse(name, f"there are {', '.join(choices)}")
-        if isinstance(value, str):
-            continue
-        if not 0 <= value < math.inf or (name in POSITIVE and value == 0):
-            refuse(name, "must be positive" if name in POSITIVE else "must be 0 or more")
-        if (name in BELOW_ONE and value >= 1) or (name in UP_TO_ONE and value > 1):
-            refuse(name, "must be below 1" if name in BELOW_ONE else "must be at most 1")
-    if cfg.n_embd % (2 * cfg.n_head):
-        refuse("n_head", f"{cfg.n_embd} wide does not divide into heads of even width")
-    if cfg.n_head % (cfg.n_kv_head or cfg.n_head):
-        refuse("n_kv_head", f"must divide --n_head={cfg.n_head}")
-    n_rows = cfg.batch_tokens // cfg.seq_len
-    if cfg.batch_tokens % cfg.seq_len or n_rows % world:
-        refuse("batch_tokens", f"no multiple of --seq_len={cfg.seq_len} on each of {world} ranks")
-    micro = min(cfg.micro_batch, n_rows // world)
-    if n_rows // world % micro:
-        refuse("micro_batch", f"the {n_rows // world} rows of a rank are no multiple of it")
+        value, choices = getattr(cfg, f.name), get_args(f.type)
+        flag = f"--{f.name}={value}:"
+        require(type(value) is type(f.default), f"{flag} {type(f.default).__name__} expected")
+        require(not choices or value in choices, f"{flag} there are {', '.join(choices)}")
+        if not isinstance(value, str):
+            require(0 <= value < math.inf, f"{flag} must be 0 or more")
+            require(value > 0 or f.name not in POSITIVE, f"{flag} must be positive")
+            require(value < 1 or f.name not in BELOW_ONE, f"{flag} must be below 1")
+    n_head, n_rows = cfg.n_head, cfg.batch_tokens // cfg.seq_len
+    require(cfg.n_embd % (2 * n_head) == 0, f"--n_head={n_head}: {cfg.n_embd} / n_head is not even")
+    divides = n_head % (cfg.n_kv_head or n_head) == 0
+    require(divides, f"--n_kv_head={cfg.n_kv_head}: must divide --n_head={n_head}")
+    fits = cfg.batch_tokens % (cfg.seq_len * world) == 0
+    require(fits, f"--batch_tokens={cfg.batch_tokens}: no multiple of --seq_len={cfg.seq_len}, or "
+            f"its rows do not divide by {world} ranks")
+    per_rank = n_rows // world
+    micro = min(cfg.micro_batch, per_rank)
+    require(per_rank % micro == 0, f"--micro_batch={micro}: must divide a rank's {per_rank} rows")
     check_objective(cfg, n_rows, micro)
 
 
@@ -259,30 +247,26 @@ def open_shard(path, seq_len):
         size, header = os.path.getsize(path), np.fromfile(path, "<i4", HEADER_BYTES // 4)
     except OSError as e:
         fail(f"{path}: {e.strerror}")
-    if size < HEADER_BYTES or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        fail(f"{path}: not a token shard; make them with prepare_data.py")
+    shard = len(header) == HEADER_BYTES // 4 and tuple(header[:2]) == (SHARD_MAGIC, SHARD_VERSION)
+    require(shard, f"{path}: not a token shard; make them with prepare_data.py")
     n_tokens, itemsize = int(header[2]), int(header[3]) or 2
-    if itemsize not in (1, 2) or n_tokens <= 0 or size != HEADER_BYTES + n_tokens * itemsize:
-        fail(f"{path}: {size} bytes, but a header for {n_tokens} tokens of {itemsize}: "
-             "cut short or damaged; prepare it again")
+    whole = itemsize in (1, 2) and n_tokens > 0 and size == HEADER_BYTES + n_tokens * itemsize
+    require(whole, f"{path}: {size} bytes, but a header for {n_tokens} tokens of {itemsize}: cut "
+            "short or damaged; prepare it again")
     tokens = np.memmap(path, np.uint8 if itemsize == 1 else "<u2", "r", HEADER_BYTES, (n_tokens,))
     return tokens[:n_tokens // seq_len * seq_len].reshape(-1, seq_len)
 
 
 class Windows:
     """All windows of seq_len tokens of one split, shard after shard."""
-
     def __init__(self, folder, split, seq_len):
-        names = sorted(n for n in os.listdir(folder) if re.search(rf"{split}_\w*\.bin$", n))
-        if not names:
-            fail(f"--data={folder}: no *{split}_*.bin in it")
-        self.paths = [os.path.join(folder, n) for n in names]
+        self.paths = sorted(glob.glob(f"{glob.escape(folder)}/*{split}_*.bin"))
+        require(self.paths, f"--data={folder}: no *{split}_*.bin in it")
         self.shards = [open_shard(p, seq_len) for p in self.paths]
         self.starts = np.cumsum([0] + [len(s) for s in self.shards])
         self.dtype = self.shards[0].dtype
         for shard, path in zip(self.shards, self.paths, strict=True):
-            if shard.dtype != self.dtype:
-                fail(f"{path}: {shard.dtype} tokens beside {self.dtype}: prepare anew")
+            require(shard.dtype == self.dtype, f"{path}: {shard.dtype} tokens beside {self.dtype}")
 
     def __len__(self):
         return int(self.starts[-1])
@@ -294,22 +278,15 @@ class Windows:
             shard = int(np.searchsorted(self.starts, index, "right")) - 1
             rows.append(self.shards[shard][index - self.starts[shard]].astype(np.int64))
             if rows[-1].max() >= vocab_size:
-                fail(f"{self.paths[shard]}: token id {rows[-1].max()} with a vocabulary of "
-                     f"{vocab_size}")
+                fail(f"{self.paths[shard]}: token {rows[-1].max()} of a vocabulary of {vocab_size}")
         return torch.from_numpy(np.stack(rows))
-
-
-@functools.lru_cache(maxsize=2)
-def permutation(seed, epoch, n):
-    return np.random.default_rng((seed, epoch)).permutation(n)
 
 
 def load_tokenizer(folder, dtype):
     """What turns ids into text, from meta.json; without it uint16 is GPT-2's and uint8 is bytes.
 
     -> {name, vocab_size, bos_id, pattern, token_bytes: uint8 (all bytes, id after id),
-    token_length: int64 (V,), bytes of every id}. BOS stands for no text, so its length is 0.
-    """
+    token_length: int64 (V,), bytes of every id}. BOS stands for no text, so its length is 0."""
     path = os.path.join(folder, "meta.json")
     meta = dict(tokenizer="byte", vocab_size=256, bos_id=0, pattern=None, token_bytes=None)
     try:
@@ -322,27 +299,27 @@ def load_tokenizer(folder, dtype):
         table[meta["bos_id"]] = b""
         if len(table) != meta["vocab_size"]:
             raise ValueError(f"{len(table)} tokens, vocab_size {meta['vocab_size']}")
-        return {"name": str(meta["tokenizer"]), "vocab_size": len(table),
-                "bos_id": int(meta["bos_id"]), "pattern": meta["pattern"],
-                "token_bytes": torch.tensor(list(b"".join(table)), dtype=torch.uint8),
-                "token_length": torch.tensor([len(b) for b in table])}
+        return dict(name=str(meta["tokenizer"]), vocab_size=len(table), bos_id=int(meta["bos_id"]),
+                    pattern=meta["pattern"], token_length=torch.tensor([len(b) for b in table]),
+                    token_bytes=torch.tensor(list(b"".join(table)), dtype=torch.uint8))
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as e:
         fail(f"{path}: not a description of this data ({type(e).__name__}: {e}); prepare it again")
 
 
 def gpt2_meta():
     """GPT-2's entries of meta.json; tokens without bytes where its vocabulary cannot be had."""
-    meta = dict(tokenizer="gpt2", vocab_size=GPT2_VOCAB, bos_id=GPT2_VOCAB - 1, pattern=None)
+    table, pattern = [""] * GPT2_VOCAB, None
     try:
         import tiktoken
 
         gpt2 = tiktoken.get_encoding("gpt2")
         table = [gpt2.decode_single_token_bytes(i).decode("latin-1") for i in range(GPT2_VOCAB)]
-        return dict(meta, pattern=gpt2._pat_str, token_bytes=table)
+        pattern = gpt2._pat_str
     except Exception as e:  # not installed, no network, a proxy, a full disk
         print(f"{SCRIPT}.py: no GPT-2 vocabulary ({type(e).__name__}), so no bits per byte: it "
               "comes over the network, or from the folder in TIKTOKEN_CACHE_DIR", file=sys.stderr)
-        return dict(meta, token_bytes=[""] * GPT2_VOCAB)
+    return dict(tokenizer="gpt2", vocab_size=GPT2_VOCAB, bos_id=GPT2_VOCAB - 1, pattern=pattern,
+                token_bytes=table)
 
 
 # ----------------------------------------------------------------------------- layers
@@ -353,7 +330,6 @@ SIGMA_MIN_FREQ, SIGMA_MAX_FREQ = 1 / 32, 32  # radians per unit of log sigma
 
 class Ctx(NamedTuple):
     """What all layers of one forward pass share."""
-
     cos: Tensor  # (S, D/H/2)
     sin: Tensor  # (S, D/H/2)
     h0: Tensor  # (B, S, D) embedding, for the skip into every layer
@@ -390,7 +366,6 @@ def matrix(n_in, n_out, zero=False):
 
 class Layer(nn.Module):
     """Attention and MLP, pre-norm, each added to the residual stream."""
-
     def __init__(self, cfg):
         super().__init__()
         self.cfg, D = cfg, cfg.n_embd
@@ -439,7 +414,6 @@ class Layer(nn.Module):
 
 class Trunk(nn.Module):
     """Embedding, layers and head; Model below says what goes in and what comes out."""
-
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -549,20 +523,17 @@ ROW_SIZES = 16  # a variable number of masked rows is padded up to a multiple of
 def check_objective(cfg, n_rows, micro_rows):
     """Refuse combinations that this objective does not have."""
     if cfg.estimator == "exact_k":
-        for name, fits in (("schedule", ("linear",)), ("masking", ("uniform",)),
-                           ("loss_weight", ("elbo", "uniform"))):
-            if getattr(cfg, name) not in fits:
-                fail(f"--{name}={getattr(cfg, name)} needs --estimator=bernoulli")
-        if n_rows % 2:
-            fail(f"--batch_tokens={cfg.batch_tokens}: {n_rows} rows, exact_k needs an even number")
-        if micro_rows % 2:
-            fail(f"--micro_batch={cfg.micro_batch}: {micro_rows} rows a pass, exact_k needs pairs")
+        fits = {"schedule": "linear", "masking": "uniform", "loss_weight": ("elbo", "uniform")}
+        for name, values in fits.items():
+            value = getattr(cfg, name)
+            require(value in values, f"--{name}={value} needs --estimator=bernoulli")
+        for name, n in ("batch_tokens", n_rows), ("micro_batch", micro_rows):
+            require(n % 2 == 0, f"--{name}={getattr(cfg, name)}: {n} rows, exact_k needs pairs")
     if cfg.masking == "entropy":
         token_tilt(cfg.token_entropy, cfg.vocab_size)
-    elif cfg.token_entropy:
-        fail("--token_entropy is read by --masking=entropy only")
-    if cfg.weight_clip <= 0:
-        fail(f"--weight_clip={cfg.weight_clip}: must be positive")
+    entropy = cfg.masking == "entropy" or not cfg.token_entropy
+    require(entropy, "--token_entropy is read by --masking=entropy only")
+    require(cfg.weight_clip > 0, f"--weight_clip={cfg.weight_clip}: must be positive")
 
 
 def flops_per_token(cfg, model):
@@ -585,7 +556,6 @@ def attend(q, k, v, ctx):
 
 class Model(Trunk):
     """Denoiser: p(x0_i | xt) for every i at once."""
-
     def forward(self, xt, sigma, rows=None):
         """xt (B, T) int64 with mask_id = vocab_size, sigma (B,) -> logits (B, T, V) or (R, V)."""
         B, T = xt.shape
@@ -598,7 +568,6 @@ class Model(Trunk):
 
 class Noise(NamedTuple):
     """Randomness of a batch. Position i of a row is masked where score_i < level."""
-
     level: Tensor  # (R,) float32: k, or the masked fraction
     sigma: Tensor  # (R,) float32: -log alpha_t, for a network with time input
     weight: Tensor  # (R,) float32: of each masked token's cross entropy in the sum
@@ -610,8 +579,7 @@ def draw_noise(cfg, n_rows, gen, bound=False):
 
     exact_k, and bound=True whatever training uses: pair j of P takes u in stratum j of (0, 1/2) and
     masks k = 1 + floor(uT) positions in one row, T + 1 - k in the other. Strata are dealt at random
-    and a coin orders the pair, so each row alone has k ~ U{1..T} (arXiv 2110.02037, eq. 8).
-    """
+    and a coin orders the pair, so each row alone has k ~ U{1..T} (arXiv 2110.02037, eq. 8)."""
     T = cfg.seq_len
     if bound or cfg.estimator == "exact_k":
         n_pairs = (n_rows + 1) // 2
@@ -653,10 +621,9 @@ def token_tilt(path, vocab_size):
         entropy = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as e:
         fail(f"--token_entropy={path}: not a .npy file of one entropy per token ({e})")
-    if entropy.ndim != 1 or not np.isfinite(entropy).all() or entropy.mean() <= 0:
-        fail(f"--token_entropy={path}: one finite entropy per token expected")
-    if vocab_size and len(entropy) != vocab_size:
-        fail(f"--token_entropy={path}: {len(entropy)} values, the vocabulary has {vocab_size}")
+    fits = entropy.shape == (vocab_size or entropy.size,) and np.isfinite(entropy).all()
+    require(fits and entropy.mean() > 0, f"--token_entropy={path}: not one finite entropy for "
+            f"each of the {vocab_size or ''} tokens")
     tilt = np.clip(2 - entropy / entropy.mean(), TILT_MIN, TILT_MAX)
     return torch.from_numpy(tilt.astype(np.float32))
 
@@ -708,7 +675,7 @@ def nelbo_fn(model, x0, noise, cfg):
 
 
 def other_figures(nats, noise):
-    """Figures of the literature that are no bounds: nats (N,) of nelbo_fn with its noise -> dict.
+    """Figures of the literature, no bounds: nats (N,) of nelbo_fn and its noise -> {name: figure}.
     The mean over all masked tokens of a batch gives heavily masked rows more weight."""
     k = noise.level.double()
     return {"masked_mean(no_bound)": float((nats / noise.weight.double()).sum() / k.sum())}
@@ -738,13 +705,11 @@ def generate(model, cfg, known, is_known, *, steps, gen, choose=None, warp=None,
 
     steps=N: ancestral sampling on N equal steps of t (arXiv 2406.07524, eq. 6 with SUBS), each
     masked token drawn with probability (t - s) / t. steps=None: first-hitting (arXiv 2409.02908),
-    one uniformly random token a row and pass, exact in distribution as ancestral is for N -> inf.
-    A pass that would change nothing is not run. choose(log_probs (R, V), is_mask (B, T), step=,
-    steps=, u=(B, T) uniform) -> is_mask after the pass replaces both: newly unmasked tokens are
-    drawn, newly masked ones forgotten. R: the masked positions in order. warp changes the
-    log-probabilities (R, V) that tokens are drawn from; watch(tokens, nfe) looks on.
-    gen (CPU) seeds a generator for every row: a row does not depend on its batch.
-    """
+    one uniformly random token a row and pass: as ancestral for N -> inf. Without a token to draw
+    there is no forward pass. choose(log_probs (R, V) where masked, is_mask (B, T), step=, steps=,
+    u=(B, T) uniform) -> is_mask after the pass replaces both; it may mask tokens again.
+    warp changes the log-probabilities that tokens are drawn from; watch(tokens, nfe) looks on.
+    gen (CPU) seeds a generator for every row: a row does not depend on its batch."""
     B, T = known.shape
     mask_id, device = cfg.vocab_size, known.device
     seeds = [int(torch.randint(2**62, (), generator=gen)) for _ in range(B)]
@@ -790,8 +755,7 @@ def generate(model, cfg, known, is_known, *, steps, gen, choose=None, warp=None,
 
 
 # ----------------------------------------------------------------------------- optimizer
-MOMENTUM_START = 0.85
-EMA_WARMUP = 10
+MOMENTUM_START, EMA_WARMUP = 0.85, 10
 ALIGN = 64  # elements, so that the gradient of every parameter starts on a cache line
 
 
@@ -802,23 +766,22 @@ def is_hidden(name):
 
 def make_optimizers(model, cfg):
     """[hidden matrices by Muon or AdamW, everything else by AdamW]."""
-    rates = {"hidden": cfg.lr, "embed": cfg.embed_lr, "head": cfg.head_lr,
-             "scalar": cfg.scalar_lr, "cond": cfg.cond_lr}
+    rates = dict(hidden=cfg.lr, embed=cfg.embed_lr, head=cfg.head_lr, scalar=cfg.scalar_lr,
+                 cond=cfg.cond_lr)
     groups = {kind: dict(params=[], lr=lr, peak_lr=lr, weight_decay=cfg.adam_weight_decay)
               for kind, lr in rates.items()}
+    groups["hidden"]["weight_decay"] = cfg.weight_decay
     for name, p in model.named_parameters():
         part = "hidden" if is_hidden(name) else name.split(".")[0]
         kind = part if part in groups else "scalar" if p.ndim < 2 else "cond"
         groups[kind]["params"].append(p)
-    hidden = groups.pop("hidden") | dict(weight_decay=cfg.weight_decay)
-    rest = [g for g in groups.values() if g["params"]]
-    adam = dict(betas=(cfg.adam_beta1, cfg.adam_beta2), eps=1e-10,
-                fused=model.embed.weight.device.type in ("cpu", "cuda"))
+    optimizers = []
     if cfg.optimizer == "muon":
-        optimizers = [Muon([hidden], momentum=cfg.momentum, cautious=cfg.cautious,
-                           beta2=cfg.muon_beta2 or None), torch.optim.AdamW(rest, **adam)]
-    else:
-        optimizers = [torch.optim.AdamW([hidden, *rest], **adam)]
+        optimizers.append(Muon([groups.pop("hidden")], momentum=cfg.momentum,
+                               cautious=cfg.cautious, beta2=cfg.muon_beta2 or None))
+    optimizers.append(torch.optim.AdamW(
+        [g for g in groups.values() if g["params"]], betas=(cfg.adam_beta1, cfg.adam_beta2),
+        eps=1e-10, fused=model.embed.weight.device.type in ("cpu", "cuda")))
     owned = [p for o in optimizers for g in o.param_groups for p in g["params"]]
     assert len(set(owned)) == len(owned) == len(list(model.parameters()))
     return optimizers
@@ -826,28 +789,19 @@ def make_optimizers(model, cfg):
 
 def set_rates(optimizers, step, cfg):
     """Learning rate of every group and Muon's momentum, as they are at a 0-based step."""
+    if cfg.lr_schedule == "cosine":
+        x = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
+        x = 0.5 * (1 + math.cos(math.pi * x))
+    else:
+        x = min(1.0, (cfg.steps - step) / max(1.0, cfg.cooldown * cfg.steps))
+    factor = cfg.lr_end + (1 - cfg.lr_end) * x
     if step < cfg.warmup:
         factor = (step + 1) / cfg.warmup
-    elif cfg.lr_schedule == "cosine":
-        x = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
-        factor = cfg.lr_end + (1 - cfg.lr_end) * 0.5 * (1 + math.cos(math.pi * x))
-    else:
-        x = (cfg.steps - step) / max(1.0, cfg.cooldown * cfg.steps)
-        factor = cfg.lr_end + (1 - cfg.lr_end) * min(1.0, x)
     cold = max(0.0, 1 - step / cfg.momentum_warmup) if cfg.momentum_warmup else 0.0
     for group in (g for o in optimizers for g in o.param_groups):
         group["lr"] = group["peak_lr"] * factor
         if "momentum" in group:
             group["momentum"] = cfg.momentum - cold * max(0.0, cfg.momentum - MOMENTUM_START)
-
-
-def flatten_grads(params):
-    """Make every .grad a view of one flat buffer: one all-reduce, one norm, one memset a step."""
-    sizes = [-(-p.numel() // ALIGN) * ALIGN for p in params]
-    flat = torch.zeros(sum(sizes), device=params[0].device)
-    for p, part in zip(params, flat.split(sizes), strict=True):
-        p.grad = part[:p.numel()].view_as(p)
-    return flat
 
 
 def swap(params, shadow):
@@ -866,7 +820,6 @@ def derive_seed(*path):
 
 
 def take_rows(noise, rows, device):
-    """The rows of a batch's noise on a device."""
     return type(noise)(*(x[rows].to(device, non_blocking=True) for x in noise))
 
 
@@ -876,7 +829,8 @@ def evaluate(nelbo, cfg, windows, tokenizer, device, rank, world):
 
     The same digits on any number of ranks: the noise of all windows is one draw, batches of them
     are dealt to the ranks in turn, sums are in float64. -> ({METRIC: nats per token, se: standard
-    error over pairs of neighbouring windows, whose noise is paired, bpb, ppl, ..}, nats (N,))."""
+    error over pairs of neighbouring windows, whose noise is paired, bpb, ppl, ..}, what they are
+    of {tokens, bytes, draws, seed}, nats (N,))."""
     n = min(len(windows), max(2, cfg.val_tokens // cfg.seq_len)) // 2 * 2
     size = cfg.micro_batch + cfg.micro_batch % 2
     nats, others = torch.zeros(n, dtype=torch.float64), {}
@@ -896,21 +850,12 @@ def evaluate(nelbo, cfg, windows, tokenizer, device, rank, world):
         nats += sums[:, 0] / cfg.val_draws
         for name, value in other_figures(sums[:, 0], noise).items():
             others[name] = others.get(name, 0.0) + value / cfg.val_draws
-    n_bytes = int(sums[:, 1].sum())
-    mean = float(nats.mean()) / cfg.seq_len
+    n_bytes, mean = int(sums[:, 1].sum()), float(nats.mean()) / cfg.seq_len
     pairs = nats.view(-1, 2).mean(1) / cfg.seq_len
     return {METRIC: mean, "se": float(pairs.std() / len(pairs) ** 0.5) if n > 2 else None,
             "bpb": float(nats.sum()) / math.log(2) / n_bytes if n_bytes else None,
-            "ppl": math.exp(min(mean, 700.0)), **others, "tokens": n * cfg.seq_len,
-            "bytes": n_bytes, "draws": cfg.val_draws, "seed": EVAL_SEED}, nats
-
-
-def describe(result):
-    """The figures of an evaluation as they are printed."""
-    shown = {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in result.items()}
-    shown = {k: "n/a" if v is None else v for k, v in shown.items()}
-    shown[METRIC] += f"+-{shown.pop('se')}"
-    return " ".join(f"{k}:{v}" for k, v in shown.items())
+            "ppl": math.exp(min(mean, 700.0)), **others}, dict(
+                tokens=n * cfg.seq_len, bytes=n_bytes, draws=cfg.val_draws, seed=EVAL_SEED), nats
 
 
 # ----------------------------------------------------------------------------- checkpoints
@@ -922,20 +867,19 @@ CKPT_TYPES = {"format": int, "script": str, "config": dict, "model": dict, "opti
 def save_checkpoint(path, state):
     """Write beside, then swap in, keeping the one before: some checkpoint always loads.
     -> what went wrong, or ''."""
-    partial, previous = f"{path}.partial", path.removesuffix(".pt") + "_prev.pt"
+    partial, copy = f"{path}.partial", f"{path}.copy.partial"
     try:
         with open(partial, "wb") as f:
             torch.save(state, f)
             f.flush()
             os.fsync(f.fileno())
         if os.path.exists(path):
-            shutil.copyfile(path, f"{previous}.partial")  # path itself stays until it is replaced
-            os.replace(f"{previous}.partial", previous)
+            shutil.copyfile(path, copy)  # path itself stays until it is replaced
+            os.replace(copy, path.removesuffix(".pt") + "_prev.pt")
         os.replace(partial, path)
     except (OSError, RuntimeError) as e:  # torch.save wraps what the disk says
-        for name in (partial, f"{previous}.partial"):
-            if os.path.exists(name):
-                os.remove(name)
+        for name in filter(os.path.exists, (partial, copy)):
+            os.remove(name)
         return str(e).splitlines()[0]
     return ""
 
@@ -951,11 +895,10 @@ def load_checkpoint(path):
         code = "weights_only" in str(e) or "Unsupported" in str(e)
         what = "holds more than tensors and plain values" if code else "cut short or damaged"
         fail(f"{path}: no checkpoint of ours: {what} ({type(e).__name__})")
-    if not isinstance(state, dict) or any(
-            not isinstance(state.get(k), t) for k, t in CKPT_TYPES.items()):
-        fail(f"{path}: no checkpoint of ours: entries are missing or of other types")
-    if state["format"] != CKPT_FORMAT:
-        fail(f"{path}: format {state['format']}, this script reads {CKPT_FORMAT}")
+    ours = isinstance(state, dict) and all(
+        isinstance(state.get(k), kind) for k, kind in CKPT_TYPES.items())
+    require(ours, f"{path}: no checkpoint of ours: entries are missing or of other types")
+    require(state["format"] == CKPT_FORMAT, f"{path}: format {state['format']} is not known here")
     return state
 
 
@@ -963,7 +906,7 @@ def load_weights(model, weights, path):
     """Copy a checkpoint's weights, all of them and in their shapes, or refuse."""
     try:
         model.load_state_dict(weights)
-    except (RuntimeError, TypeError) as e:
+    except (RuntimeError, TypeError, AttributeError) as e:
         what = str(e).splitlines()[-1].strip()
         fail(f"{path}: {what} Another shape: give the flags it was trained with")
 
@@ -971,8 +914,7 @@ def load_weights(model, weights, path):
 def build_model(ckpt, weights="ema", device="cpu", path="checkpoint"):
     """A checkpoint (load_checkpoint) -> (model in eval mode, its Config); weights: ema or raw."""
     unknown = ckpt["config"].keys() - {f.name for f in dataclasses.fields(Config)}
-    if unknown:
-        fail(f"{path}: its config has {min(unknown)}, which this script does not know")
+    require(not unknown, f"{path}: its settings {unknown or ''} are not this script's")
     cfg = Config(**ckpt["config"])
     validate(cfg, 1)
     model = Model(cfg)
@@ -990,16 +932,15 @@ COLLECTIVE_TIMEOUT = 100  # seconds after which a rank that waits for a lost one
 
 
 def pick_device(cfg, local_rank):
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-            "cpu": True}
+    here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     name = next(n for n in here if here[n]) if cfg.device == "auto" else cfg.device
-    if not here[name]:
-        fail(f"--device={name}: PyTorch sees none here; --device=auto takes what there is")
-    if name == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            fail(f"--nproc_per_node: at most {torch.cuda.device_count()}, the GPUs of this machine")
-        torch.cuda.set_device(local_rank)
-    return torch.device(name, local_rank if name == "cuda" else None)
+    require(here[name], f"--device={name}: PyTorch sees none here; --device=auto takes what is")
+    if name != "cuda":
+        return torch.device(name)
+    n_gpus = torch.cuda.device_count()
+    require(local_rank < n_gpus, f"--nproc_per_node: at most {n_gpus}, the GPUs of this machine")
+    torch.cuda.set_device(local_rank)
+    return torch.device(name, local_rank)
 
 
 def pick_dtype(cfg, device):
@@ -1014,9 +955,9 @@ def pick_dtype(cfg, device):
     return torch.bfloat16 if bf16 else torch.float32, ""
 
 
-def start_logs(cfg, device, world, step):
-    """Start the logs with all that is needed to run it again; or drop what they have after the
-    step that a run resumes from."""
+def open_logs(cfg, machine, step):
+    """[log.txt, log.jsonl], begun with all that running it again takes, or cut back to a step."""
+    logs = []
     os.makedirs(cfg.out, exist_ok=True)
     for name, pattern in (("log.txt", r"step:(\d+)"), ("log.jsonl", r'\{"step": (\d+)')):
         path, lines = os.path.join(cfg.out, name), []
@@ -1027,13 +968,12 @@ def start_logs(cfg, device, world, step):
             for source in (__file__, inspect.getfile(Muon)):
                 with open(source, encoding="utf-8") as f:
                     lines += [*f, "=" * 100 + "\n"]
-            gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-            lines.append(f"python {sys.version.split()[0]} torch {torch.__version__} numpy "
-                         f"{np.__version__} device {gpu} ranks {world} threads "
-                         f"{torch.get_num_threads()}\n{json.dumps(dataclasses.asdict(cfg))}\n")
+            lines += [machine + "\n", json.dumps(dataclasses.asdict(cfg)) + "\n"]
         with open(f"{path}.partial", "w", encoding="utf-8") as f:
             f.writelines(lines)
         os.replace(f"{path}.partial", path)
+        logs.append(open(path, "a", encoding="utf-8", buffering=1))  # line by line
+    return logs
 
 
 def main(argv):
@@ -1041,74 +981,67 @@ def main(argv):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     validate(cfg, world)
     folder = cfg.data if os.path.isdir(cfg.data) else os.path.join("data", cfg.data)
-    if not os.path.isdir(folder):
-        fail(f"--data={cfg.data}: no such folder, nor {folder}; make it with prepare_data.py, "
-             "whose --help lists what there is")
+    require(os.path.isdir(folder), f"--data={cfg.data}: no such folder, nor {folder}; "
+            "prepare_data.py makes it, its --help lists what there is")
     val = Windows(folder, cfg.split, cfg.seq_len)
     train = val if cfg.eval_only else Windows(folder, "train", cfg.seq_len)
-    if train.dtype != val.dtype:
-        fail(f"{folder}: train shards hold {train.dtype}, {cfg.split} shards {val.dtype}")
+    dtypes = f"{train.dtype} in train, {val.dtype} in {cfg.split} shards"
+    require(train.dtype == val.dtype, f"{folder}: {dtypes}; prepare it again")
     tokenizer = load_tokenizer(folder, val.dtype)
-    cfg = dataclasses.replace(cfg, vocab_size=cfg.vocab_size or tokenizer["vocab_size"])
-    if cfg.vocab_size < tokenizer["vocab_size"]:
-        fail(f"--vocab_size={cfg.vocab_size}: the data in {folder} has {tokenizer['vocab_size']}")
-    n_rows = cfg.batch_tokens // cfg.seq_len
-    per_rank = n_rows // world
-    micro = min(cfg.micro_batch, per_rank)
-    if len(val) < 2:
-        fail(f"--data={cfg.data}: the {cfg.split} split is shorter than two windows of "
-             f"{cfg.seq_len} tokens")
-    if len(train) < n_rows and not cfg.eval_only:
-        fail(f"--data={cfg.data}: {len(train)} windows of {cfg.seq_len} tokens are fewer than the "
-             f"{n_rows} of a batch; lower --batch_tokens")
-    val.read(range(min(len(val), cfg.val_tokens // cfg.seq_len)), cfg.vocab_size)  # all ids known?
+    n_ids, n_rows, n = tokenizer["vocab_size"], cfg.batch_tokens // cfg.seq_len, len(train)
+    cfg = dataclasses.replace(cfg, vocab_size=cfg.vocab_size or n_ids)
+    require(cfg.vocab_size >= n_ids, f"--vocab_size={cfg.vocab_size}: {folder} has {n_ids}")
+    require(len(val) > 1, f"--data={cfg.data}: less than two windows of --seq_len in {cfg.split}")
+    require(cfg.eval_only or n >= n_rows, f"--data={cfg.data}: {n} windows of --seq_len, fewer "
+            f"than the {n_rows} of a batch; lower --batch_tokens")
+    # Better a bad token here than at the first evaluation.
+    val.read(range(min(len(val), cfg.val_tokens // cfg.seq_len)), cfg.vocab_size)
     path = os.path.join(cfg.out, "ckpt.pt")
-    if os.path.exists(path) and not cfg.resume and not cfg.eval_only:
-        fail(f"--out={cfg.out} holds a run: --resume=1 continues it, another --out starts afresh")
+    free = cfg.resume or cfg.eval_only or not os.path.exists(path)
+    require(free, f"--out={cfg.out} holds a run: --resume=1 continues it, or give another --out")
     device = pick_device(cfg, int(os.environ.get("LOCAL_RANK", 0)))
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     dtype, notice = pick_dtype(cfg, device)
     amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     torch.manual_seed(derive_seed(cfg.seed))
-    model, source = Model(cfg), path if cfg.resume else cfg.init_from
+    model = Model(cfg)
+    source = path if cfg.resume else cfg.init_from
     if source:
         ckpt = load_checkpoint(source)
-        if ckpt["script"] not in ((SCRIPT,) if cfg.resume else INIT_FROM):
-            fail(f"{source}: a checkpoint of {ckpt['script']}.py")
+        fits = ckpt["script"] in ((SCRIPT,) if cfg.resume else INIT_FROM)
+        require(fits, f"{source}: a checkpoint of {ckpt['script']}.py")
         load_weights(model, (cfg.init_from and ckpt.get("ema")) or ckpt["model"], source)
     model.to(device)
     params = list(model.parameters())
     if world > 1:
         auto = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(auto if cfg.backend == "auto" else cfg.backend,
-                                timeout=datetime.timedelta(seconds=COLLECTIVE_TIMEOUT))
+        backend = auto if cfg.backend == "auto" else cfg.backend
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=COLLECTIVE_TIMEOUT))
 
-    def say(line, record=None):
+    logs = []
+    if rank == 0 and not cfg.eval_only:
+        try:
+            versions = f"python {sys.version.split()[0]} torch {torch.__version__} "
+            versions += f"numpy {np.__version__} {machine} ranks {world}"
+            logs = open_logs(cfg, versions, ckpt["step"] if cfg.resume else 0)
+        except OSError as e:
+            fail(f"--out={cfg.out}: {e.strerror}")
+
+    def say(line, *records):
         """Print on the first rank and keep in the logs of a training run."""
         if rank == 0:
             print(line, flush=True)
-        if rank == 0 and not cfg.eval_only:
-            for name, text in (("log.txt", line), ("log.jsonl", record and json.dumps(record))):
-                if text:
-                    with open(os.path.join(cfg.out, name), "a", encoding="utf-8") as f:
-                        f.write(text + "\n")
+        for log, text in zip(logs, (line, *map(json.dumps, records)), strict=False):
+            log.write(f"{text}\n")
 
-    if rank == 0 and not cfg.eval_only:
-        try:
-            start_logs(cfg, device, world, ckpt["step"] if cfg.resume else 0)
-        except OSError as e:
-            fail(f"--out={cfg.out}: {e.strerror}")
-    flops, peak = flops_per_token(cfg, model), None
+    flops = flops_per_token(cfg, model)
+    peak = next((world * f for part, f in PEAK_FLOPS.items() if part in machine), None)
+    say(f"{sum(p.numel() for p in params) / 1e6:.2f}M parameters, {flops / 1e6:.1f} MFLOP per "
+        f"token, {world} x {machine} in {str(dtype)[6:]}, {folder}: "
+        f"{n * cfg.seq_len:,} tokens {notice}")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-        name = torch.cuda.get_device_name(device)
-        peak = next((world * f for part, f in PEAK_FLOPS.items() if part in name), None)
-    say(f"{sum(p.numel() for p in params) / 1e6:.2f}M parameters, {flops / 1e6:.1f} MFLOP per "
-        f"token, {world} x {device.type} in {str(dtype)[6:]}, {folder}: "
-        f"{len(train) * cfg.seq_len:,} tokens")
-    if notice:
-        say(notice)
-
     train_loss, nelbo = loss_fn, nelbo_fn
     if cfg.compile:
         try:  # a small function first: is there a compiler at all?
@@ -1124,82 +1057,78 @@ def main(argv):
         except Exception as e:  # whatever a missing or broken tool chain raises
             say(f"running without torch.compile: {str(e).strip().splitlines()[0]}")
 
+    shadow = []  # the averaged weights
+    # What else a resumed run needs; its place in the data is step * n_rows.
+    at = SimpleNamespace(step=0, seconds=0.0, bad=0, skipped=0, evaluated=True, ema_updates=0)
+
     def run_evaluation():
-        """The figures of the averaged weights, where there are any, and nats per window."""
+        """Evaluate the averaged weights, where there are any."""
         model.eval()
         swap(params, shadow)
         with amp:
-            result, nats = evaluate(functools.partial(nelbo, model, cfg=cfg), cfg, val, tokenizer,
-                                    device, rank, world)
+            bound = functools.partial(nelbo, model, cfg=cfg)
+            result, counts, nats = evaluate(bound, cfg, val, tokenizer, device, rank, world)
         swap(params, shadow)
         model.train()
-        return result, nats
+        shown = {k: "n/a" if v is None else f"{v:.4f}" for k, v in result.items() }
+        shown[METRIC] += f"+-{shown.pop('se')}"
+        line = " ".join(f"{k}:{v}" for k, v in shown.items())
+        if cfg.eval_only:
+            say(f"split:{cfg.split} {line} " + " ".join(f"{k}:{v}" for k, v in counts.items()))
+            return
+        ms = 1000 * at.seconds
+        say(f"step:{at.step}/{cfg.steps} {line} train_time:{ms:.0f}ms "
+            f"step_avg:{ms / at.step:.2f}ms", {"step": at.step, **result, **counts})
+        if at.step == cfg.steps and rank == 0:
+            np.save(os.path.join(cfg.out, f"{cfg.split}_nats.npy"), nats.numpy())
 
-    shadow = []  # the averaged weights
     if cfg.eval_only:
-        say(f"split:{cfg.split} {describe(run_evaluation()[0])}")
+        run_evaluation()
         if world > 1:
             dist.destroy_process_group()
         return
-
-    flat_grad = flatten_grads(params)
+    # Every .grad is a view of one flat buffer: one all-reduce, one norm, one memset a step.
+    sizes = [-(-p.numel() // ALIGN) * ALIGN for p in params]
+    flat_grad = torch.zeros(sum(sizes), device=device)
+    for p, part in zip(params, flat_grad.split(sizes), strict=True):
+        p.grad = part[:p.numel()].view_as(p)
     optimizers = make_optimizers(model, cfg)
-    # What else a resumed run needs; its place in the data is step * n_rows.
-    at = SimpleNamespace(step=0, seconds=0.0, bad=0, skipped=0, evaluated=True, ema_updates=0)
     if cfg.resume:
         try:
             for optimizer, state in zip(optimizers, ckpt["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
-            at = SimpleNamespace(**{k: type(v)(ckpt["progress"][k]) for k, v in vars(at).items()})
+            vars(at).update((k, type(v)(ckpt["progress"][k])) for k, v in list(vars(at).items()))
             if ckpt["ema"]:
                 shadow = [ckpt["ema"][name].to(device) for name, _ in model.named_parameters()]
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             fail(f"{path}: cannot be continued ({type(e).__name__}: {e})")
         say(f"resuming {cfg.out} after step {at.step}")
     ckpt = None  # gives its memory back
+    per_rank = n_rows // world
+    micro = min(cfg.micro_batch, per_rank)
+
+    @functools.lru_cache(maxsize=2)
+    def permutation(epoch):
+        return np.random.default_rng((cfg.seed, epoch)).permutation(n)
 
     def next_batch(step):
         """Micro-batches (x0, noise) of this rank."""
         noise = draw_noise(cfg, n_rows, torch.Generator().manual_seed(derive_seed(cfg.seed, step)))
-        n, batch = len(train), []
+        batch = []
         for row in range(rank * per_rank, (rank + 1) * per_rank, micro):
-            places = range(step * n_rows + row, step * n_rows + row + micro)
+            rows = range(step * n_rows + row, step * n_rows + row + micro)
             if cfg.shuffle:
-                indices = [permutation(cfg.seed, i // n, n)[i % n] for i in places]
-            else:
-                indices = [i % n for i in places]
-            x0 = train.read(indices, cfg.vocab_size).to(device)
+                rows = [permutation(i // n)[i % n] for i in rows]
+            x0 = train.read([i % n for i in rows], cfg.vocab_size).to(device)
             batch.append((x0, take_rows(noise, slice(row, row + micro), device)))
         return batch
-
-    def log_evaluation():
-        result, nats = run_evaluation()
-        step, ms = at.step, 1000 * at.seconds
-        short = {k: v for k, v in result.items() if not isinstance(v, int)}
-        say(f"step:{step}/{cfg.steps} {describe(short)} train_time:{ms:.0f}ms "
-            f"step_avg:{ms / step:.2f}ms", {"step": step, **result})
-        if step == cfg.steps and rank == 0:
-            np.save(os.path.join(cfg.out, f"{cfg.split}_nats.npy"), nats.numpy())
-
-    def save(last):
-        named = {name: p.detach() for name, p in model.named_parameters()}
-        problem = save_checkpoint(path, {
-            "format": CKPT_FORMAT, "script": SCRIPT, "config": dataclasses.asdict(cfg),
-            "tokenizer": tokenizer, "model": named, "step": at.step, "progress": vars(at),
-            "ema": dict(zip(named, shadow, strict=True)) if shadow else None,
-            "optimizers": [o.state_dict() for o in optimizers],
-            "tokens_seen": at.step * cfg.batch_tokens})
-        if problem and last:
-            fail(f"{path} not written ({problem}); make room and go on with --resume=1")
-        if problem:
-            say(f"checkpoint of step {at.step} not written ({problem}); the one before it stays")
 
     stop = []  # signals received
     handlers = {s: signal.signal(s, lambda number, frame: stop.append(number))
                 for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     model.train()
     if not at.evaluated:
-        log_evaluation()
+        run_evaluation()
     batch = next_batch(at.step)
     recent = []  # (loss, seconds) of the steps since the last line
     start = time.perf_counter()
@@ -1222,13 +1151,14 @@ def main(argv):
         flat_grad /= world
         grad_norm = float(flat_grad.norm())
         loss, stopping = total.tolist()
+        at.step += 1
         if math.isfinite(loss) and math.isfinite(grad_norm):
             if cfg.grad_clip and grad_norm > cfg.grad_clip:
                 flat_grad *= cfg.grad_clip / grad_norm
-            set_rates(optimizers, at.step, cfg)
+            set_rates(optimizers, at.step - 1, cfg)
             for optimizer in optimizers:
                 optimizer.step()
-            if cfg.ema and at.step >= cfg.ema_start * cfg.steps:
+            if cfg.ema and at.step - 1 >= cfg.ema_start * cfg.steps:
                 shadow = shadow or [p.detach().clone() for p in params]
                 decay = min(cfg.ema, (1 + at.ema_updates) / (EMA_WARMUP + at.ema_updates))
                 with torch.no_grad():
@@ -1238,31 +1168,39 @@ def main(argv):
         else:
             at.bad, at.skipped = at.bad + 1, at.skipped + 1
             names = [n for n, p in model.named_parameters() if not p.grad.isfinite().all()]
-            say(f"step:{at.step + 1}/{cfg.steps} skipped: loss {loss}, gradient norm {grad_norm}, "
+            say(f"step:{at.step}/{cfg.steps} skipped: loss {loss}, gradient norm {grad_norm}, "
                 f"first non-finite gradient: {(names or ['none'])[0]}")
-            if at.bad >= cfg.max_bad_steps:
-                fail(f"{at.bad} non-finite steps in a row: stopped at step {at.step + 1}; "
-                     f"{cfg.out} keeps its last checkpoint; try a lower --lr, look at the data")
-        at.step += 1
+            require(at.bad < cfg.max_bad_steps, f"{at.bad} non-finite steps in a row: stopped at "
+                    f"step {at.step}; {cfg.out} keeps its last checkpoint; try a lower --lr, look "
+                    "at the data")
         recent.append((loss, time.perf_counter() - start))
         at.seconds += recent[-1][1]
         last = at.step == cfg.steps
-        if at.step % cfg.log_every == 0 or last:
+        if last or at.step % cfg.log_every == 0:
             mean, seconds = np.mean(recent, 0).tolist()
-            recent = []
-            rate, lr = cfg.batch_tokens / seconds, optimizers[0].param_groups[0]["lr"]
+            rate, lr, recent = cfg.batch_tokens / seconds, optimizers[0].param_groups[0]["lr"], []
             say(f"step:{at.step}/{cfg.steps} loss:{mean:.4f} lr:{lr:.2e} tok/s:{rate:.0f} mfu:"
                 + (f"{rate * flops / peak:.3f}" if peak else "n/a")
                 + f" eta:{datetime.timedelta(seconds=int((cfg.steps - at.step) * seconds))}"
                 + (f" skipped:{at.skipped}" if at.skipped else ""),
                 {"step": at.step, "loss": mean, "grad_norm": grad_norm, "lr": lr})
         due = last or (cfg.eval_every and at.step % cfg.eval_every == 0)
-        at.evaluated = not (due and stopping)  # told to stop, it is made up for after --resume=1
+        at.evaluated = not (due and stopping)  # who is told to stop evaluates after --resume=1
         if due and not stopping:
-            log_evaluation()
-        if stopping or last or (cfg.ckpt_every and at.step % cfg.ckpt_every == 0):
-            if rank == 0:
-                save(stopping or last)
+            run_evaluation()
+        due = last or stopping or (cfg.ckpt_every and at.step % cfg.ckpt_every == 0)
+        if due and rank == 0:
+            named = {name: p.detach() for name, p in model.named_parameters()}
+            problem = save_checkpoint(path, {
+                "format": CKPT_FORMAT, "script": SCRIPT, "config": dataclasses.asdict(cfg),
+                "tokenizer": tokenizer, "model": named, "step": at.step, "progress": vars(at),
+                "ema": dict(zip(named, shadow, strict=True)) if shadow else None,
+                "optimizers": [o.state_dict() for o in optimizers],
+                "tokens_seen": at.step * cfg.batch_tokens})
+            message = f"{path}: step {at.step} not written ({problem}); the one before it stays"
+            require(not problem or not (last or stopping), f"{message}; make room, then --resume=1")
+            if problem:
+                say(message)
         if stopping:
             break
         start = time.perf_counter()
