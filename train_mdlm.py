@@ -393,9 +393,14 @@ class Layer(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = mods  # (B, 1, D) each
 
         x = norm(h, shift_a, scale_a)
-        q = self.q(x[:, :N]).view(B, N, -1, d).transpose(1, 2)  # (B, H, N, d)
-        k = self.k(x).view(B, S, -1, d).transpose(1, 2)  # (B, Hkv, S, d)
-        v = self.v(x).view(B, S, -1, d).transpose(1, 2)
+        if N == S:  # three matrices, because Muon orthogonalises each, in one product
+            w = torch.cat((self.q.weight, self.k.weight, self.v.weight))
+            q, k, v = F.linear(x, w).split((D, len(self.k.weight), len(self.v.weight)), -1)
+        else:
+            q, k, v = self.q(x[:, :N]), self.k(x), self.v(x)
+        q = q.view(B, N, -1, d).transpose(1, 2)  # (B, H, N, d)
+        k = k.view(B, S, -1, d).transpose(1, 2)  # (B, Hkv, S, d)
+        v = v.view(B, S, -1, d).transpose(1, 2)
         q = rotary(norm(q), ctx.cos[:N], ctx.sin[:N])
         k = rotary(norm(k), ctx.cos, ctx.sin)
         y = attend(q, k, v, ctx)  # (B, H, N, d)
@@ -466,7 +471,7 @@ class Trunk(nn.Module):
         h = norm(h, *mods)
         if rows is not None:
             h = h.flatten(0, 1).index_select(0, rows)  # (R, D)
-        # Only real tokens: the mask is never predicted (SUBS, arXiv 2406.07524, section 3.2.3).
+        # Only real tokens: what stands for a hidden one is never predicted.
         weight = self.embed.weight[:-1] if self.head is None else self.head.weight
         logits = F.linear(h, weight).float()
         if self.cfg.softcap:
@@ -934,7 +939,7 @@ COLLECTIVE_TIMEOUT = 100  # seconds after which a rank that waits for a lost one
 def pick_device(cfg, local_rank):
     here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     name = next(n for n in here if here[n]) if cfg.device == "auto" else cfg.device
-    require(here[name], f"--device={name}: PyTorch sees none here; --device=auto takes what is")
+    require(here.get(name), f"--device={name}: there is none here; --device=auto takes what is")
     if name != "cuda":
         return torch.device(name)
     n_gpus = torch.cuda.device_count()
