@@ -225,6 +225,8 @@ def validate(cfg, world):
             require(value < 1 or f.name not in BELOW_ONE, f"{flag} must be below 1")
     n_head, n_rows = cfg.n_head, cfg.batch_tokens // cfg.seq_len
     require(cfg.n_embd % (2 * n_head) == 0, f"--n_head={n_head}: {cfg.n_embd} / n_head is not even")
+    width = round(cfg.mlp_ratio * cfg.n_embd)
+    require(width > 0, f"--mlp_ratio={cfg.mlp_ratio}: no hidden unit at --n_embd={cfg.n_embd}")
     divides = n_head % (cfg.n_kv_head or n_head) == 0
     require(divides, f"--n_kv_head={cfg.n_kv_head}: must divide --n_head={n_head}")
     fits = cfg.batch_tokens % (cfg.seq_len * world) == 0
@@ -885,7 +887,7 @@ def save_checkpoint(path, state):
     except (OSError, RuntimeError) as e:  # torch.save wraps what the disk says
         for name in filter(os.path.exists, (partial, copy)):
             os.remove(name)
-        return str(e).splitlines()[0]
+        return str(e.__context__ or e).splitlines()[0]
     return ""
 
 
@@ -1016,6 +1018,8 @@ def main(argv):
         ckpt = load_checkpoint(source)
         fits = ckpt["script"] in ((SCRIPT,) if cfg.resume else INIT_FROM)
         require(fits, f"{source}: a checkpoint of {ckpt['script']}.py")
+        n_saved = ckpt["tokenizer"].get("vocab_size")
+        require(n_saved == n_ids, f"{source}: of {n_saved} tokens; {folder} has {n_ids}")
         load_weights(model, (cfg.init_from and ckpt.get("ema")) or ckpt["model"], source)
     model.to(device)
     params = list(model.parameters())
@@ -1024,12 +1028,17 @@ def main(argv):
         backend = auto if cfg.backend == "auto" else cfg.backend
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=COLLECTIVE_TIMEOUT))
 
-    logs = []
+    # What else a resumed run needs; its place in the data is step * n_rows.
+    at = SimpleNamespace(step=0, seconds=0.0, bad=0, skipped=0, evaluated=True, ema_updates=0,
+                         recent=[])  # loss and seconds of the steps since the last line
+    if cfg.resume:
+        vars(at).update(ckpt["progress"])
+    logs, shadow = [], []  # shadow: the averaged weights
     if rank == 0 and not cfg.eval_only:
         try:
             versions = f"python {sys.version.split()[0]} torch {torch.__version__} "
             versions += f"numpy {np.__version__} {machine} ranks {world}"
-            logs = open_logs(cfg, versions, ckpt["step"] if cfg.resume else 0)
+            logs = open_logs(cfg, versions, at.step)
         except OSError as e:
             fail(f"--out={cfg.out}: {e.strerror}")
 
@@ -1038,7 +1047,8 @@ def main(argv):
         if rank == 0:
             print(line, flush=True)
         for log, text in zip(logs, (line, *map(json.dumps, records)), strict=False):
-            log.write(f"{text}\n")
+            # JSON has no word for NaN.
+            log.write(re.sub(r": -?(NaN|Infinity)", ": null", text) + "\n")
 
     flops = flops_per_token(cfg, model)
     peak = next((world * f for part, f in PEAK_FLOPS.items() if part in machine), None)
@@ -1062,10 +1072,6 @@ def main(argv):
         except Exception as e:  # whatever a missing or broken tool chain raises
             say(f"running without torch.compile: {str(e).strip().splitlines()[0]}")
 
-    shadow = []  # the averaged weights
-    # What else a resumed run needs; its place in the data is step * n_rows.
-    at = SimpleNamespace(step=0, seconds=0.0, bad=0, skipped=0, evaluated=True, ema_updates=0)
-
     def run_evaluation():
         """Evaluate the averaged weights, where there are any."""
         model.eval()
@@ -1075,7 +1081,7 @@ def main(argv):
             result, counts, nats = evaluate(bound, cfg, val, tokenizer, device, rank, world)
         swap(params, shadow)
         model.train()
-        shown = {k: "n/a" if v is None else f"{v:.4f}" for k, v in result.items() }
+        shown = {k: "n/a" if v is None else f"{v:.4f}" for k, v in result.items()}
         shown[METRIC] += f"+-{shown.pop('se')}"
         line = " ".join(f"{k}:{v}" for k, v in shown.items())
         if cfg.eval_only:
@@ -1102,7 +1108,6 @@ def main(argv):
         try:
             for optimizer, state in zip(optimizers, ckpt["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
-            vars(at).update((k, type(v)(ckpt["progress"][k])) for k, v in list(vars(at).items()))
             if ckpt["ema"]:
                 shadow = [ckpt["ema"][name].to(device) for name, _ in model.named_parameters()]
         except (KeyError, TypeError, ValueError, AttributeError) as e:
@@ -1135,7 +1140,6 @@ def main(argv):
     if not at.evaluated:
         run_evaluation()
     batch = next_batch(at.step)
-    recent = []  # (loss, seconds) of the steps since the last line
     start = time.perf_counter()
     while at.step < cfg.steps:
         flat_grad.zero_()
@@ -1178,12 +1182,13 @@ def main(argv):
             require(at.bad < cfg.max_bad_steps, f"{at.bad} non-finite steps in a row: stopped at "
                     f"step {at.step}; {cfg.out} keeps its last checkpoint; try a lower --lr, look "
                     "at the data")
-        recent.append((loss, time.perf_counter() - start))
-        at.seconds += recent[-1][1]
+        at.recent.append((loss, time.perf_counter() - start))
+        at.seconds += at.recent[-1][1]
         last = at.step == cfg.steps
         if last or at.step % cfg.log_every == 0:
-            mean, seconds = np.mean(recent, 0).tolist()
-            rate, lr, recent = cfg.batch_tokens / seconds, optimizers[0].param_groups[0]["lr"], []
+            mean, seconds = np.mean(at.recent, 0).tolist()
+            rate, lr = cfg.batch_tokens / seconds, optimizers[0].param_groups[0]["lr"]
+            at.recent = []
             say(f"step:{at.step}/{cfg.steps} loss:{mean:.4f} lr:{lr:.2e} tok/s:{rate:.0f} mfu:"
                 + (f"{rate * flops / peak:.3f}" if peak else "n/a")
                 + f" eta:{datetime.timedelta(seconds=int((cfg.steps - at.step) * seconds))}"
