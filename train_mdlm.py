@@ -208,7 +208,7 @@ def parse_args(argv):
                 fail(f"--{name}={flags[name]}: {source} has {saved.get(name)}, which stays")
         if not (resume or eval_only):
             saved = base | {name: saved[name] for name in SHAPE_FIELDS if name in saved}
-        base = saved | {"split": "val", "out": base["out"]}
+        base = saved | {"split": "val", "resume": False, "out": base["out"]}
     return Config(**(base | flags))
 
 
@@ -491,8 +491,8 @@ PRESETS = {
         data="stdlib", seq_len=256, n_layer=4, n_head=4, n_embd=256, steps=400, batch_tokens=8192,
         micro_batch=32, lr=0.03, eval_every=100, val_tokens=65_536, ckpt_every=200),
     "shakespeare_10m": dict(
-        data="shakespeare", seq_len=256, n_layer=6, n_embd=384, steps=1500, batch_tokens=16_384,
-        micro_batch=64, dropout=0.1, ema=0.99, val_draws=4),
+        data="shakespeare", seq_len=256, n_layer=6, n_head=6, n_embd=384, steps=1500,
+        batch_tokens=16_384, micro_batch=64, dropout=0.1, ema=0.99, val_draws=4),
     "fineweb_124m": dict(
         n_head=12, mlp="swiglu", tied=True, steps=100_000, batch_tokens=32_768, micro_batch=32,
         optimizer="adamw", lr=6e-4, embed_lr=6e-4, scalar_lr=6e-4, warmup=2000,
@@ -505,8 +505,8 @@ PRESETS = {
         estimator="bernoulli", loss_weight="clipped", weight_clip=100.0),
     "tinystories_142m": dict(
         data="tinystories", vocab_size=8192, seq_len=256, n_head=12, cond_dim=768, steps=20_000,
-        micro_batch=64, eval_every=1000, schedule="cosine", estimator="bernoulli",
-        loss_weight="uniform"),
+        batch_tokens=131_072, micro_batch=64, eval_every=1000, schedule="cosine",
+        estimator="bernoulli", loss_weight="uniform"),
 }
 
 # The masked fraction 1 - alpha_t and its derivative -alpha'_t, of t in (0,1].
@@ -1020,7 +1020,8 @@ def main(argv):
         require(fits, f"{source}: a checkpoint of {ckpt['script']}.py")
         n_saved = ckpt["tokenizer"].get("vocab_size")
         require(n_saved == n_ids, f"{source}: of {n_saved} tokens; {folder} has {n_ids}")
-        load_weights(model, (cfg.init_from and ckpt.get("ema")) or ckpt["model"], source)
+        weights = (not cfg.resume and ckpt.get("ema")) or ckpt["model"]
+        load_weights(model, weights, source)
     model.to(device)
     params = list(model.parameters())
     if world > 1:
@@ -1054,7 +1055,9 @@ def main(argv):
     peak = next((world * f for part, f in PEAK_FLOPS.items() if part in machine), None)
     say(f"{sum(p.numel() for p in params) / 1e6:.2f}M parameters, {flops / 1e6:.1f} MFLOP per "
         f"token, {world} x {machine} in {str(dtype)[6:]}, {folder}: "
-        f"{n * cfg.seq_len:,} tokens {notice}")
+        f"{n * cfg.seq_len:,} tokens")
+    if notice:
+        say(notice)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     train_loss, nelbo = loss_fn, nelbo_fn

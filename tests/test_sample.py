@@ -1,5 +1,6 @@
 """Orders, remasking, warps, tokens, checkpoints, the command line and the terminal of sample.py."""
 import contextlib
+import copy
 import io
 import itertools
 import json
@@ -238,6 +239,8 @@ HOWS = [
 
 @pytest.mark.parametrize("how", HOWS, ids=str)
 def test_a_sample_does_not_depend_on_the_others_and_keeps_what_is_given(lm, how, monkeypatch):
+    # In fp32 the rounding, which depends on the size of the batch, decides between near equals.
+    monkeypatch.setattr(lm, "model", copy.deepcopy(lm.model).double())
     prompt = "def café("
     many = lm.generate(n=5, length=16, prompt=prompt, seed=4, **how)
     assert lm.generate(n=2, length=16, prompt=prompt, seed=4, **how) == many[:2]
