@@ -15,9 +15,10 @@ PY := .venv/bin/python
 
 demo: .venv/.installed
 	$(PY) prepare_data.py stdlib
+	rm -rf out/demo
 	$(PY) train_mdlm.py --preset=tiny --out=out/demo
 	$(PY) sample.py --ckpt=out/demo/ckpt.pt --n=2 --length=256
-	$(PY) sample.py --ckpt=out/demo/ckpt.pt --infill="def ___(self):" --n=4
+	$(PY) sample.py --ckpt=out/demo/ckpt.pt --infill="def ___(x):" --n=4
 
 test: .venv/.installed-tests
 	$(PY) -m ruff check --line-length=100 --select=E,F,W,I,B .

@@ -7,6 +7,9 @@ Each ratio is the median over rounds of ratios of neighbouring measurements, so 
 speed drifts does no harm. Ratios above 1 favour this code; memory rows are used / baseline.
 """
 
+import contextlib
+import io
+import multiprocessing
 import os
 import resource
 import subprocess
@@ -17,12 +20,14 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+import tiktoken
 import torch
 import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import prepare_data  # noqa: E402
 import sample  # noqa: E402
 import train_mdlm as mdlm  # noqa: E402
 from muon import Muon  # noqa: E402
@@ -130,17 +135,17 @@ def muon():
 
 def loader():
     """Reading windows and drawing noise against what training consumes."""
-    cfg, model, x0, noise = network("shakespeare_10m", 64)
+    cfg, model, x0, noise = network("shakespeare_10m", 16)
     with tempfile.TemporaryDirectory() as folder:
         tokens = np.random.default_rng(0).integers(1, 256, 10_000_000).astype(np.uint8)
         header = np.zeros(256, "<i4")
         header[:5] = 20240520, 1, len(tokens), 1, 256
         Path(folder, "train_000001.bin").write_bytes(header.tobytes() + tokens.tobytes())
         windows = mdlm.Windows(folder, "train", cfg.seq_len)
-        position = iter(range(0, 10**9, 64))
+        order = iter(np.random.default_rng(0).permutation(len(windows)))
 
         def load():
-            windows.read(mdlm.training_rows(windows, next(position), 64, cfg), 256)
+            windows.read([next(order) for _ in range(64)], 256)
             mdlm.draw_noise(cfg, 64, torch.Generator().manual_seed(0))
 
         def step():
@@ -149,41 +154,53 @@ def loader():
                 mdlm.loss_fn(model, x0, noise, cfg).backward()
 
         times = rounds(load, step, n=3)
-    rate = [[x0.numel() / t for t in column] for column in times]
-    row("loader", "windows and noise / training need", f"T {cfg.seq_len}, 64 rows, bf16", *rate,
-        "tok/s")
+    rate = [[rows * cfg.seq_len / t for t in column]
+            for rows, column in zip((64, 16), times, strict=True)]
+    row("loader", "windows and noise / training need", f"6L 384, T {cfg.seq_len}, bf16",
+        *rate, "tok/s")
+
+
+def encode_all(corpus):
+    """Plain tiktoken on one core, in calls of the size that prepare_data.py makes."""
+    gpt2 = tiktoken.get_encoding("gpt2")
+    for start in range(0, len(corpus), 1 << 19):
+        gpt2.encode_ordinary(corpus[start:start + (1 << 19)])
 
 
 def tokenizer():
-    """prepare_data.py on all cores against one core of tiktoken, whole processes."""
-    import tiktoken
-
+    """prepare_data.py on all cores against tiktoken: n times one core, and n cores at once, which
+    is less where cores share what they compute with."""
     try:
-        gpt2 = tiktoken.get_encoding("gpt2")
+        tiktoken.get_encoding("gpt2")
     except Exception as e:  # it comes over the network
         print(f"| tokenizer | no GPT-2 vocabulary here ({type(e).__name__}) | | | | |")
         return
     corpus = text() * 8
-    with tempfile.TemporaryDirectory() as folder:
+    cores = len(os.sched_getaffinity(0))
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder, context.Pool(cores) as pool:
         path = Path(folder, "text.txt")
         path.write_text(corpus, encoding="utf-8")
-        n_bytes = path.stat().st_size
+        megabytes = path.stat().st_size / 1e6
         runs = iter(range(100))
 
         def ours():
-            command = ["prepare_data.py", "files", f"--input={path}", "--tokenizer=gpt2",
-                       f"--out={folder}/{next(runs)}"]
-            subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True)
+            cfg = prepare_data.parse(["files", f"--input={path}", "--tokenizer=gpt2",
+                                      f"--out={folder}/{next(runs)}"])
+            with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()):
+                prepare_data.prepare(cfg)
 
-        def single():
-            for start in range(0, len(corpus), 1 << 19):
-                gpt2.encode_ordinary(corpus[start:start + (1 << 19)])
+        def every_core():
+            pool.map(encode_all, [corpus] * cores)
 
-        times = rounds(ours, single, n=3)
-    cores = len(os.sched_getaffinity(0))
-    rate = [[n_bytes / 1e6 / t for t in column] for column in times]
-    row("tokenizer", f"prepare_data.py on {cores} cores / tiktoken on one",
-        f"{n_bytes / 1e6:.0f} MB of source code, gpt2, start-up included", *rate, "MB/s")
+        times = rounds(ours, lambda: encode_all(corpus), every_core, n=5)
+    rate = [[megabytes / t for t in times[0]], [cores * megabytes / t for t in times[1]],
+            [cores * megabytes / t for t in times[2]]]
+    shape = f"{megabytes:.0f} MB of source code, gpt2"
+    row("tokenizer", f"prepare_data.py on {cores} cores / {cores} x tiktoken on one", shape,
+        rate[0], rate[1], "MB/s")
+    row("tokenizer", f"prepare_data.py on {cores} cores / tiktoken on {cores} at once", shape,
+        rate[0], rate[2], "MB/s")
 
 
 def sampling():
