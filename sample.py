@@ -7,6 +7,9 @@
     python sample.py --steps=128 --remask=loop
     python sample.py --score=TEXT|FILE                       bound on -log p of a text
 
+A checkpoint of gpt.py writes from left to right, one token a pass, up to the end of a document. It
+takes no flag about passes and their order, no --infill, and scores exactly.
+
 Which model
   --ckpt=PATH          checkpoint, its run folder, or hf:OWNER/REPO/FILE; default: the newest
                        out/*/ckpt.pt
@@ -37,7 +40,8 @@ How
   --refine=F           at the end, mask the least likely fraction F again and predict it anew
   --watch              show the text appearing
 Scoring
-  --score=TEXT|FILE    no sampling: the bound in nats and bits per byte, with its standard error
+  --score=TEXT|FILE    no sampling: the bound in nats and bits per byte, with its standard error;
+                       gpt: the exact value
   --draws=N            independent noise draws (default 8)
 
 From Python:
@@ -66,8 +70,9 @@ from typing import NamedTuple
 import torch
 
 HERE = Path(__file__).resolve().parent
-SCRIPTS = ("train_mdlm",)  # those beside this file that write checkpoints
-NEEDED = ("load_checkpoint", "build_model", "pick_device", "pick_dtype", "generate", "nelbo_fn")
+SCRIPTS = ("train_mdlm", "gpt")  # those beside this file that write checkpoints
+NEEDED = ("METRIC", "load_checkpoint", "build_model", "pick_device", "pick_dtype", "generate",
+          "nelbo_fn")
 DEFAULT_BLANK = 16  # tokens
 DEFAULT_DRAWS = 8  # of noise, for a score
 DEFAULT_LENGTH = 256  # new tokens
@@ -338,6 +343,9 @@ class Sampler:
         return words + (f", refine {self.refine:g}" if self.refine else "")
 
 
+PASSES = ("order", "steps", "threshold", "remask", "refine")  # fields of diffusion alone
+
+
 # The model
 
 
@@ -348,7 +356,8 @@ class Samples(NamedTuple):
 
 
 class Score(NamedTuple):
-    """A bound on -log p of a text, with the standard error over independent noise draws."""
+    """A bound on -log p of a text, with the standard error over independent noise draws; or the
+    exact value, whose error is 0."""
 
     nats: float
     nats_stderr: float
@@ -363,6 +372,8 @@ class LM:
 
     def __init__(self, script, ckpt, path, weights, device, dtype):
         self.script = script
+        # Only what writes from left to right knows the likelihood itself.
+        self.is_ar = script.METRIC == "val_nll"
         self.model, self.cfg = script.build_model(ckpt, weights, path=path)
         try:
             self.tokenizer = Tokenizer(ckpt["tokenizer"], self.cfg.vocab_size)
@@ -379,10 +390,11 @@ class LM:
         check(dtype == "auto" or not refused, "dtype", dtype, f"not on this {self.device.type}")
         self.model.to(self.device)
         self.where = f"{str(self.dtype).removeprefix('torch.')} on {self.device.type}"
+        self.name = ckpt["script"]
         averaged = weights == "ema" and ckpt.get("ema")
         n = sum(p.numel() for p in self.model.parameters())
         self.summary = printable(
-            f"{path}: {ckpt['script']}, {n / 1e6:.2f}M parameters,"
+            f"{path}: {self.name}, {n / 1e6:.2f}M parameters,"
             f" {'ema' if averaged else 'raw'} weights of step {ckpt['step']},"
             f" {self.tokenizer.name} tokens, context {self.cfg.seq_len}"
         )
@@ -396,6 +408,18 @@ class LM:
         """How many rows of that many tokens to run at once."""
         numbers = length * max(self.cfg.vocab_size, self.cfg.n_head * length)
         return max(1, BATCH_NUMBERS // numbers)
+
+    def unable(self, flag):
+        return SampleError(
+            f"--{flag}: {self.name} writes from left to right, one token a pass: drop the flag or"
+            " take a checkpoint of train_mdlm"
+        )
+
+    def check_able(self, sampler):
+        """Refuse what a model that writes from left to right cannot do."""
+        for name in PASSES:
+            if self.is_ar and getattr(sampler, name) != getattr(Sampler, name):
+                raise self.unable(name)
 
     def canvas_for_prompt(self, prompt, length=None):
         """(known (T,), is_known (T,)) of a prompt and what is to follow it."""
@@ -415,6 +439,8 @@ class LM:
 
     def canvas_for_infill(self, text, blank=DEFAULT_BLANK, length=None):
         """(known (T,), is_known (T,)) of a text with blanks of `blank` tokens, an int or a list."""
+        if self.is_ar:
+            raise self.unable("infill")
         parts = [self.tokenizer.encode(part) for part in BLANK.split(text)]
         n_blanks = len(parts) - 1
         if n_blanks == 0:
@@ -481,6 +507,11 @@ class LM:
         """One run of the script's generate over (B, T)."""
         steps = sampler.steps
         warp = make_warp(sampler.temperature, sampler.top_k, sampler.top_p)
+        if self.is_ar:
+            return self.script.generate(
+                self.net, self.cfg, known, is_known,
+                gen=gen, warp=warp, watch=watch, stop=self.tokenizer.bos_id,
+            )
         choose = None
         if sampler.name == "ancestral" and steps is None:
             steps = max(1, int((~is_known).sum(1).max()))
@@ -530,17 +561,25 @@ class LM:
 
     def texts(self, known, is_known, n, seed, how):
         check_counts(n, seed)
-        batches = self.batches(known, is_known, Sampler(**how), n=n, seed=seed)
+        sampler = Sampler(**how)
+        self.check_able(sampler)
+        batches = self.batches(known, is_known, sampler, n=n, seed=seed)
         return [self.tokenizer.decode(row) for batch in batches for row in batch.tokens]
 
     @torch.inference_mode()
-    def score(self, text, draws=DEFAULT_DRAWS, seed=0, watch=None):
+    def score(self, text, draws=None, seed=0, watch=None):
         """Score of a text, cut into windows of seq_len tokens (the last may be shorter).
 
-        A draw masks every window twice, as an antithetic pair; the draws are independent.
-        watch(share) sees how much is done.
+        A draw masks every window twice, as an antithetic pair; the draws (default DEFAULT_DRAWS)
+        are independent. Where nothing is masked, one pass is exact. watch(share) sees how much is
+        done.
         """
-        check(draws >= 2, "draws", draws, "at least 2, for a standard error")
+        if self.is_ar:
+            check(draws is None, "draws", draws, f"{self.name} scores without noise: drop it")
+            draws, twice = 1, 1
+        else:
+            draws, twice = DEFAULT_DRAWS if draws is None else draws, 2
+            check(draws >= 2, "draws", draws, "at least 2, for a standard error")
         check_counts(1, seed)
         tokens = self.tokenizer.encode(text)
         if not tokens:
@@ -553,7 +592,7 @@ class LM:
             if not part:
                 continue
             cfg = dataclasses.replace(self.cfg, seq_len=min(len(part), self.cfg.seq_len))
-            x0 = torch.tensor(part).view(-1, cfg.seq_len).repeat_interleave(2, 0)  # (2W, T)
+            x0 = torch.tensor(part).view(-1, cfg.seq_len).repeat_interleave(twice, 0)
             rows = self.batch_rows(cfg.seq_len)
             for draw in range(draws):
                 noise = self.script.draw_noise(cfg, len(x0), gen, bound=True)
@@ -561,11 +600,12 @@ class LM:
                     piece = type(noise)(*(v[a : a + rows].to(self.device) for v in noise))
                     batch = x0[a : a + rows].to(self.device)
                     nats = self.script.nelbo_fn(self.net, batch, piece, cfg)
-                    totals[draw] += nats.double().sum().cpu() / 2
+                    totals[draw] += nats.double().sum().cpu() / twice
                     done += batch.numel()
                     if watch is not None:
-                        watch(done / (2 * draws * len(tokens)))
-        nats, stderr = totals.mean().item(), totals.std().item() / math.sqrt(draws)
+                        watch(done / (twice * draws * len(tokens)))
+        nats = totals.mean().item()
+        stderr = totals.std().item() / math.sqrt(draws) if draws > 1 else 0.0
         n_bytes = self.tokenizer.n_bytes(tokens)
         bits = 1 / (math.log(2) * n_bytes)
         return Score(nats, stderr, nats * bits, stderr * bits, len(tokens), n_bytes)
@@ -641,6 +681,10 @@ def load(path=None, script=None, weights="ema", device="auto", dtype="auto"):
     name = ckpt["script"]
     if script is None and name not in SCRIPTS:
         raise SampleError(f"--ckpt={path}: written by {name!r}: pass that file as --script=PATH")
+    if name in SCRIPTS and Path(script or name).stem in {*SCRIPTS} - {name}:
+        raise SampleError(f"--script={script}: {path} was written by {name}.py: drop --script")
+    if script is None and name != SCRIPTS[0]:
+        module = load_script(HERE / f"{name}.py")
     return LM(module, ckpt, path, weights, device, dtype)
 
 
@@ -710,6 +754,7 @@ class Watch:
         elif not self.live and self.text and self.due and self.due[0] <= done < 1:
             self.due = [share for share in self.due if share > done]
             row = tokens[0].tolist()
+            row = row[: self.shown(row)]
             print(f"[{done:.0%} after {nfe} passes] {self.tokenizer.decode(row)}", flush=True)
 
     def draw(self, tokens, nfe, done):
@@ -718,7 +763,8 @@ class Watch:
         if self.text:
             for i, (row, before) in enumerate(zip(tokens, self.last or tokens, strict=True)):
                 lines += [styled("---", "note")] if i else []
-                lines += lines_of(self.tokenizer.spans(row, self.kinds(row, before)), size.columns)
+                n, kinds = self.shown(row), list(self.kinds(row, before))
+                lines += lines_of(self.tokenizer.spans(row[:n], kinds[:n]), size.columns)
         del lines[max(1, size.lines - 1) :]  # what has scrolled away cannot be drawn over
         stream = sys.stdout if self.text else sys.stderr
         stream.write(self.back() + "\n".join(lines))
@@ -726,6 +772,13 @@ class Watch:
         self.height = len(lines)
         self.last = tokens
         self.drawn = time.monotonic()
+
+    def shown(self, row):
+        """How much of a row to show: what has come to its end is filled with bos_id."""
+        n = len(row)
+        while n and row[n - 1] == self.tokenizer.bos_id:
+            n -= 1
+        return n
 
     def kinds(self, row, before):
         for token, old, known in zip(row, before, self.is_known, strict=True):
@@ -825,22 +878,25 @@ def print_score(lm, opts):
     text, what = opts.score, "the text given"
     if os.path.isfile(text):
         text, what = Path(text).read_text(encoding="utf-8", errors="replace"), f"file {text}"
-    draws = DEFAULT_DRAWS if opts.draws is None else opts.draws
     live = is_terminal(sys.stderr)
 
     def watch(share):
         print(f"\r{share:4.0%}", end="", file=sys.stderr, flush=True)
 
-    score = lm.score(text, draws, opts.seed, watch if live else None)
+    score = lm.score(text, opts.draws, opts.seed, watch if live else None)
     if live:
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-    print(
-        f"{lm.summary}\n"
-        f"-log p <= {score.nats:.2f} +- {score.nats_stderr:.2f} nats,"
-        f" {score.bits_per_byte:.4f} +- {score.bits_stderr:.4f} bits per byte"
-        f" ({what}: {score.n_tokens} tokens, {score.n_bytes} bytes; {draws} noise draws,"
-        f" seed {opts.seed}, {lm.where})"
-    )
+    what = f"{what}: {score.n_tokens} tokens, {score.n_bytes} bytes;"
+    if lm.is_ar:
+        value = f"-log p = {score.nats:.2f} nats, {score.bits_per_byte:.4f} bits per byte"
+        what += " exact"
+    else:
+        value = (
+            f"-log p <= {score.nats:.2f} +- {score.nats_stderr:.2f} nats,"
+            f" {score.bits_per_byte:.4f} +- {score.bits_stderr:.4f} bits per byte"
+        )
+        what += f" {opts.draws or DEFAULT_DRAWS} noise draws, seed {opts.seed}"
+    print(f"{lm.summary}\n{value} ({what}, {lm.where})")
 
 
 def print_samples(lm, opts):
@@ -849,6 +905,7 @@ def print_samples(lm, opts):
     else:
         blank = DEFAULT_BLANK if opts.blank is None else blank_lengths(opts.blank)
         known, is_known = lm.canvas_for_infill(opts.infill, blank, opts.length)
+    lm.check_able(opts)
     fancy = is_terminal(sys.stdout)
 
     def note(text):
@@ -877,7 +934,8 @@ def print_samples(lm, opts):
             else:
                 print(lm.tokenizer.decode(row) + "\n", flush=True)
     note(
-        f"NFE {nfe}, {n_new / seconds:.0f} tokens/s, {lm.where}, {opts.describe()},"
+        f"NFE {nfe}, {n_new / seconds:.0f} tokens/s, {lm.where},"
+        f" {'left to right' if lm.is_ar else opts.describe()},"
         f" entropy {sum(entropies) / len(entropies):.2f} bits"
     )
 

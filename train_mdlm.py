@@ -425,7 +425,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.cfg = cfg
         C, D, V = cfg.cond_dim, cfg.n_embd, cfg.vocab_size
-        self.embed = nn.Embedding(V + 1, D)  # the last row is the mask
+        self.embed = nn.Embedding(V + 1, D)  # the last row: the mask, or the start
         nn.init.normal_(self.embed.weight, std=TIED_STD if cfg.tied else EMBED_STD)
         self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.n_layer))
         self.head = None if cfg.tied else matrix(D, V, zero=True)

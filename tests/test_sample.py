@@ -21,6 +21,7 @@ import pytest
 import torch
 from toys import Joint, chi_square_z, correlated, take_rows
 
+import gpt
 import sample
 import train_mdlm
 
@@ -741,6 +742,99 @@ def test_text_cannot_steer_the_terminal():
         [("abc", "known"), ("defg\nh", None), ("░" * 7, "mask"), ("日本日", None)], 5
     )]
     assert plain == ["abcde", "fg", "h░░░░", "░░░日", "本日"]
+
+
+# ------------------------------------------------------------------------------ gpt
+
+
+@pytest.fixture(scope="session")
+def gpt_ckpt(folder):
+    return train(folder, "gpt", gpt, steps=12, ema=0.5)
+
+
+@pytest.fixture(scope="session")
+def gpt_lm(gpt_ckpt):
+    return sample.load(gpt_ckpt, device="cpu")
+
+
+class Scripted:
+    """A causal model that is sure of what it writes: row i ends after ENDS[i] tokens."""
+
+    ENDS = (6, 30, 9)
+
+    def __call__(self, x, rows=None, cache=None):
+        B, S = x.shape
+        sure = torch.tensor([0 if S == end + 1 else 97 for end in self.ENDS[:B]])
+        return torch.where(torch.arange(256) == sure[:, None], 0.0, -1e4)
+
+
+def test_gpt_writes(gpt_lm, monkeypatch):
+    assert "gpt, " in gpt_lm.summary
+    monkeypatch.setattr(gpt_lm, "model", copy.deepcopy(gpt_lm.model).double())
+    how = {"length": 16, "prompt": "def café(", "temperature": 0.9, "top_k": 50, "top_p": 0.95}
+    many = gpt_lm.generate(n=5, seed=4, **how)
+    assert gpt_lm.generate(n=2, seed=4, **how) == many[:2]
+    assert len(set(many)) == 5 and all(text.startswith("def café(") for text in many)
+    monkeypatch.setattr(sample, "BATCH_NUMBERS", 2 * 16 * 256)
+    assert gpt_lm.generate(n=5, seed=4, **how) == many
+    greedy = gpt_lm.generate(n=2, temperature=0, prompt="def ")
+    assert greedy[0] == greedy[1]
+
+
+def test_gpt_ends_with_the_document(gpt_lm, gpt_ckpt, monkeypatch, capsys):
+    monkeypatch.setattr(gpt_lm, "model", Scripted())
+    assert gpt_lm.generate(n=3, length=20) == ["a" * 6, "a" * 20, "a" * 9]
+    known, is_known = gpt_lm.canvas_for_prompt("ab", 20)
+    (batch,) = gpt_lm.batches(known, is_known, sample.Sampler(), n=3, seed=0)
+    assert [len(row) for row in batch.tokens] == [6, 20, 9] and batch.nfe == 18
+    monkeypatch.setattr(sample, "load", lambda *args: gpt_lm)
+    sample.main(["--prompt=ab", "--n=1", "--length=20", "--watch"])
+    out = capsys.readouterr().out
+    assert "---" not in out  # what fills the row behind its end is no document
+    assert "\nabaaaa\n" in out and "NFE 5," in out and "left to right" in out
+
+
+def test_gpt_scores_exactly(gpt_lm, gpt_ckpt, capsys):
+    text = "def café(self):\n    return self.name\n" + "x" * 10
+    tokens = torch.tensor(list(text.encode()))
+    total = 0.0
+    for window in (tokens[:32], tokens[32:]):
+        x = torch.cat((torch.tensor([256]), window[:-1]))
+        with torch.no_grad():
+            log_probs = gpt_lm.model(x[None])[0].log_softmax(-1)
+        total -= log_probs.gather(1, window[:, None]).sum().item()
+    score = gpt_lm.score(text)
+    assert score.nats == pytest.approx(total, rel=1e-5) and score.nats_stderr == 0
+    assert score.bits_per_byte == pytest.approx(total / math.log(2) / len(tokens), rel=1e-5)
+    sample.main([f"--ckpt={gpt_ckpt}", "--device=cpu", f"--score={text}"])
+    out = capsys.readouterr().out
+    assert f"-log p = {score.nats:.2f} nats, {score.bits_per_byte:.4f} bits per byte (" in out
+    assert "<=" not in out and "+-" not in out and "exact" in out
+
+
+@pytest.mark.parametrize("flag", ["--order=confidence", "--order=random", "--steps=8",
+                                  "--threshold=0", "--remask=loop", "--refine=0.5",
+                                  "--infill=a ___ b"])
+def test_gpt_refuses_what_diffusion_can(gpt_ckpt, flag, capsys):
+    err = refused([f"--ckpt={gpt_ckpt}", "--length=16", flag], capsys)
+    assert flag.partition("=")[0] + ":" in err and "checkpoint of train_mdlm" in err
+
+
+def test_gpt_refuses_draws_lengths_and_other_scripts(gpt_ckpt, ckpt, capsys):
+    for flags, message in ((["--score=ab", "--draws=4"], "--draws=4: "),
+                           (["--length=33"], "--length=33: "),
+                           ([f"--script={ROOT / 'train_mdlm.py'}"], "written by gpt.py")):
+        assert message in refused([f"--ckpt={gpt_ckpt}", *flags], capsys)
+    message = refused([f"--ckpt={ckpt}", f"--script={ROOT / 'gpt.py'}"], capsys)
+    assert "written by train_mdlm.py" in message
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo terminal")
+def test_gpt_is_watched_in_a_terminal(gpt_ckpt):
+    out, status = run_in_terminal([f"--ckpt={gpt_ckpt}", "--watch", "--prompt=def ", "--seed=2"])
+    assert status == 0
+    (final,) = sample.load(gpt_ckpt, device="cpu").generate(prompt="def ", seed=2)
+    assert sample.printable(final) in re.sub(r"\x1b\[[0-9;]*m", "", out).replace("\r\n", "\n")
 
 
 def test_import_does_nothing():

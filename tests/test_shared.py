@@ -1,0 +1,206 @@
+"""The training scripts share every byte outside their docstring and their two objective regions.
+
+    python tests/test_shared.py --write train_mdlm.py    copy its shared text to the other scripts
+"""
+import difflib
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ("train_mdlm.py", "gpt.py", "train_block.py", "train_sedd.py")
+OPEN, CLOSE = "# >>> objective", "# <<< objective"
+DOCSTRING = re.compile(r'(""".*?"""\n)', re.S)
+
+
+class Broken(ValueError):
+    """A script whose shared text cannot be told from its own."""
+
+
+def split(path):
+    """A script -> [docstring, shared, region of Config, shared, region of the body, shared]."""
+    text = path.read_bytes().decode("utf-8")  # as it is: line ends are part of the text
+    doc = DOCSTRING.match(text)
+    if doc is None:
+        raise Broken(f"{path.name}: does not begin with a docstring")
+    parts, marks = [""], []
+    for line in text[doc.end():].splitlines(keepends=True):
+        mark = line.strip()
+        marks += [mark] * (mark in (OPEN, CLOSE))
+        if mark == CLOSE:
+            parts.append("")  # the marks are shared, what lies between them is not
+        parts[-1] += line
+        if mark == OPEN:
+            parts.append("")
+    if marks != 2 * [OPEN, CLOSE]:
+        raise Broken(f"{path.name}: {', '.join(marks) or 'no mark'}: expected two regions, "
+                     f"each from '{OPEN}' to '{CLOSE}'")
+    return [doc[0], *parts]
+
+
+def training_scripts(folder):
+    return [folder / name for name in SCRIPTS if (folder / name).exists()]
+
+
+def shared_diff(a, b):
+    """What differs outside the regions, as a unified diff; '' when nothing does."""
+    texts = []
+    for path in (a, b):
+        parts = split(path)
+        parts[::2] = '"""Docstring."""\n', *2 * ["[objective]\n"]
+        texts.append("".join(parts).splitlines(keepends=True))
+    return "".join(difflib.unified_diff(*texts, a.name, b.name))
+
+
+def write(source, folder):
+    """Give all other scripts the shared text of one -> names of those that changed."""
+    shared, changed = split(source)[1::2], []
+    others = [p for p in training_scripts(folder) if p.name != source.name]
+    for path, parts in [(path, split(path)) for path in others]:  # all are read before one changes
+        before = "".join(parts)
+        parts[1::2] = shared
+        if "".join(parts) != before:
+            path.write_bytes("".join(parts).encode("utf-8"))
+            changed.append(path.name)
+    return changed
+
+
+def main(argv, folder=ROOT):
+    if len(argv) != 2 or argv[0] != "--write" or Path(argv[1]).name not in SCRIPTS:
+        print(f"test_shared.py: usage: --write SCRIPT, one of {', '.join(SCRIPTS)}",
+              file=sys.stderr)
+        raise SystemExit(2)
+    try:
+        changed = write(folder / Path(argv[1]).name, folder)
+    except (Broken, OSError) as error:
+        print(f"test_shared.py: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    print("changed: " + (", ".join(changed) or "nothing"))
+
+
+def test_scripts_share_their_text():
+    first, *others = training_scripts(ROOT)
+    split(first)
+    for path in others:
+        diff = shared_diff(first, path)
+        print(diff)  # line ends that differ show here as they are
+        assert not diff, f"{first.name} and {path.name} differ:\n{diff}"
+
+
+# The tool itself, on scripts in small.
+
+SMALL = '''"""{doc}"""
+
+import os
+
+
+class Config:
+    seed: int = 0  # of all
+    # >>> objective
+    {field}
+    # <<< objective
+
+
+# >>> objective
+def loss():
+    return "{loss}"
+# <<< objective
+
+
+def main():
+    loss()
+'''
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three scripts with docstrings and regions of their own, the last of them empty."""
+    for name, loss in (("train_mdlm.py", "elbo"), ("gpt.py", "nll")):
+        text = SMALL.format(doc=f"About {loss}.\n\nMore.\n", field=f"{loss}: int = 1", loss=loss)
+        (tmp_path / name).write_text(text)
+    own = '    return "bound"\n', '    {field}\n', "def loss():\n"
+    text = SMALL.replace('    return "{loss}"\n', own[0])
+    for piece in own:
+        text = text.replace(piece, "")
+    (tmp_path / "train_block.py").write_text(text.replace("{doc}", "None."))
+    (tmp_path / "fork.py").write_text("print()\n")  # forks are exempt
+    return tmp_path
+
+
+def edit(path, old, new):
+    text = path.read_bytes().decode()
+    assert text.count(old) == 1
+    path.write_bytes(text.replace(old, new).encode())
+
+
+def test_docstrings_and_regions_may_differ(folder):
+    first, *others = training_scripts(folder)
+    assert [p.name for p in others] == ["gpt.py", "train_block.py"]
+    assert [shared_diff(first, p) for p in others] == ["", ""]
+    edit(folder / "gpt.py", "About nll.", "About\nthis and that.")
+    edit(folder / "gpt.py", 'return "nll"', "x = 1\n    return x")
+    assert write(folder / "gpt.py", folder) == []
+
+
+@pytest.mark.parametrize(("old", "new"), [
+    ("import os", "import sys"),
+    ("seed: int = 0  # of all", "seed: int = 0 # of all"),
+    ("    loss()\n", "    loss()\n\n"),
+    ("class Config:", "\nclass Config:"),
+    ("\n    # <<< objective", "\n     # <<< objective"),
+    ("import os\n", "import os\r\n"),
+])
+def test_a_shared_line_that_differs_is_found_and_repaired(folder, old, new, capsys):
+    before = {p: p.read_bytes() for p in folder.iterdir()}
+    edit(folder / "gpt.py", old, new)
+    diff = shared_diff(folder / "train_mdlm.py", folder / "gpt.py")
+    assert diff.startswith("--- train_mdlm.py\n+++ gpt.py\n@@") and "nll" not in diff
+    main(["--write", "train_mdlm.py"], folder)
+    assert capsys.readouterr().out == "changed: gpt.py\n"
+    assert {p: p.read_bytes() for p in folder.iterdir()} == before
+    main(["--write", "elsewhere/gpt.py"], folder)
+    assert capsys.readouterr().out == "changed: nothing\n"
+
+
+def test_the_change_of_one_goes_to_all_the_others(folder):
+    edit(folder / "gpt.py", "    loss()\n", "    print(loss())\n")
+    own = {p.name: split(p)[::2] for p in training_scripts(folder)}
+    assert write(folder / "gpt.py", folder) == ["train_mdlm.py", "train_block.py"]
+    assert {p.name: split(p)[::2] for p in training_scripts(folder)} == own
+    assert all("print(loss())" in p.read_text() for p in training_scripts(folder))
+
+
+@pytest.mark.parametrize(("old", "new"), [
+    ("# <<< objective\n\n\ndef main", "\n\ndef main"),
+    ("# >>> objective\ndef", "def"),
+    ("# >>> objective\ndef", "# >>> objective\n# >>> objective\ndef"),
+    ("    loss()\n", "    loss()\n# >>> objective\n# <<< objective\n"),
+    ("import os", "import os\n# <<< objective"),
+    ('"""About', '#"""About'),
+])
+def test_other_than_two_regions_are_refused(folder, old, new, capsys):
+    edit(folder / "gpt.py", old, new)
+    edit(folder / "train_mdlm.py", "import os", "import sys")
+    before = {p: p.read_bytes() for p in folder.iterdir()}
+    with pytest.raises(ValueError, match=r"gpt\.py"):
+        shared_diff(folder / "train_mdlm.py", folder / "gpt.py")
+    for name in ("train_mdlm.py", "gpt.py"):
+        with pytest.raises(SystemExit) as stop:
+            main(["--write", name], folder)
+        assert stop.value.code == 2 and "gpt.py" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("argv", [[], ["--write"], ["--write", "fork.py"], ["train_mdlm.py"],
+                                  ["--write", "train_sedd.py"]])
+def test_mistakes_end_in_one_line(folder, argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(argv, folder)
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out, err.count("\n")) == (2, "", 1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
