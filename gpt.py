@@ -475,6 +475,25 @@ class Trunk(nn.Module):
         return logits
 
 
+# ----------------------------------------------------------------------------- sampling
+class Sample(NamedTuple):
+    tokens: Tensor  # (B, T) int64
+    length: Tensor  # (B,) int64, tokens of each row
+    nfe: int  # forward passes
+    order: Tensor  # (B, T) int64, the pass that fixed a token; 0: it was known
+
+
+def draw_tokens(log_probs, u):
+    """Inverse CDF in float64: log_probs (R, V), u (R,) uniform -> tokens (R,). Gumbel noise in fp32
+    draws rare tokens too seldom (arXiv 2409.02908, section 4)."""
+    cdf = log_probs.double().softmax(-1).cumsum(-1)
+    total = cdf[:, -1:]
+    token = torch.searchsorted(cdf, u[:, None] * total, right=True)[:, 0]
+    # u < 1 may still round up to the total: the last token that has any probability.
+    last = (cdf < total).sum(-1)
+    return torch.minimum(token, last)
+
+
 # ----------------------------------------------------------------------------- objective
 # >>> objective
 METRIC = "val_nll"  # nats per token, exact
@@ -587,24 +606,6 @@ def nelbo_fn(model, x0, noise, cfg):
 def other_figures(nats, noise):
     """Beside the exact likelihood there are none."""
     return {}
-
-
-class Sample(NamedTuple):
-    tokens: Tensor  # (B, T) int64
-    length: Tensor  # (B,) int64, tokens of each row
-    nfe: int  # forward passes
-    order: Tensor  # (B, T) int64, the pass that fixed a token; 0: it was known
-
-
-def draw_tokens(log_probs, u):
-    """Inverse CDF in float64: log_probs (R, V), u (R,) uniform -> tokens (R,). Gumbel noise in fp32
-    draws rare tokens too seldom (arXiv 2409.02908, section 4)."""
-    cdf = log_probs.double().softmax(-1).cumsum(-1)
-    total = cdf[:, -1:]
-    token = torch.searchsorted(cdf, u[:, None] * total, right=True)[:, 0]
-    # u < 1 may still round up to the total: the last token that has any probability.
-    last = (cdf < total).sum(-1)
-    return torch.minimum(token, last)
 
 
 @torch.no_grad()
