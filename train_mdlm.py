@@ -507,8 +507,8 @@ INIT_FROM = ("train_mdlm",)  # scripts whose checkpoints fit --init_from
 
 PRESETS = {
     "tiny": dict(
-        data="stdlib", seq_len=256, n_layer=6, n_head=4, n_embd=208, steps=400, batch_tokens=4096,
-        micro_batch=16, lr=0.03, eval_every=100, val_tokens=65_536, ckpt_every=200),
+        data="stdlib", seq_len=256, n_layer=6, n_head=4, n_embd=208, steps=300, batch_tokens=4096,
+        micro_batch=16, lr=0.03, eval_every=75, val_tokens=65_536, ckpt_every=150),
     "shakespeare_10m": dict(
         data="shakespeare", seq_len=256, n_layer=6, n_head=6, n_embd=384, steps=1500,
         batch_tokens=16_384, micro_batch=64, dropout=0.1, ema=0.99, val_draws=4),
