@@ -539,6 +539,10 @@ def check_objective(cfg, n_rows, micro_rows):
                     "exact_k needs pairs")
     require(cfg.cond_dim == 0, f"--cond_dim={cfg.cond_dim}: every block has a noise level of its "
             "own, and this network takes none: drop it")
+    check_bos(cfg)
+
+
+def check_bos(cfg):
     known = not (cfg.doc_mask and cfg.vocab_size) or cfg.bos_id < cfg.vocab_size
     require(known, f"--bos_id={cfg.bos_id}: no token of a vocabulary of {cfg.vocab_size}; "
             "--doc_mask=1 needs the one that begins a document")
@@ -573,11 +577,9 @@ def use_flex(device):
     return device.type == "cuda" and torch.compiler.is_compiling()
 
 
-@torch.compiler.disable
-@functools.lru_cache(maxsize=8)
 def two_copy_masks(T, block_len, device, flex):
     """{number of leading queries: their mask over 2T keys}, for all of them and for the noised
-    half: BlockMask of FlexAttention, or dense bool. Built once for a shape."""
+    half: BlockMask of FlexAttention, or dense bool."""
     if flex:
         from torch.nn.attention.flex_attention import create_block_mask
 
@@ -589,6 +591,14 @@ def two_copy_masks(T, block_len, device, flex):
         at = torch.arange(2 * T, device=device)
         mask = sees(at[:, None], at, T, block_len)
         return {T: mask[:T], 2 * T: mask}
+
+
+@torch.compiler.assume_constant_result  # runs while torch.compile traces, never in a step
+def prepare_masks(model, key):
+    """Build what model.masks lacks: a mask for every (T, device, flex) that occurs."""
+    T, device, flex = key
+    if key not in model.masks:
+        model.masks[key] = two_copy_masks(T, model.cfg.block_len, device, flex)
 
 
 def documents(x0, cfg):
@@ -654,6 +664,11 @@ class LayerCache:
 
 class Model(Trunk):
     """Denoiser: p(x0_i | its block of xt, the blocks of x0 before it) for every i at once."""
+    def __init__(self, cfg):
+        check_bos(cfg)  # again: the vocabulary may come from the data
+        super().__init__(cfg)
+        self.masks = {}  # by shape, see prepare_masks
+
     def forward(self, xt, x0, rows=None, cache=None):
         """xt (B, T) int64 with mask_id = vocab_size, x0 (B, T) -> logits (B, T, V), or (R, V) at
         the flat positions rows (R,). block_len divides T.
@@ -665,7 +680,8 @@ class Model(Trunk):
         if cache is None:
             flex = use_flex(device)
             x, at = torch.cat((xt, x0), 1), torch.arange(2 * T, device=device)
-            masks, n_query, key_at = two_copy_masks(T, L, device, flex), T, at
+            prepare_masks(self, (T, device, flex))
+            masks, n_query, key_at = self.masks[T, device, flex], T, at
         else:
             flex, n_query, done = False, L, cache[0].done
             x = torch.cat((xt[:, T - L:], x0[:, done:T - L]), 1)  # (B, N)

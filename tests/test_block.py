@@ -19,10 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from toys import Iid, Joint, chi_square_z, correlated, take_rows
 
 import gpt
-import sample
 import train_block
 import train_mdlm
 
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without")
 V, T, L = 11, 12, 4  # of the small network
 Z_LIMIT = 5.0  # a correct program fails one z-test in about 10**6; the seeds are fixed besides
 SWITCHES = {
@@ -204,33 +204,41 @@ def check_one_block_is_mdlm(module):
                     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def check_flex_attention(module):
-    """FlexAttention and the dense mask: the same outputs and gradients, documents or not."""
+@contextlib.contextmanager
+def flex_on_cpu(module):
+    """Its backward pass works on CPUs, too, where it is not compiled; a guard says otherwise."""
     import torch.nn.attention.flex_attention as flex
 
-    before = {"use_flex": module.use_flex}
-    # On CPUs it has a backward pass only where it is not compiled, which this check is in the way of.
-    guard = getattr(flex, "_validate_device", None)
+    guard, chosen = getattr(flex, "_validate_device", None), module.use_flex
     if guard is None:
         pytest.skip("this torch guards FlexAttention's backward pass on CPUs in another way")
     try:
         flex._validate_device = lambda *args: None
-        for names in SWITCHES.values():
-            model, cfg = small_model(module, **{**names, "dropout": 0.0})
-            x0, results = tokens(4, n_values=5), []
-            noise = module.draw_noise(cfg, 4, seeded())
-            for chosen in (False, True):
-                module.use_flex = lambda device, chosen=chosen: chosen
-                model.zero_grad()
-                loss = module.loss_fn(model, x0, noise, cfg)
-                loss.backward()
-                logits = model(module.corrupt(x0, noise, cfg), x0)
-                results.append([loss, logits, *(p.grad for p in model.parameters())])
-            for a, b in zip(*results, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        module.use_flex = lambda device: True
+        yield
     finally:
-        flex._validate_device = guard
-        vars(module).update(before)
+        flex._validate_device, module.use_flex = guard, chosen
+
+
+def gradients(model, loss, x0, noise, cfg):
+    model.zero_grad()
+    value = loss(model, x0, noise, cfg)
+    value.backward()
+    return [value.detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+def check_flex_attention(module):
+    """FlexAttention and the dense mask: the same outputs and gradients, documents or not."""
+    for names in SWITCHES.values():
+        model, cfg = small_model(module, **{**names, "dropout": 0.0})
+        x0, results = tokens(4, n_values=5), []
+        noise = module.draw_noise(cfg, 4, seeded())
+        xt = module.corrupt(x0, noise, cfg)
+        for how in (contextlib.nullcontext, lambda: flex_on_cpu(module)):
+            with how():
+                results.append([model(xt, x0), *gradients(model, module.loss_fn, x0, noise, cfg)])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 # ----------------------------------------------------------------------------- noise
@@ -268,7 +276,7 @@ def check_counts(module):
 
 
 def check_coins(module):
-    """bernoulli: t stratified over the clipped range, in every block uniform, weights 1/t or one."""
+    """bernoulli: t stratified over the clipped range, weights 1/t or all alike."""
     for weight in ("elbo", "uniform"):
         cfg = config(module, estimator="bernoulli", loss_weight=weight)
         noise = module.draw_noise(cfg, 400, seeded())
@@ -326,6 +334,7 @@ def check_block_cut_short(module):
     assert noise.level.shape == (5, 2) and noise.level[:, 1].max() == 2
     assert torch.equal(noise.weight * noise.level, torch.tensor([[4.0, 2.0]]).expand(5, 2))
     xt = module.corrupt(x0, noise, cfg)
+    assert torch.equal((xt[:, 4:] == V).sum(1), noise.level[:, 1].long())
     logits = model(F.pad(xt, (0, 2), value=V), F.pad(x0, (0, 2), value=5))[:, :6]
     ce = F.cross_entropy(logits.flatten(0, 1), x0.flatten(), reduction="none").view(5, 6)
     weight = noise.weight.repeat_interleave(4, 1)[:, :6]
@@ -463,10 +472,12 @@ def check_window(module):
             is_known = torch.arange(long) < torch.tensor(prompts)[:, None]
             out = write(module, model, cfg, known, is_known)
             try:
+                model.masks.clear()
                 module.two_copy_masks = banded
                 again = write(module, uncached(model), cfg, known, is_known)
             finally:
                 module.two_copy_masks = whole_mask
+                model.masks.clear()
             assert torch.equal(out.tokens, again.tokens)
     cache = [module.LayerCache(cfg, 1000) for _ in model.layers]
     for end in range(L, 200, L):
@@ -485,3 +496,303 @@ CHECKS = [check_mask, check_clean_half, check_documents, check_likelihood_sums_t
 @pytest.mark.parametrize("check", CHECKS, ids=lambda f: f.__name__)
 def test_exactness(check):
     check(train_block)
+
+
+def test_flex_attention_is_traced_in_one_piece():
+    """torch.compile meets no graph break in a training step and keeps the mask of a shape."""
+    model, cfg = small_model(doc_mask=True, bos_id=3, n_kv_head=2)
+    torch._dynamo.reset()
+    with flex_on_cpu(train_block):
+        step = torch.compile(train_block.loss_fn, backend="aot_eager", fullgraph=True)
+        for seed in range(2):
+            x0, noise = tokens(4, seed=seed), train_block.draw_noise(cfg, 4, seeded(seed))
+            compiled = gradients(model, step, x0, noise, cfg)
+            mask = model.masks[T, torch.device("cpu"), True]
+            expected = gradients(model, train_block.loss_fn, x0, noise, cfg)
+            for a, b in zip(compiled, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+            assert model.masks[T, torch.device("cpu"), True] is mask
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_flex_attention_on_a_gpu():
+    """Compiled to a kernel, it equals the dense mask: outputs and gradients."""
+    for names in ({}, {"doc_mask": True, "bos_id": 3}):
+        model, cfg = small_model(n_embd=64, n_head=2, seq_len=256, block_len=16, **names)
+        model, x0 = model.cuda(), tokens(4, 256).cuda()
+        noise = train_block.take_rows(train_block.draw_noise(cfg, 4, seeded()), slice(4), "cuda")
+        step = torch.compile(train_block.loss_fn, dynamic=False)
+        for a, b in zip(gradients(model, step, x0, noise, cfg),
+                        gradients(model, train_block.loss_fn, x0, noise, cfg), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_cached_passes_take_one_block():
+    """What the cache is for: behind the prompt, a pass embeds a block a row, or two."""
+    model, cfg = small_model(seq_len=20)
+    seen = []
+    model.embed.register_forward_hook(lambda module, args, out: seen.append(tuple(args[0].shape)))
+    known = tokens(2, 20)
+    write(train_block, model, cfg, known, (torch.arange(20) < 10).expand(2, -1))
+    assert seen == [(2, 12), *[(2, 4)], *2 * [(2, 8), *3 * [(2, 4)]]]
+
+
+def test_watch_sees_every_pass():
+    cfg, seen = config(vocab_size=3, seq_len=4, block_len=2, n_layer=1), []
+    known, is_known = torch.ones(1, 3, dtype=torch.int64), torch.tensor([[True, False, False]])
+
+    def likeliest(log_probs):
+        return torch.full_like(log_probs, -math.inf).scatter(1, log_probs.argmax(1, True), 0.0)
+
+    def left_to_right(log_probs, is_mask, *, step, steps, u):
+        return is_mask & (torch.arange(2) > step)
+
+    write(train_block, Blocks(Iid([0.5, 0.3, 0.2]), 4, 2), cfg, known, is_known, warp=likeliest,
+          choose=left_to_right, watch=lambda x, nfe: seen.append((x[0].tolist(), nfe)))
+    assert seen == [([1, 3, 3], 1), ([1, 0, 3], 2), ([1, 0, 0], 3), ([1, 0, 0], 4)]
+
+
+def test_what_it_cannot_do_is_refused():
+    model, cfg = small_model()
+    for gap in (0, 4, 5):
+        is_known = (torch.arange(T) != gap).expand(2, -1)
+        with pytest.raises(ValueError, match="train_mdlm"):
+            write(train_block, model, cfg, tokens(2), is_known)
+
+
+# ----------------------------------------------------------------------------- mutants
+
+MUTANTS = {
+    "xt sees its own clean block": (
+        "(k_block < q_block) & (k >= T)", "(k_block <= q_block) & (k >= T)",
+        (check_mask, check_likelihood_sums_to_one, check_one_block_is_mdlm)),
+    "xt sees later clean blocks": (
+        "(k_block < q_block) & (k >= T)", "((k_block < q_block) | (q < T)) & (k >= T)",
+        (check_mask, check_likelihood_token_by_token)),
+    "xt sees earlier noised blocks": (
+        "(k_block < q_block) & (k >= T)", "(k_block < q_block)", (check_mask, check_cache)),
+    "the clean half sees xt": (
+        "(q_block == k_block) & same_half |", "(q_block == k_block) & (same_half | (q >= T)) |",
+        (check_mask,)),
+    "the clean half sees what is later": (
+        "(k_block < q_block) & (k >= T)", "((k_block < q_block) | (q >= T)) & (k >= T)",
+        (check_mask, check_clean_half, check_cache)),
+    "a document's beginning is given away": (
+        "before.repeat_interleave(cfg.block_len, 1), clean", "clean, clean", (check_documents,)),
+    "documents see each other": (
+        "masks = {n: mask & same[:, :, :n] for n, mask in masks.items()}", "pass",
+        (check_documents, check_flex_attention)),
+    "FlexAttention forgets documents": (
+        "score_mod = None if docs is None else same_document", "score_mod = None",
+        (check_flex_attention,)),
+    "the clean half stands behind the noised one": (
+        "rotary_tables(at % T,", "rotary_tables(at,",
+        (check_likelihood_token_by_token, check_cache)),
+    "a weight of 1/k with an eps": (
+        "weight = size / k if", "weight = size / (k + 0.3) if",
+        (check_bound_of_toys, check_counts)),
+    "the bound is a masked mean": (
+        "weight = size / k if", "weight = (2 * size / (size + 1)).expand_as(k) if",
+        (check_bound_of_toys,)),
+    "the bound has the clipped range": (
+        "low, high = (1, size) if bound else", "low, high = (1, size) if not bound else",
+        (check_counts, check_bound_of_toys)),
+    "partners mask alike": (
+        "coin = torch.stack((coin, ~coin), 1)", "coin = torch.stack((coin, coin), 1)",
+        (check_counts,)),
+    "no coin": ("k = torch.where(coin, k, low + high - k)",
+                "k = torch.where(torch.arange(n) % 2 == 0, k, low + high - k)", (check_counts,)),
+    "padding is masked from the other end": (
+        "order[:, T:] = 2.0", "order[:, T:] = -1.0", (check_block_cut_short,)),
+    "the loss counts blocks": (
+        "loss = losses.sum() / (B * T)", "loss = losses.sum() / (xt != x0).sum()",
+        (check_one_block_is_mdlm,)),
+    "the cache keeps the noised block": (
+        "self.length, self.done = end - L, self.done + N - L",
+        "self.length, self.done = end, self.done + N", (check_cache, check_logits_with_cache)),
+    "the window is a block short": (
+        "cfg.block_len, cfg.seq_len - cfg.block_len\n", "cfg.block_len, cfg.seq_len // 3\n",
+        (check_window, check_cache)),
+    "the window has no end": (
+        "at[:, None] % T // L - self.cfg.seq_len // L", "at[:, None] % T // L - 10**6",
+        (check_window,)),
+    "stops behind the end of a row count": (
+        "ends = (block == stop) & ~fixed[:, here]", "ends = block == stop", (check_stop,)),
+    "a stop may not come first": ("ends[:, 0] &= start > 0", "pass", (check_stop,)),
+    "known tokens are masked again": (
+        "new_mask &= ~fixed[:, here] & (i < passes - 1)", "new_mask &= i < passes - 1",
+        (check_cache,)),
+    "random numbers hang on the batch": (
+        "u = [torch.rand(passes, 2, L, generator=g, dtype=torch.float64) for g in gens]\n"
+        "        if not (tokens[:, here] == mask_id).any():\n            continue\n",
+        "if not (tokens[:, here] == mask_id).any():\n            continue\n"
+        "        u = [torch.rand(passes, 2, L, generator=g, dtype=torch.float64) for g in gens]\n",
+        (check_rows_are_independent,)),
+    "a pick decides the token, too": (
+        "picks, u = torch.stack(u, 2).unbind(1)", "picks = u = torch.stack(u, 2)[:, 0]",
+        (check_sampler_of_joint,)),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_fails(name):
+    snippet, replacement, checks = MUTANTS[name]
+    source = Path(train_block.__file__).read_text(encoding="utf-8")
+    assert source.count(snippet) == 1, f"to be found once in train_block.py: {snippet}"
+    module = types.ModuleType("mutant_of_train_block")
+    module.__file__ = train_block.__file__
+    exec(compile(source.replace(snippet, replacement), "mutant", "exec"), module.__dict__)
+    for check in checks:
+        with pytest.raises((AssertionError, RuntimeError)):
+            check(module)
+
+
+# ----------------------------------------------------------------------------- presets
+
+
+@pytest.mark.parametrize("preset", ["", "tiny"])
+def test_a_preset_has_the_size_of_its_twin(preset):
+    """Parameters as in train_mdlm, the same shape and tokens; a pass traced without data."""
+    argv = [f"--preset={preset}"] if preset else []
+    sizes, shapes = [], []
+    for module in (train_block, train_mdlm):
+        cfg = module.parse_args(argv)
+        cfg = dataclasses.replace(cfg, vocab_size=256 if preset else 50257)
+        module.validate(cfg, 1)
+        with FakeTensorMode():
+            model = module.Model(cfg)
+            sizes.append(sum(p.numel() for p in model.parameters()))
+            if module is train_block:
+                x0 = torch.zeros(cfg.micro_batch, cfg.seq_len, dtype=torch.int64)
+                noise = module.draw_noise(cfg, len(x0), seeded())
+                module.loss_fn(model, x0, noise, cfg).backward()
+                assert all(p.grad is not None for p in model.parameters())
+        shapes.append([getattr(cfg, name) for name in (
+            *module.SHAPE_FIELDS, "seq_len", "steps", "batch_tokens", "data", "optimizer", "lr")])
+    assert shapes[0] == shapes[1]
+    assert abs(sizes[0] / sizes[1] - 1) < 0.01 and sizes[0] <= 162_500_000
+
+
+def test_presets():
+    cfg = train_block.parse_args([])
+    assert (cfg.data, cfg.block_len, cfg.shuffle) == ("finewebedu10B", 16, False)
+    cfg = train_block.parse_args(["--preset=nano_block"])
+    train_block.validate(dataclasses.replace(cfg, vocab_size=50257), 8)
+    assert (cfg.block_len, cfg.t_min, cfg.t_max, cfg.batch_tokens) == (16, 0.3, 0.8, 131_072)
+    assert cfg.unet and cfg.doc_mask and (cfg.n_layer, cfg.n_head, cfg.n_embd) == (12, 6, 768)
+
+
+def test_flops():
+    """Counted by hand: two copies of 12 D^2 weights a layer, the last one half, head on 17/32."""
+    cfg = dataclasses.replace(train_block.parse_args([]), vocab_size=50257)
+    with FakeTensorMode():
+        flops = train_block.flops_per_token(cfg, train_block.Model(cfg))
+    by_hand = 6 * (2 * 12 * 12 * 768**2 - 10 * 768**2 + 50257 * 768 * 17 / 32)
+    assert flops == by_hand + 12 * 11.5 * 768 * 1040
+
+
+# ----------------------------------------------------------------------------- runs
+
+TINY = ("--seq_len=32", "--block_len=8", "--batch_tokens=256", "--micro_batch=8", "--n_layer=1",
+        "--n_head=2", "--n_embd=32", "--val_tokens=512", "--device=cpu", "--dtype=fp32",
+        "--compile=0", "--steps=30", "--eval_every=10", "--ckpt_every=10", "--log_every=10",
+        "--dropout=0.1", "--ema=0.9")
+
+
+def run(script, *flags):
+    """The command line in this process -> (status, what it printed)."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        try:
+            script.main([str(x) for x in flags])
+        except SystemExit as e:
+            return e.code, out.getvalue()
+    return 0, out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Bytes of random words, without meta.json."""
+    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    words = [rng.integers(97, 123, rng.integers(2, 7)) for _ in range(20)]
+    text = np.concatenate([np.append(words[i], 32) for i in rng.integers(0, 20, 3000)])
+    header = np.zeros(256, "<i4")
+    for name, part in (("train_000001", text[:9000]), ("val_000000", text[9000:10_000])):
+        header[:4] = 20240520, 1, len(part), 1
+        (folder / f"{name}.bin").write_bytes(header.tobytes() + part.astype(np.uint8).tobytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole_run(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    return out, *run(train_block, *TINY, f"--data={data}", f"--out={out}")
+
+
+def evaluations(text):
+    return re.findall(r"val_nelbo:(\S+) bpb:(\S+) ppl:(\S+)", text)
+
+
+def test_a_run_learns(data, whole_run):
+    out, status, text = whole_run
+    assert status == 0, text
+    values = [float(v.split("+-")[0]) for v, _, _ in evaluations(text)]
+    assert len(values) == 3 and values[-1] < values[0] < 5.6 and values[-1] < 3.4
+    status, again = run(train_block, "--eval_only=1", f"--init_from={out}/ckpt.pt")
+    assert status == 0 and evaluations(again) == evaluations(text)[-1:]
+
+
+def test_a_run_goes_on_bit_for_bit(data, whole_run, tmp_path):
+    (tmp_path / "ckpt.pt").write_bytes((whole_run[0] / "ckpt_prev.pt").read_bytes())
+    status, text = run(train_block, "--resume=1", f"--out={tmp_path}")
+    assert status == 0 and evaluations(text) == evaluations(whole_run[2])[-1:]
+    a, b = (train_block.load_checkpoint(str(p / "ckpt.pt")) for p in (tmp_path, whole_run[0]))
+    assert a["step"] == b["step"] == 30 and a["script"] == "train_block"
+    for kind in ("model", "ema"):
+        assert all(torch.equal(x, b[kind][name]) for name, x in a[kind].items())
+
+
+@pytest.mark.parametrize("script", [train_mdlm, gpt], ids=lambda s: s.SCRIPT)
+def test_a_run_begins_with_the_weights_of_another_script(script, data, tmp_path):
+    """One step more, at a rate of nothing: the weights are those of the checkpoint."""
+    shape = [flag for flag in TINY if "block_len" not in flag and "ema" not in flag]
+    source = tmp_path / "source"
+    status, text = run(script, *shape, "--steps=2", *(f"--data={data}", f"--out={source}"))
+    assert status == 2  # --steps is given twice
+    shape = [flag for flag in shape if "--steps" not in flag]
+    status, text = run(script, *shape, "--steps=2", f"--data={data}", f"--out={source}")
+    assert status == 0, text
+    rates = [f"--{name}=0" for name in ("lr", "embed_lr", "head_lr", "scalar_lr")]
+    out = tmp_path / "out"
+    status, text = run(train_block, *TINY[:4], *TINY[7:11], "--steps=1", "--log_every=1", *rates,
+                       f"--init_from={source}/ckpt.pt", f"--data={data}", f"--out={out}")
+    assert status == 0, text
+    a, b = (train_block.load_checkpoint(str(p / "ckpt.pt"))["model"] for p in (source, out))
+    assert all(torch.equal(x, b[name]) for name, x in a.items())
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (("--block_len=5",), "--block_len=5: must divide --seq_len=32"),
+    (("--block_len=0",), "--block_len=0: must divide"),
+    (("--t_min=0.9",), "--t_max=0.8: must be above --t_min=0.9"),
+    (("--t_max=1.5",), "--t_max=1.5: "),
+    (("--cond_dim=16",), "--cond_dim=16: "),
+    (("--doc_mask=1", "--vocab_size=256"), "--bos_id=50256: "),
+    (("--block_len=32", "--batch_tokens=96", "--micro_batch=3"), "--batch_tokens=96: 3 blocks"),
+    (("--block_len=32", "--micro_batch=1"), "--micro_batch=1: 1 blocks"),
+    (("--loss_weight=clipped",), "--loss_weight=clipped: there are elbo, uniform")])
+def test_settings_that_cannot_work_are_refused(data, tmp_path, flags, message):
+    names = [flag.partition("=")[0] for flag in flags]
+    rest = [flag for flag in TINY if flag.partition("=")[0] not in names]
+    status, text = run(train_block, *rest, *flags, f"--data={data}", f"--out={tmp_path / 'run'}")
+    assert status == 2 and text.count("\n") == 1 and message in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_documents_need_their_first_token(data, tmp_path):
+    """--bos_id is checked against the data, too, where no --vocab_size says more."""
+    flags = (*TINY, "--doc_mask=1", f"--data={data}", f"--out={tmp_path / 'run'}")
+    status, text = run(train_block, *flags)
+    assert status == 2 and text.count("\n") == 1 and "--bos_id=50256: " in text
+    status, text = run(train_block, *flags, "--bos_id=32")
+    assert status == 0, text
