@@ -573,7 +573,7 @@ MUTANTS = {
         "(k_block < q_block) & (k >= T)", "(k_block < q_block)", (check_mask, check_cache)),
     "the clean half sees xt": (
         "(q_block == k_block) & same_half |", "(q_block == k_block) & (same_half | (q >= T)) |",
-        (check_mask,)),
+        (check_flex_attention,)),
     "the clean half sees what is later": (
         "(k_block < q_block) & (k >= T)", "((k_block < q_block) | (q >= T)) & (k >= T)",
         (check_mask, check_clean_half, check_cache)),
