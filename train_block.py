@@ -697,7 +697,7 @@ class Model(Trunk):
             if x.size(1) > L or docs is not None:
                 mask = sees(at[:, None], key_at, T, L)  # (N, S)
                 mask = mask & (key_at % T // L > at[:, None] % T // L - self.cfg.seq_len // L)
-            masks = {L: mask, x.size(1): mask} if mask is None else {L: mask[:L], x.size(1): mask}
+            masks = {n: mask if mask is None else mask[:n] for n in (L, x.size(1))}
         if docs is not None and not flex:
             same = docs[:, None, at, None] == docs[:, None, None, key_at]  # (B, 1, N, S)
             masks = {n: mask & same[:, :, :n] for n, mask in masks.items()}
