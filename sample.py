@@ -8,7 +8,9 @@
     python sample.py --score=TEXT|FILE                       bound on -log p of a text
 
 A checkpoint of gpt.py writes from left to right, one token a pass, up to the end of a document. It
-takes no flag about passes and their order, no --infill, and scores exactly.
+takes no flag about passes and their order, no --infill, and scores exactly. One of train_block.py
+writes block after block, any length, up to the end of a document; the flags about passes hold
+inside each block, and it takes no --infill and no --refine.
 
 Which model
   --ckpt=PATH          checkpoint, its run folder, or hf:OWNER/REPO/FILE; default: the newest
@@ -22,15 +24,17 @@ What to write
   --infill=TEXT        text with blanks: each run of three or more underscores is one
   --blank=N[,N...]     tokens in a blank, for all of them or one by one (default 16)
   --n=N                samples (default 1)
-  --length=N           tokens in a sample, prompt included (default: 256 new ones); an infill goes
-                       on after its end up to that length (default: it does not)
+  --length=N           tokens in a sample, prompt included (default: 256 new ones), up to the
+                       context, with train_block any number; an infill goes on after its end up to
+                       that length (default: it does not)
   --seed=N             the same seed gives the same samples, however many --n asks for (default 0)
 How
   --order=NAME         exact samplers: first_hitting (default; one random token a pass), ancestral
                        (default with --steps; a grid of times, exact for many steps) and random
                        (exact at one token a pass). Mode-seeking, so no samples of the model's
                        distribution: confidence (default with --threshold), entropy, margin
-  --steps=N            passes (default: one a token); the tokens of a row are spread over them
+  --steps=N            passes (default: one a token); the tokens of a row are spread over them; with
+                       train_block, passes a block
   --threshold=P        fix every token whose top probability exceeds P, and at least one a pass
   --temperature=X      below 1 sharper, 0 takes the likeliest token (default 1)
   --top_k=N            draw from the N likeliest tokens
@@ -70,7 +74,7 @@ from typing import NamedTuple
 import torch
 
 HERE = Path(__file__).resolve().parent
-SCRIPTS = ("train_mdlm", "gpt")  # those beside this file that write checkpoints
+SCRIPTS = ("train_mdlm", "train_block", "gpt")  # those beside this file that write checkpoints
 NEEDED = ("METRIC", "load_checkpoint", "build_model", "pick_device", "pick_dtype", "generate",
           "nelbo_fn")
 DEFAULT_BLANK = 16  # tokens
@@ -200,14 +204,16 @@ class Remask:
     a masked one is fixed with probability (alpha_s - (1-sigma) alpha_t) / (1-alpha_t): the share of
     fixed tokens follows alpha as without remasking. sigma is min(eta, sigma_max) for cap and loop,
     eta sigma_max for rescale; conf deals eta sigma_max out over the fixed tokens by
-    softmax(-psi), psi the probability that a token had when it was drawn.
+    softmax(-psi), psi the probability that a token had when it was drawn. All this once for a row,
+    or for every block of it, from n_before blocks on.
     """
 
-    def __init__(self, text, watch=None):
+    def __init__(self, text, watch=None, n_before=0):
         self.kind, _, eta = text.partition(":")
         self.eta = float(eta) if eta else REMASK_ETA[self.kind]
         self.watch = watch
-        self.psi = None  # (B, T), infinite where a token is masked or given
+        self.block = n_before - 1
+        self.psi = None  # (B, T) of a block, infinite where a token is masked or given
         self.drawn = None  # what the last pass fixed, and the distributions it was drawn from
 
     def alpha(self, t):
@@ -219,6 +225,8 @@ class Remask:
 
     def choose(self, log_probs, is_mask, *, step, steps, u):
         device, is_mask = is_mask.device, is_mask.cpu()
+        if step == 0:
+            self.block, self.psi = self.block + 1, None
         t, s = 1 - step / steps, 1 - (step + 1) / steps
         alpha_t, alpha_s = self.alpha(t), self.alpha(s)
         sigma_max = min(1.0, (1 - alpha_s) / alpha_t) if alpha_t > 0 else 1.0
@@ -243,7 +251,11 @@ class Remask:
         """Note the probabilities of the tokens that the last pass drew; pass them on to watch."""
         if self.drawn is not None:
             fixed, was_mask, log_probs = self.drawn
-            picked = log_probs.cpu()[fixed[was_mask]].gather(1, tokens.cpu()[fixed][:, None])
+            width = fixed.shape[1]
+            here = tokens.cpu()[:, self.block * width :][:, :width]
+            fixed[:, here.shape[1] :] = False  # what is cut from the last block
+            here = torch.nn.functional.pad(here, (0, width - here.shape[1]))
+            picked = log_probs.cpu()[fixed[was_mask]].gather(1, here[fixed][:, None])
             self.psi[fixed] = picked.squeeze(1).double().exp()
         if self.watch is not None:
             self.watch(tokens, nfe)
@@ -375,6 +387,7 @@ class LM:
         # Only what writes from left to right knows the likelihood itself.
         self.is_ar = script.METRIC == "val_nll"
         self.model, self.cfg = script.build_model(ckpt, weights, path=path)
+        self.block_len = getattr(self.cfg, "block_len", None)  # of what writes block after block
         try:
             self.tokenizer = Tokenizer(ckpt["tokenizer"], self.cfg.vocab_size)
         except (KeyError, TypeError, AttributeError) as error:
@@ -410,21 +423,21 @@ class LM:
         return max(1, BATCH_NUMBERS // numbers)
 
     def unable(self, flag):
+        how = "from left to right, one token a pass" if self.is_ar else "one block after another"
         return SampleError(
-            f"--{flag}: {self.name} writes from left to right, one token a pass: drop the flag or"
-            " take a checkpoint of train_mdlm"
+            f"--{flag}: {self.name} writes {how}: drop the flag or take a checkpoint of train_mdlm"
         )
 
     def check_able(self, sampler):
-        """Refuse what a model that writes from left to right cannot do."""
-        for name in PASSES:
-            if self.is_ar and getattr(sampler, name) != getattr(Sampler, name):
+        """Refuse what a model that writes from left to right, or by blocks, cannot do."""
+        for name in PASSES if self.is_ar else ("refine",) if self.block_len else ():
+            if getattr(sampler, name) != getattr(Sampler, name):
                 raise self.unable(name)
 
     def canvas_for_prompt(self, prompt, length=None):
         """(known (T,), is_known (T,)) of a prompt and what is to follow it."""
         tokens = self.tokenizer.encode(prompt)
-        limit = self.cfg.seq_len
+        limit = math.inf if self.block_len else self.cfg.seq_len
         if len(tokens) >= limit:
             raise SampleError(
                 f"--prompt: {len(tokens)} tokens fill the model's context of {limit}: shorten it"
@@ -439,7 +452,7 @@ class LM:
 
     def canvas_for_infill(self, text, blank=DEFAULT_BLANK, length=None):
         """(known (T,), is_known (T,)) of a text with blanks of `blank` tokens, an int or a list."""
-        if self.is_ar:
+        if self.is_ar or self.block_len:
             raise self.unable("infill")
         parts = [self.tokenizer.encode(part) for part in BLANK.split(text)]
         n_blanks = len(parts) - 1
@@ -477,7 +490,7 @@ class LM:
 
         Sample i depends on (seed, i) alone. watch(tokens (B,T), nfe) sees every pass.
         """
-        rows = self.batch_rows(len(known))
+        rows = self.batch_rows(min(len(known), self.cfg.seq_len))
         # The refining pass has a stream of its own: both hand out one seed a row.
         gens = [torch.Generator().manual_seed(s) for s in (seed, seed ^ 2**62)]
         for first in range(0, n, rows):
@@ -512,17 +525,21 @@ class LM:
                 self.net, self.cfg, known, is_known,
                 gen=gen, warp=warp, watch=watch, stop=self.tokenizer.bos_id,
             )
-        choose = None
+        choose, n_before, ends = None, 0, {}
+        most = len(known[0])  # tokens to fix from step 0 on
+        if self.block_len:
+            most, ends = self.block_len, {"stop": self.tokenizer.bos_id}
+            n_before = int(is_known.sum(1).min()) // self.block_len
         if sampler.name == "ancestral" and steps is None:
-            steps = max(1, int((~is_known).sum(1).max()))
+            steps = max(1, min(most, int((~is_known).sum(1).max())))
         if sampler.name in RANKS:
             choose = ordered(sampler.name, sampler.threshold)
         elif sampler.remask:
-            remask = Remask(sampler.remask, watch)
+            remask = Remask(sampler.remask, watch, n_before)
             choose, watch = remask.choose, remask.see
         return self.script.generate(
             self.net, self.cfg, known, is_known,
-            steps=steps, gen=gen, choose=choose, warp=warp, watch=watch,
+            steps=steps, gen=gen, choose=choose, warp=warp, watch=watch, **ends,
         )
 
     def likeliest(self, tokens, is_known, refine):
@@ -935,7 +952,8 @@ def print_samples(lm, opts):
                 print(lm.tokenizer.decode(row) + "\n", flush=True)
     note(
         f"NFE {nfe}, {n_new / seconds:.0f} tokens/s, {lm.where},"
-        f" {'left to right' if lm.is_ar else opts.describe()},"
+        f" {'left to right' if lm.is_ar else opts.describe()}"
+        f"{f' in blocks of {lm.block_len}' if lm.block_len else ''},"
         f" entropy {sum(entropies) / len(entropies):.2f} bits"
     )
 

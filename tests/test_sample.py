@@ -23,6 +23,7 @@ from toys import Joint, chi_square_z, correlated, take_rows
 
 import gpt
 import sample
+import train_block
 import train_mdlm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -835,6 +836,108 @@ def test_gpt_is_watched_in_a_terminal(gpt_ckpt):
     assert status == 0
     (final,) = sample.load(gpt_ckpt, device="cpu").generate(prompt="def ", seed=2)
     assert sample.printable(final) in re.sub(r"\x1b\[[0-9;]*m", "", out).replace("\r\n", "\n")
+
+
+# ------------------------------------------------------------------------------ block
+
+
+@pytest.fixture(scope="session")
+def block_ckpt(folder):
+    return train(folder, "block", train_block, steps=12, ema=0.5, block_len=8)
+
+
+@pytest.fixture(scope="session")
+def block_lm(block_ckpt):
+    return sample.load(block_ckpt, device="cpu")
+
+
+class BlockScripted:
+    """A model that is sure of its tokens: row i ends after ENDS[i] of them."""
+
+    ENDS = (6, 99, 41)
+
+    def __call__(self, xt, x0, rows=None, cache=None):
+        T = xt.shape[1]
+        ends = torch.tensor(self.ENDS)[rows // T]
+        sure = torch.where(rows % T == ends, 0, 97)[:, None]
+        return torch.where(torch.arange(256) == sure, 0.0, -1e4)
+
+
+@pytest.mark.parametrize("how", [
+    {}, {"steps": 3}, {"order": "ancestral"}, {"threshold": 0.1}, {"remask": "conf", "steps": 6},
+    {"order": "margin", "steps": 4, "top_k": 50}, {"remask": "loop"}], ids=str)
+def test_blocks_in_every_order(block_lm, how, monkeypatch):
+    """Any length, prompts that end inside a block, a sample whatever the batch."""
+    monkeypatch.setattr(block_lm, "model", copy.deepcopy(block_lm.model).double())
+    monkeypatch.setattr(block_lm.tokenizer, "bos_id", -1)  # no end
+    how = {"length": 75, "prompt": "def café(", **how}
+    many = block_lm.generate(n=3, seed=4, **how)
+    assert block_lm.generate(n=1, seed=4, **how) == many[:1] and len(set(many)) == 3
+    known, is_known = block_lm.canvas_for_prompt("def café(", 75)
+    sampler = sample.Sampler(**{k: v for k, v in how.items() if k not in ("length", "prompt")})
+    (batch,) = block_lm.batches(known, is_known, sampler, n=3, seed=4)
+    assert [len(row) for row in batch.tokens] == [75] * 3
+    assert all(row[:10] == list("def café(".encode()) for row in batch.tokens)
+    assert batch.nfe <= 9 * (sampler.steps or 8)
+    monkeypatch.setattr(sample, "BATCH_NUMBERS", 2 * 32 * 256)
+    assert block_lm.generate(n=3, seed=4, **how) == many
+
+
+def test_conf_remasking_knows_what_each_block_drew(block_lm, monkeypatch):
+    """psi is the probability of the token that stands there, a block after another."""
+    monkeypatch.setattr(block_lm.tokenizer, "bos_id", -1)
+    see, seen = sample.Remask.see, []
+
+    def look(self, tokens, nfe):
+        fixed, was_mask, log_probs = self.drawn
+        fixed = fixed.clone()
+        see(self, tokens, nfe)
+        row, at = fixed.nonzero().unbind(1)
+        place = self.block * 8 + at
+        inside = place < tokens.shape[1]
+        rank = was_mask.flatten().cumsum(0).view(was_mask.shape) - 1
+        for r, a, p in zip(row[inside], at[inside], place[inside], strict=True):
+            expected = log_probs[rank[r, a], tokens[r, p]].exp().item()
+            assert self.psi[r, a].item() == pytest.approx(expected, rel=1e-5)
+            seen.append(p.item())
+
+    monkeypatch.setattr(sample.Remask, "see", look)
+    block_lm.generate(n=2, length=30, prompt="def def de", remask="conf", steps=5)
+    assert set(seen) == set(range(10, 30))
+
+
+def test_blocks_end_with_the_document(block_lm, monkeypatch, capsys):
+    monkeypatch.setattr(block_lm, "model", BlockScripted())
+    assert block_lm.generate(n=3, length=60) == ["a" * 6, "a" * 60, "a" * 41]
+    known, is_known = block_lm.canvas_for_prompt("ab", 60)
+    (batch,) = block_lm.batches(known, is_known, sample.Sampler(), n=3, seed=0)
+    assert [len(row) for row in batch.tokens] == [6, 60, 41]
+    monkeypatch.setattr(sample, "load", lambda *args: block_lm)
+    sample.main(["--prompt=ab", "--n=1", "--length=60", "--watch"])
+    out = capsys.readouterr().out
+    assert "---" not in out  # what fills the row behind its end is no document
+    assert "\nabaaaa\n" in out and "NFE 6," in out and "first_hitting in blocks of 8" in out
+
+
+def test_blocks_score_any_length(block_lm):
+    """A text of 1 token has one term: the model's own log-probability of it in a masked block."""
+    with torch.no_grad():
+        logits = block_lm.model(torch.full((1, 8), 256), torch.full((1, 8), 256))[0, 0]
+    expected = -logits.log_softmax(-1)[ord("d")].item()
+    score = block_lm.score("d", draws=2)
+    assert score.nats == pytest.approx(expected, rel=1e-5)
+    assert score.nats_stderr == pytest.approx(0, abs=1e-5)
+    text = "def café(self):\n    return self.name\n" + "x" * 6  # 1.4 windows, 5.6 blocks
+    score = block_lm.score(text)
+    assert 0 < score.nats_stderr < score.nats / 10 and score.n_tokens == len(text.encode())
+    assert score.nats == pytest.approx(block_lm.score(text, draws=64).nats, abs=5 * (
+        score.nats_stderr))
+
+
+@pytest.mark.parametrize("flag", ["--infill=a ___ b", "--refine=0.5"])
+def test_blocks_refuse_what_needs_the_right_context(block_ckpt, flag, capsys):
+    err = refused([f"--ckpt={block_ckpt}", "--length=16", flag], capsys)
+    assert flag.partition("=")[0] + ":" in err and "checkpoint of train_mdlm" in err
 
 
 def test_import_does_nothing():

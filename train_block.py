@@ -1,0 +1,1384 @@
+"""Block diffusion language model (BD3-LM) in one file: data, model, training, evaluation, sampling.
+
+Autoregressive over blocks of block_len = L tokens, masked diffusion inside each (Arriola et al.
+2025, arXiv 2503.09573, eq. 3 and 8). Evaluation masks exactly k tokens of a block and L + 1 - k of
+its neighbour, which draws the same bound (Hoogeboom et al. 2021, arXiv 2110.02037, eq. 8):
+
+    -log p(x0) <= sum_b E_{k ~ U{1..L}} E_{|S| = k}
+                  [ L/k  sum_{i in S} -log p(x0_i | block b of x0 outside S, the blocks before b) ]
+
+Training draws k, or the fraction t = k/L, from the clipped range t_min .. t_max alone. One pass
+gives the terms of all blocks: the network reads [xt; x0], both at positions 0..T-1. A noised block
+sees itself and the clean blocks before it, a clean one sees clean blocks up to itself. So
+block_len=1 is an autoregressive likelihood, and block_len=seq_len the bound of train_mdlm.
+
+    python prepare_data.py stdlib && python train_block.py --preset=tiny       # minutes on a CPU
+    torchrun --nproc_per_node=8 train_block.py                                 # FineWeb-Edu
+    python train_block.py --preset=tiny --init_from=out/train_mdlm-tiny/ckpt.pt --out=out/block
+    python sample.py --ckpt=out/block --prompt="def " --length=2000            # text, any length
+
+The other scripts differ from this one only here and between the objective marks.
+"""
+
+import dataclasses
+import datetime
+import difflib
+import functools
+import glob
+import inspect
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from muon import Muon
+
+SCRIPT = os.path.splitext(os.path.basename(__file__))[0]
+
+
+# ----------------------------------------------------------------------------- configuration
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a run; a flag --name=value overrides the default, --preset=NAME several."""
+
+    # data and run
+    data: str = "finewebedu10B"  # folder with shards, or the name of one under data/
+    out: str = ""  # run folder; empty: out/<script>-<preset>
+    preset: str = ""  # named configuration; flags given beside it win
+    seq_len: int = 1024  # context T, tokens
+    seed: int = 0  # weights, data order, noise and dropout all derive from it
+    shuffle: bool = True  # windows in random order; 0: in file order
+    # trunk
+    vocab_size: int = 0  # real tokens, without the mask; 0: from the data
+    n_layer: int = 12  # layers
+    n_head: int = 6  # attention heads
+    n_kv_head: int = 0  # key/value heads (grouped-query attention); 0: n_head
+    n_embd: int = 768  # width D
+    mlp: Literal["relu2", "swiglu"] = "relu2"  # activation
+    mlp_ratio: float = 4.0  # hidden width / D; swiglu takes 2/3 of it, so that parameters agree
+    cond_dim: int = 0  # width of adaLN-Zero conditioning on the noise level; 0: off
+    tied: bool = False  # head shares the embedding
+    unet: bool = False  # skips from the first half of the layers to the second
+    softcap: float = 0.0  # logits = cap tanh(logits / cap); 0: off
+    dropout: float = 0.0  # on the two branches of a layer
+    checkpoint_layers: bool = False  # recompute activations in the backward pass, to save memory
+    # optimization
+    steps: int = 10_000  # optimizer steps
+    batch_tokens: int = 131_072  # tokens a step, over all ranks and accumulation
+    micro_batch: int = 16  # rows a forward pass and rank
+    optimizer: Literal["muon", "adamw"] = "muon"  # of hidden matrices
+    lr: float = 0.025  # hidden matrices
+    embed_lr: float = 0.3  # embedding (and tied head)
+    head_lr: float = 0.004  # untied head
+    scalar_lr: float = 0.015  # residual and skip weights
+    cond_lr: float = 0.001  # adaLN and the embedding of the noise level
+    weight_decay: float = 0.05  # hidden matrices, decoupled
+    adam_weight_decay: float = 0.001  # everything else
+    adam_beta1: float = 0.8  # AdamW
+    adam_beta2: float = 0.95  # AdamW
+    momentum: float = 0.95  # Muon
+    momentum_warmup: int = 300  # steps over which Muon's momentum rises from .85; 0: off
+    muon_beta2: float = 0.0  # decay of NorMuon's second moment per neuron; 0: plain Muon
+    cautious: bool = False  # decay weights only where the update shrinks them too
+    warmup: int = 0  # steps of linear learning-rate warmup
+    cooldown: float = 0.7  # last fraction of the steps, falling to lr_end (linear)
+    lr_schedule: Literal["linear", "cosine"] = "linear"  # constant, then cooldown; or cosine
+    lr_end: float = 0.0  # final learning rate / peak
+    grad_clip: float = 0.0  # global gradient norm; 0: off
+    ema: float = 0.0  # decay of the averaged weights; 0: off
+    ema_start: float = 0.0  # fraction of the steps after which the average starts
+    max_bad_steps: int = 10  # consecutive non-finite steps after which the run stops
+    # evaluation, checkpoints, log
+    eval_every: int = 250  # steps; 0: only at the end
+    val_tokens: int = 10_485_760  # at most, in file order
+    val_draws: int = 1  # noise draws a window
+    split: Literal["val", "test"] = "val"  # what evaluation reads
+    eval_only: bool = False  # evaluate --init_from and leave
+    ckpt_every: int = 1000  # steps; 0: only at the end
+    log_every: int = 10  # steps
+    init_from: str = ""  # checkpoint whose weights to start from
+    resume: bool = False  # continue the run in --out
+    # machine
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to run
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # matrix products
+    compile: bool = True  # torch.compile
+    backend: Literal["auto", "nccl", "gloo"] = "auto"  # process group
+    # >>> objective
+    block_len: int = 16  # tokens of a diffusion block; divides seq_len
+    estimator: Literal["exact_k", "bernoulli"] = "exact_k"  # antithetic pairs of blocks, or coins
+    t_min: float = 0.3  # least masked fraction of a block in training; evaluation takes all
+    t_max: float = 0.8  # largest one
+    loss_weight: Literal["elbo", "uniform"] = "uniform"  # of masked tokens; training only
+    doc_mask: bool = False  # no attention from a document to those before it in the window
+    bos_id: int = 50256  # token that begins a document; read by doc_mask alone
+    micro_batch: int = 8  # rows a forward pass and rank; each is twice as long inside
+    shuffle: bool = False  # windows in random order; 0: in file order, as in the speedrun
+    # <<< objective
+
+
+# What must agree between a checkpoint and the model that takes its weights.
+SHAPE_FIELDS = (
+    "vocab_size n_layer n_head n_kv_head n_embd mlp mlp_ratio cond_dim tied unet softcap".split())
+# What may change when a run goes on; everything else would make it another run.
+RESUME_FIELDS = (
+    "data out preset resume steps eval_every val_tokens val_draws split ckpt_every log_every "
+    "micro_batch checkpoint_layers max_bad_steps device dtype compile backend".split())
+POSITIVE = ("seq_len n_layer n_head n_embd mlp_ratio steps batch_tokens micro_batch val_tokens "
+            "val_draws max_bad_steps log_every").split()
+BELOW_ONE = "dropout ema momentum muon_beta2 adam_beta1 adam_beta2".split()
+
+
+def fail(message):
+    """A user's mistake: one line, exit status 2. Before ranks part, only the first one speaks."""
+    if dist.is_initialized() or os.environ.get("RANK", "0") == "0":
+        print(f"{SCRIPT}.py: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def require(condition, message):
+    if not condition:
+        fail(message)
+
+
+def show_help():
+    """The docstring, then every flag with the comment beside it in Config."""
+    comments = dict(re.findall(r"^    (\w+): [^#]+# (.+)$", inspect.getsource(Config), re.M))
+    print(__doc__)
+    for f in dataclasses.fields(Config):
+        default = int(f.default) if isinstance(f.default, bool) else f.default
+        print(f"  --{f.name}={default}  {comments[f.name]} {', '.join(get_args(f.type))}")
+    print(f"Presets: {', '.join(PRESETS)}")
+
+
+def parse_flags(argv):
+    """['--name=value', ..] -> {name: value}, typed; anything else is refused."""
+    defaults = {f.name: f.default for f in dataclasses.fields(Config)}
+    flags = {}
+    for arg in argv:
+        if arg in ("--help", "-h"):
+            show_help()
+            raise SystemExit(0)
+        name, equals, text = arg.removeprefix("--").partition("=")
+        require(name != "block_size", "--block_size has several meanings; --seq_len is the context")
+        near = (difflib.get_close_matches(name, defaults, 1) or ["help"])[0]
+        known = arg.startswith("--") and name in defaults
+        require(known, f"unknown flag {arg}: did you mean --{near}?")
+        require(equals, f"--{name} needs a value: --{name}=VALUE")
+        require(name not in flags, f"--{name} is given twice")
+        kind = type(defaults[name])
+        try:
+            flags[name] = ("0", "1").index(text) == 1 if kind is bool else kind(text)
+        except ValueError:
+            fail(f"{arg}: {kind.__name__} expected" + " (0 or 1)" * (kind is bool))
+    return flags
+
+
+def parse_args(argv):
+    """Flags -> Config. A preset stands below the flags. A run that is resumed keeps its settings;
+    a checkpoint that is started from fixes the shape of the model."""
+    flags = parse_flags(argv)
+    preset, source = flags.get("preset", ""), flags.get("init_from", "")
+    resume, eval_only = flags.get("resume", False), flags.get("eval_only", False)
+    require(preset in ("", *PRESETS), f"--preset={preset}: there are {', '.join(PRESETS)}")
+    require(not (resume and source), "--resume=1 and --init_from exclude each other")
+    require(source or not eval_only, "--eval_only=1 needs a checkpoint: --init_from=PATH")
+    base = {"out": os.path.join("out", SCRIPT + (f"-{preset}" if preset else ""))}
+    base.update(PRESETS.get(preset, {}))
+    if resume:
+        source = os.path.join(flags.get("out", base["out"]), "ckpt.pt")
+        require(os.path.exists(source), f"--resume=1: no {source}: name the run's folder by --out")
+    if source:
+        config = load_checkpoint(source)["config"]
+        saved = {f.name: config[f.name] for f in dataclasses.fields(Config) if f.name in config}
+        for name in set(saved) - set(RESUME_FIELDS) if resume else SHAPE_FIELDS:
+            if flags.get(name, saved.get(name)) != saved.get(name):
+                fail(f"--{name}={flags[name]}: {source} has {saved.get(name)}, which stays")
+        if not (resume or eval_only):
+            saved = base | {name: saved[name] for name in SHAPE_FIELDS if name in saved}
+        base = saved | {"split": "val", "resume": False, "out": base["out"]}
+    return Config(**(base | flags))
+
+
+def validate(cfg, world):
+    """Refuse what cannot work, before anything is opened or written."""
+    for f in dataclasses.fields(Config):
+        value, choices = getattr(cfg, f.name), get_args(f.type)
+        flag = f"--{f.name}={value}:"
+        require(type(value) is type(f.default), f"{flag} {type(f.default).__name__} expected")
+        require(not choices or value in choices, f"{flag} there are {', '.join(choices)}")
+        if not isinstance(value, str):
+            require(0 <= value < math.inf, f"{flag} must be 0 or more")
+            require(value > 0 or f.name not in POSITIVE, f"{flag} must be positive")
+            require(value < 1 or f.name not in BELOW_ONE, f"{flag} must be below 1")
+    n_head, n_rows = cfg.n_head, cfg.batch_tokens // cfg.seq_len
+    require(cfg.n_embd % (2 * n_head) == 0, f"--n_head={n_head}: {cfg.n_embd} / n_head is not even")
+    width = round(cfg.mlp_ratio * cfg.n_embd)
+    require(width > 0, f"--mlp_ratio={cfg.mlp_ratio}: no hidden unit at --n_embd={cfg.n_embd}")
+    divides = n_head % (cfg.n_kv_head or n_head) == 0
+    require(divides, f"--n_kv_head={cfg.n_kv_head}: must divide --n_head={n_head}")
+    fits = cfg.batch_tokens % (cfg.seq_len * world) == 0
+    require(fits, f"--batch_tokens={cfg.batch_tokens}: no multiple of --seq_len={cfg.seq_len}, or "
+            f"its rows do not divide by {world} ranks")
+    per_rank = n_rows // world
+    micro = min(cfg.micro_batch, per_rank)
+    require(per_rank % micro == 0, f"--micro_batch={micro}: must divide a rank's {per_rank} rows")
+    check_objective(cfg, n_rows, micro)
+
+
+# ----------------------------------------------------------------------------- data
+SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
+GPT2_VOCAB = 50257
+
+
+def open_shard(path, seq_len):
+    """The windows of a shard of llm.c's format, (n, seq_len), on disk; its tail is left out."""
+    try:
+        size, header = os.path.getsize(path), np.fromfile(path, "<i4", HEADER_BYTES // 4)
+    except OSError as e:
+        fail(f"{path}: {e.strerror}")
+    shard = len(header) == HEADER_BYTES // 4 and tuple(header[:2]) == (SHARD_MAGIC, SHARD_VERSION)
+    require(shard, f"{path}: not a token shard; make them with prepare_data.py")
+    n_tokens, itemsize = int(header[2]), int(header[3]) or 2
+    whole = itemsize in (1, 2) and n_tokens > 0 and size == HEADER_BYTES + n_tokens * itemsize
+    require(whole, f"{path}: {size} bytes, but a header for {n_tokens} tokens of {itemsize}: cut "
+            "short or damaged; prepare it again")
+    tokens = np.memmap(path, np.uint8 if itemsize == 1 else "<u2", "r", HEADER_BYTES, (n_tokens,))
+    return tokens[:n_tokens // seq_len * seq_len].reshape(-1, seq_len)
+
+
+class Windows:
+    """All windows of seq_len tokens of one split, shard after shard."""
+    def __init__(self, folder, split, seq_len):
+        self.paths = sorted(glob.glob(f"{glob.escape(folder)}/*{split}_*.bin"))
+        require(self.paths, f"--data={folder}: no *{split}_*.bin in it")
+        self.shards = [open_shard(p, seq_len) for p in self.paths]
+        self.starts = np.cumsum([0] + [len(s) for s in self.shards])
+        self.dtype = self.shards[0].dtype
+        for shard, path in zip(self.shards, self.paths, strict=True):
+            require(shard.dtype == self.dtype, f"{path}: {shard.dtype} tokens beside {self.dtype}")
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    def read(self, indices, vocab_size):
+        """Windows -> (len(indices), seq_len) int64."""
+        rows = []
+        for index in indices:
+            shard = int(np.searchsorted(self.starts, index, "right")) - 1
+            rows.append(self.shards[shard][index - self.starts[shard]].astype(np.int64))
+            if rows[-1].max() >= vocab_size:
+                fail(f"{self.paths[shard]}: token {rows[-1].max()} of a vocabulary of {vocab_size}")
+        return torch.from_numpy(np.stack(rows))
+
+
+def load_tokenizer(folder, dtype):
+    """What turns ids into text, from meta.json; without it uint16 is GPT-2's and uint8 is bytes.
+
+    -> {name, vocab_size, bos_id, pattern, token_bytes: uint8 (all bytes, id after id),
+    token_length: int64 (V,), bytes of every id}. BOS stands for no text, so its length is 0."""
+    path = os.path.join(folder, "meta.json")
+    meta = dict(tokenizer="byte", vocab_size=256, bos_id=0, pattern=None, token_bytes=None)
+    try:
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as f:
+                meta = json.load(f)
+        elif dtype != np.uint8:
+            meta = gpt2_meta()
+        table = [text.encode("latin-1") for text in meta["token_bytes"] or map(chr, range(256))]
+        table[meta["bos_id"]] = b""
+        if len(table) != meta["vocab_size"]:
+            raise ValueError(f"{len(table)} tokens, vocab_size {meta['vocab_size']}")
+        return dict(name=str(meta["tokenizer"]), vocab_size=len(table), bos_id=int(meta["bos_id"]),
+                    pattern=meta["pattern"], token_length=torch.tensor([len(b) for b in table]),
+                    token_bytes=torch.tensor(list(b"".join(table)), dtype=torch.uint8))
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as e:
+        fail(f"{path}: not a description of this data ({type(e).__name__}: {e}); prepare it again")
+
+
+def gpt2_meta():
+    """GPT-2's entries of meta.json; tokens without bytes where its vocabulary cannot be had."""
+    table, pattern = [""] * GPT2_VOCAB, None
+    try:
+        import tiktoken
+
+        gpt2 = tiktoken.get_encoding("gpt2")
+        table = [gpt2.decode_single_token_bytes(i).decode("latin-1") for i in range(GPT2_VOCAB)]
+        pattern = gpt2._pat_str
+    except Exception as e:  # not installed, no network, a proxy, a full disk
+        print(f"{SCRIPT}.py: no GPT-2 vocabulary ({type(e).__name__}), so no bits per byte: it "
+              "comes over the network, or from the folder in TIKTOKEN_CACHE_DIR", file=sys.stderr)
+    return dict(tokenizer="gpt2", vocab_size=GPT2_VOCAB, bos_id=GPT2_VOCAB - 1, pattern=pattern,
+                token_bytes=table)
+
+
+# ----------------------------------------------------------------------------- layers
+EMBED_STD, TIED_STD = 1.0, 0.02  # h0 is normalised: untied, this only sets the relative step size
+SIGMA_FEATURES = 256
+SIGMA_MIN_FREQ, SIGMA_MAX_FREQ = 1 / 32, 32  # radians per unit of log sigma
+
+
+class Ctx(NamedTuple):
+    """What all layers of one forward pass share."""
+    cos: Tensor  # (S, D/H/2)
+    sin: Tensor  # (S, D/H/2)
+    h0: Tensor  # (B, S, D) embedding, for the skip into every layer
+    cond: Tensor | None = None  # (B, cond_dim)
+    mask: object = None  # what attend makes of it
+    cache: object = None  # keys and values of earlier passes; attend reads and extends it
+
+
+def norm(x, shift=None, scale=None):
+    x = F.rms_norm(x, (x.size(-1),))
+    return x if scale is None else x * (1 + scale) + shift
+
+
+def rotary(x, cos, sin):
+    """Rotate pairs (i, i + d/2) of x (B, H, S, d) by the angles of cos, sin (S, d/2)."""
+    a, b = x.float().chunk(2, -1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1).type_as(x)
+
+
+def rotary_tables(positions, head_dim):
+    """positions (S,) -> cos, sin, each (S, head_dim / 2) float32."""
+    freq = 10_000.0 ** (-torch.arange(0, head_dim, 2, device=positions.device) / head_dim)
+    angle = positions[:, None].float() * freq  # (S, head_dim / 2)
+    return angle.cos(), angle.sin()
+
+
+def matrix(n_in, n_out, zero=False):
+    """A linear map, without bias; zero, or uniform with PyTorch's variance 1 / (3 n_in)."""
+    linear = nn.Linear(n_in, n_out, bias=False)
+    if zero:
+        nn.init.zeros_(linear.weight)
+    return linear
+
+
+class Layer(nn.Module):
+    """Attention and MLP, pre-norm, each added to the residual stream."""
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg, D = cfg, cfg.n_embd
+        kv_dim = D // cfg.n_head * (cfg.n_kv_head or cfg.n_head)
+        hidden = round(cfg.mlp_ratio * D)
+        if cfg.mlp == "swiglu":
+            hidden = math.ceil(hidden * 2 / 3 / 64) * 64
+        # Every layer starts as the identity: by adaLN's zero gates, or else by zero projections.
+        self.mod = matrix(cfg.cond_dim, 6 * D, zero=True) if cfg.cond_dim else None
+        self.q = matrix(D, D)
+        self.k = matrix(D, kv_dim)
+        self.v = matrix(D, kv_dim)
+        self.o = matrix(D, D, zero=self.mod is None)
+        self.gate = matrix(D, hidden) if cfg.mlp == "swiglu" else None
+        self.up = matrix(D, hidden)
+        self.down = matrix(hidden, D, zero=self.mod is None)
+        self.residual = nn.Parameter(torch.tensor([1.0, 0.0]))  # weights of h and of h0
+
+    def forward(self, h, ctx, n_query=None):
+        """h (B, S, D) -> (B, N, D), N = n_query leading positions, or all S."""
+        B, S, D = h.shape
+        N, d = n_query or S, D // self.cfg.n_head
+        h = self.residual[0] * h + self.residual[1] * ctx.h0  # (B, S, D)
+        mods = 6 * [None] if self.mod is None else self.mod(ctx.cond)[:, None].chunk(6, -1)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = mods  # (B, 1, D) each
+
+        x = norm(h, shift_a, scale_a)
+        if N == S:  # three matrices, because Muon orthogonalises each, in one product
+            w = torch.cat((self.q.weight, self.k.weight, self.v.weight))
+            q, k, v = F.linear(x, w).split((D, len(self.k.weight), len(self.v.weight)), -1)
+        else:
+            q, k, v = self.q(x[:, :N]), self.k(x), self.v(x)
+        q = q.view(B, N, -1, d).transpose(1, 2)  # (B, H, N, d)
+        k = k.view(B, S, -1, d).transpose(1, 2)  # (B, Hkv, S, d)
+        v = v.view(B, S, -1, d).transpose(1, 2)
+        q = rotary(norm(q), ctx.cos[:N], ctx.sin[:N])
+        k = rotary(norm(k), ctx.cos, ctx.sin)
+        y = attend(q, k, v, ctx)  # (B, H, N, d)
+        y = self.o(y.transpose(1, 2).reshape(B, N, D))
+        y = F.dropout(y, self.cfg.dropout, self.training)
+        h = h[:, :N] + (y if gate_a is None else gate_a * y)
+
+        x = norm(h, shift_m, scale_m)
+        if self.gate is None:
+            x = F.relu(self.up(x)).square()  # (B, N, hidden)
+        else:
+            x = F.silu(self.gate(x)) * self.up(x)
+        y = F.dropout(self.down(x), self.cfg.dropout, self.training)
+        return h + (y if gate_m is None else gate_m * y)
+
+
+class Trunk(nn.Module):
+    """Embedding, layers and head; Model below says what goes in and what comes out."""
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        C, D, V = cfg.cond_dim, cfg.n_embd, cfg.vocab_size
+        self.embed = nn.Embedding(V + 1, D)  # the last row: the mask, or the start
+        nn.init.normal_(self.embed.weight, std=TIED_STD if cfg.tied else EMBED_STD)
+        self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.n_layer))
+        self.head = None if cfg.tied else matrix(D, V, zero=True)
+        self.skip = nn.Parameter(torch.ones(cfg.n_layer // 2)) if cfg.unet else None
+        self.sigma_mlp = self.final_mod = None
+        if C:
+            self.sigma_mlp = nn.Sequential(
+                matrix(SIGMA_FEATURES, C), nn.SiLU(), matrix(C, C), nn.SiLU())
+            self.final_mod = matrix(C, 2 * D, zero=True)
+
+    def embed_tokens(self, tokens):
+        """(B, S) int64 -> (B, S, D), in the dtype of the matrix products."""
+        h0 = norm(self.embed(tokens))
+        if torch.is_autocast_enabled(h0.device.type):
+            h0 = h0.to(torch.get_autocast_dtype(h0.device.type))
+        return h0
+
+    def embed_sigma(self, sigma):
+        """Noise level (B,) -> (B, cond_dim), by sines of its logarithm; None without adaLN."""
+        if self.sigma_mlp is None:
+            return None
+        step = torch.arange(SIGMA_FEATURES // 2, device=sigma.device) / (SIGMA_FEATURES // 2 - 1)
+        freq = SIGMA_MIN_FREQ * (SIGMA_MAX_FREQ / SIGMA_MIN_FREQ) ** step
+        angle = sigma.log()[:, None] * freq  # (B, SIGMA_FEATURES / 2)
+        return self.sigma_mlp(torch.cat((angle.cos(), angle.sin()), -1))
+
+    def run_layers(self, ctx, n_query=None):
+        """h0 (B, S, D) -> (B, N, D); only the last layer leaves out queries (n_query)."""
+        h, skips, n = ctx.h0, [], len(self.layers)
+        for i, layer in enumerate(self.layers):
+            if self.skip is not None and i >= n - n // 2:
+                h = h + self.skip[i - (n - n // 2)] * skips.pop()
+            last = n_query if i == n - 1 else None
+            if self.cfg.checkpoint_layers and self.training:
+                h = checkpoint(layer, h, ctx, last, use_reentrant=False)
+            else:
+                h = layer(h, ctx, last)
+            if self.skip is not None and i < n // 2:
+                skips.append(h)
+        return h
+
+    def logits(self, h, cond=None, rows=None):
+        """(B, N, D) -> (B, N, V) float32, or (R, V) at the flat positions rows (R,)."""
+        mods = (None, None) if cond is None else self.final_mod(cond)[:, None].chunk(2, -1)
+        h = norm(h, *mods)
+        if rows is not None:
+            h = h.flatten(0, 1).index_select(0, rows)  # (R, D)
+        # Only real tokens: what stands for a hidden one is never predicted.
+        weight = self.embed.weight[:-1] if self.head is None else self.head.weight
+        logits = F.linear(h, weight).float()
+        if self.cfg.softcap:
+            logits = self.cfg.softcap * torch.tanh(logits / self.cfg.softcap)
+        return logits
+
+
+# ----------------------------------------------------------------------------- sampling
+class Sample(NamedTuple):
+    tokens: Tensor  # (B, T) int64
+    length: Tensor  # (B,) int64, tokens of each row
+    nfe: int  # forward passes
+    order: Tensor  # (B, T) int64, the pass that fixed a token; 0: it was known
+
+
+def draw_tokens(log_probs, u):
+    """Inverse CDF in float64: log_probs (R, V), u (R,) uniform -> tokens (R,). Gumbel noise in fp32
+    draws rare tokens too seldom (arXiv 2409.02908, section 4)."""
+    cdf = log_probs.double().softmax(-1).cumsum(-1)
+    total = cdf[:, -1:]
+    token = torch.searchsorted(cdf, u[:, None] * total, right=True)[:, 0]
+    # u < 1 may still round up to the total: the last token that has any probability.
+    last = (cdf < total).sum(-1)
+    return torch.minimum(token, last)
+
+
+# ----------------------------------------------------------------------------- objective
+# >>> objective
+METRIC = "val_nelbo"  # nats per token: an upper bound on the negative log-likelihood
+INIT_FROM = ("train_block", "train_mdlm", "gpt")  # scripts whose checkpoints fit --init_from
+
+PRESETS = {
+    "tiny": dict(
+        data="stdlib", seq_len=256, n_layer=6, n_head=4, n_embd=208, steps=400, batch_tokens=4096,
+        micro_batch=16, lr=0.03, eval_every=100, val_tokens=65_536, ckpt_every=200, shuffle=True),
+    "nano_block": dict(
+        n_head=6, unet=True, estimator="bernoulli", loss_weight="elbo", doc_mask=True,
+        embed_lr=0.06, head_lr=0.0011, scalar_lr=0.04, adam_weight_decay=0.0, weight_decay=0.0,
+        cooldown=0.8, lr_end=0.1),
+}
+ROW_SIZES = 16  # a variable number of masked rows is padded up to a multiple of B T / 16
+ROUNDING = 1e-9  # of t_min L and t_max L, which may be meant to be whole
+
+
+def count_range(cfg):
+    """The least and the largest number of masked tokens of a block in training, under exact_k."""
+    low = max(1, math.ceil(cfg.t_min * cfg.block_len - ROUNDING))
+    return low, max(low, math.floor(cfg.t_max * cfg.block_len + ROUNDING))
+
+
+def check_objective(cfg, n_rows, micro_rows):
+    """Refuse combinations that this objective does not have."""
+    L, T = cfg.block_len, cfg.seq_len
+    require(L > 0 and T % L == 0, f"--block_len={L}: must divide --seq_len={T}")
+    require(cfg.t_min < cfg.t_max <= 1, f"--t_max={cfg.t_max}: must be above --t_min={cfg.t_min}, "
+            "and 1 at the most")
+    if cfg.estimator == "exact_k":
+        for name, n in ("batch_tokens", n_rows), ("micro_batch", micro_rows):
+            require(n * (T // L) % 2 == 0, f"--{name}={getattr(cfg, name)}: {n * (T // L)} blocks, "
+                    "exact_k needs pairs")
+    require(cfg.cond_dim == 0, f"--cond_dim={cfg.cond_dim}: every block has a noise level of its "
+            "own, and this network takes none: drop it")
+    check_bos(cfg)
+
+
+def check_bos(cfg):
+    known = not (cfg.doc_mask and cfg.vocab_size) or cfg.bos_id < cfg.vocab_size
+    require(known, f"--bos_id={cfg.bos_id}: no token of a vocabulary of {cfg.vocab_size}; "
+            "--doc_mask=1 needs the one that begins a document")
+
+
+def flops_per_token(cfg, model):
+    """Training FLOPs per token of x0: 6 per weight used, by both copies but for the last layer's
+    clean one, which needs only keys and values; the head on masked tokens; plus 12 n_layer D T for
+    attention over the pairs of positions that see each other."""
+    sizes = {n: p.numel() for n, p in model.named_parameters() if is_hidden(n)}
+    unused = sum(size for name, size in sizes.items()
+                 if re.match(rf"layers\.{cfg.n_layer - 1}\.(?![kv]\.)", name))
+    low, high = count_range(cfg)
+    masked = (low + high) / (2 * cfg.block_len)
+    if cfg.estimator == "bernoulli":
+        masked = (cfg.t_min + cfg.t_max) / 2
+    head = cfg.n_embd * cfg.vocab_size * masked
+    pairs = (cfg.n_layer - 0.5) * (cfg.seq_len + cfg.block_len)
+    return 6 * (2 * sum(sizes.values()) - unused + head) + 12 * cfg.n_embd * pairs
+
+
+def sees(q, k, T, block_len):
+    """Does query q attend to key k? 0..T-1 is the noised copy, T..2T-1 the clean one. These are
+    M_BD, M_OBC and M_BC of arXiv 2503.09573, section 3.1 and its appendix on masks."""
+    q_block, k_block = q % T // block_len, k % T // block_len
+    same_half = (q < T) == (k < T)
+    return (q_block == k_block) & same_half | (k_block < q_block) & (k >= T)
+
+
+def use_flex(device):
+    """FlexAttention skips what no query sees, but only a compiled one saves memory, too."""
+    return device.type == "cuda" and torch.compiler.is_compiling()
+
+
+def two_copy_masks(T, block_len, device, flex):
+    """{number of leading queries: their mask over 2T keys}, for all of them and for the noised
+    half: BlockMask of FlexAttention, or dense bool."""
+    if flex:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def rule(b, h, q, k):
+            return sees(q, k, T, block_len)
+
+        return {n: create_block_mask(rule, None, None, n, 2 * T, device) for n in (T, 2 * T)}
+    with torch.inference_mode(False):  # what is kept may be trained with later
+        at = torch.arange(2 * T, device=device)
+        mask = sees(at[:, None], at, T, block_len)
+        return {T: mask[:T], 2 * T: mask}
+
+
+@torch.compiler.assume_constant_result  # runs while torch.compile traces, never in a step
+def prepare_masks(model, key):
+    """Build what model.masks lacks: a mask for every (T, device, flex) that occurs."""
+    T, device, flex = key
+    if key not in model.masks:
+        model.masks[key] = two_copy_masks(T, model.cfg.block_len, device, flex)
+
+
+def documents(x0, cfg):
+    """x0 (B, T) -> (B, 2T), the document of every position of both copies, counted by bos_id. A
+    noised block goes on with the document before it: a boundary inside would give bos_id away."""
+    clean = (x0 == cfg.bos_id).cumsum(1)  # (B, T)
+    before = F.pad(clean[:, cfg.block_len - 1:-1:cfg.block_len], (1, 0))  # (B, T / block_len)
+    return torch.cat((before.repeat_interleave(cfg.block_len, 1), clean), 1)
+
+
+def attend(q, k, v, ctx):
+    """Every position sees what the mask says, under doc_mask of its own document alone.
+    q (B, H, N, d), k and v (B, Hkv, S, d) -> (B, H, N, d)"""
+    if ctx.cache is not None:
+        k, v = next(ctx.cache).extend(k, v)
+    masks, docs = ctx.mask
+    mask, grouped = masks[q.size(2)], q.size(1) != k.size(1)
+    if mask is None or isinstance(mask, Tensor):
+        dense = functools.partial(F.scaled_dot_product_attention, enable_gqa=grouped)
+        if ctx.cache is not None or q.size(2) < k.size(2):
+            return dense(q, k, v, mask)
+        T = q.size(2) // 2  # clean queries see no noised key: a quarter of the products less
+        clean = dense(*(x[:, :, T:] for x in (q, k, v)), mask[..., T:, T:])
+        return torch.cat((dense(q[:, :, :T], k, v, mask[..., :T, :]), clean), 2)
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def same_document(score, b, h, q_at, k_at):
+        return torch.where(docs[b, q_at] == docs[b, k_at], score, -math.inf)
+
+    # The blocks' mask fits all rows; documents differ by row, and are compared inside the kernel.
+    score_mod = None if docs is None else same_document
+    return flex_attention(q, k, v, score_mod, mask, enable_gqa=grouped)
+
+
+class LayerCache:
+    """Keys and values of one layer at clean positions of earlier passes; of these, the newest
+    seq_len - block_len are seen."""
+    def __init__(self, cfg, T):
+        self.block_len, self.window = cfg.block_len, cfg.seq_len - cfg.block_len
+        self.capacity = min(T, 2 * cfg.seq_len)
+        self.length = self.done = 0  # clean positions in the buffers; and ever
+        self.k = self.v = None  # (B, Hkv, capacity, d)
+
+    @property
+    def first(self):
+        """The oldest position that is seen."""
+        return self.done - min(self.length, self.window)
+
+    def extend(self, k, v):
+        """Of this pass (B, Hkv, N, d), a noised block and then new clean ones, which are kept ->
+        of all that is seen (B, Hkv, S, d), the clean positions and then the noised block."""
+        L, N, seen = self.block_len, k.size(2), min(self.length, self.window)
+        if self.k is None or self.length + N > self.k.size(2):
+            old, start = (self.k, self.v), self.length - seen
+            size = max(self.capacity, seen + N)
+            self.k, self.v = (x.new_empty(*x.shape[:2], size, x.size(3)) for x in (k, v))
+            if seen:
+                for x, kept in zip((self.k, self.v), old, strict=True):
+                    x[:, :, :seen] = kept[:, :, start:self.length]
+            self.length = seen
+        start, end = self.length - seen, self.length + N
+        for x, new in (self.k, k), (self.v, v):
+            x[:, :, self.length:end - L] = new[:, :, L:]
+            x[:, :, end - L:end] = new[:, :, :L]  # the next pass writes over it
+        self.length, self.done = end - L, self.done + N - L
+        return self.k[:, :, start:end], self.v[:, :, start:end]
+
+
+class Model(Trunk):
+    """Denoiser: p(x0_i | its block of xt, the blocks of x0 before it) for every i at once."""
+    def __init__(self, cfg):
+        check_bos(cfg)  # again: the vocabulary may come from the data
+        super().__init__(cfg)
+        self.masks = {}  # by shape, see prepare_masks
+
+    def forward(self, xt, x0, rows=None, cache=None):
+        """xt (B, T) int64 with mask_id = vocab_size, x0 (B, T) -> logits (B, T, V), or (R, V) at
+        the flat positions rows (R,). block_len divides T.
+
+        With a cache, a LayerCache for every layer, only the last block has logits, and its rows
+        alone may be asked for; blocks of x0 that the cache holds are not computed again."""
+        T, L, device = xt.size(1), self.cfg.block_len, xt.device
+        docs = documents(x0, self.cfg) if self.cfg.doc_mask else None
+        if cache is None:
+            flex = use_flex(device)
+            x, at = torch.cat((xt, x0), 1), torch.arange(2 * T, device=device)
+            prepare_masks(self, (T, device, flex))
+            masks, n_query, key_at = self.masks[T, device, flex], T, at
+        else:
+            flex, n_query, done = False, L, cache[0].done
+            x = torch.cat((xt[:, T - L:], x0[:, done:T - L]), 1)  # (B, N)
+            noised = torch.arange(T - L, T, device=device)
+            at = torch.cat((noised, torch.arange(T + done, 2 * T - L, device=device)))
+            key_at = torch.cat((torch.arange(T + cache[0].first, 2 * T - L, device=device), noised))
+            mask = None  # a noised block alone sees all there is
+            if x.size(1) > L or docs is not None:
+                mask = sees(at[:, None], key_at, T, L)  # (N, S)
+                mask = mask & (key_at % T // L > at[:, None] % T // L - self.cfg.seq_len // L)
+            masks = {n: mask if mask is None else mask[:n] for n in (L, x.size(1))}
+        if docs is not None and not flex:
+            same = docs[:, None, at, None] == docs[:, None, None, key_at]  # (B, 1, N, S)
+            masks = {n: mask & same[:, :, :n] for n, mask in masks.items()}
+        cos, sin = rotary_tables(at % T, self.cfg.n_embd // self.cfg.n_head)
+        ctx = Ctx(cos, sin, self.embed_tokens(x), mask=(masks, docs),
+                  cache=iter(cache) if cache else None)
+        h = self.run_layers(ctx, n_query)  # (B, n_query, D)
+        if rows is not None and cache is not None:
+            rows = rows - (rows // T + 1) * (T - L)  # positions in (B, L)
+        return self.logits(h, rows=rows)
+
+
+class Noise(NamedTuple):
+    """Randomness of a batch of n blocks a row. Position i of block b is masked where
+    score_i < level_b."""
+    level: Tensor  # (R, n) float32: k, or the masked fraction t
+    weight: Tensor  # (R, n) float32: of each masked token's cross entropy in the sum
+    score: Tensor  # (R, T) float32: a random rank in the block, or uniform in [0,1)
+
+
+def draw_noise(cfg, n_rows, gen, bound=False):
+    """All the randomness of a global batch of n_rows windows -> Noise, on the CPU.
+
+    exact_k, and bound=True whatever training uses: pair j of P neighbouring blocks takes u in
+    stratum j of (0, 1/2) and masks k = k_min + floor(u (k_max - k_min + 1)) tokens in one block,
+    k_min + k_max - k in the other. Strata are dealt at random and a coin orders the pair, so each
+    block alone has k ~ U{k_min..k_max}; {1..block_len} for the bound. A last block that seq_len
+    cuts short counts its own tokens."""
+    T, L = cfg.seq_len, cfg.block_len
+    n = -(-T // L)
+    size = torch.full((n,), L)
+    size[-1] = T - (n - 1) * L
+    elbo, total = bound or cfg.loss_weight == "elbo", n_rows * n
+    if bound or cfg.estimator == "exact_k":
+        low, high = (1, size) if bound else count_range(cfg)
+        n_pairs = (total + 1) // 2
+        u = torch.rand(n_pairs, generator=gen, dtype=torch.float64)
+        u = (torch.randperm(n_pairs, generator=gen) + u) / (2 * n_pairs)
+        coin = torch.rand(n_pairs, generator=gen) < 0.5
+        u = torch.stack((u, u), 1).flatten()[:total].view(n_rows, n)
+        coin = torch.stack((coin, ~coin), 1).flatten()[:total].view(n_rows, n)
+        k = low + (u * (high - low + 1)).long()
+        k = torch.where(coin, k, low + high - k)  # (R, n)
+        order = torch.rand(n_rows, n * L, generator=gen)
+        order[:, T:] = 2.0  # behind all that is there
+        order = order.view(n_rows, n, L).argsort(2)
+        score = torch.empty(n_rows, n, L)
+        score.scatter_(2, order, torch.arange(L, dtype=torch.float32).expand_as(score))
+        # uniform has no 1/k; the constant gives it the mean of the other, size / E[k].
+        weight = size / k if elbo else (2 * size / (low + high)).expand(n_rows, n)
+        return Noise(k.float(), weight.float(), score.flatten(1)[:, :T].contiguous())
+    u = torch.rand(total, generator=gen, dtype=torch.float64)
+    u = (torch.randperm(total, generator=gen) + u) / total  # stratified, in [0, 1)
+    t = (cfg.t_max - (cfg.t_max - cfg.t_min) * u).view(n_rows, n)  # above t_min
+    score = torch.rand(n_rows, T, generator=gen)
+    weight = 1 / t if elbo else torch.full_like(t, 2 / (cfg.t_min + cfg.t_max))
+    return Noise(t.float(), weight.float(), score)
+
+
+def per_token(values, block_len, T):
+    """(B, n), one a block -> (B, T)."""
+    return values.repeat_interleave(block_len, 1)[:, :T]
+
+
+def corrupt(x0, noise, cfg):
+    """x0 (B, T) -> xt (B, T): the mask (id vocab_size) where the noise says."""
+    level = per_token(noise.level, cfg.block_len, x0.size(1))
+    return torch.where(noise.score < level, cfg.vocab_size, x0)
+
+
+@torch.compiler.disable
+def padded_count(is_mask):
+    """Number of masked tokens, rounded up to one of ROW_SIZES, so that shapes rarely change."""
+    size = math.ceil(is_mask.numel() / ROW_SIZES)
+    return min(-(-int(is_mask.sum()) // size) * size, is_mask.numel())
+
+
+def masked_losses(model, x0, xt, noise, cfg, n_masked):
+    """Flat positions of the masked tokens, (n_masked,), with unmasked ones at the end as padding,
+    and the weighted cross entropy there, 0 at padding."""
+    T = x0.size(1)
+    is_mask = (xt != x0).flatten()
+    rows = is_mask.to(torch.uint8).argsort(descending=True, stable=True)[:n_masked]
+    missing = -T % cfg.block_len  # of the last block: masked, and no part of the sum
+    xt, clean = (F.pad(x, (0, missing), value=cfg.vocab_size) for x in (xt, x0))
+    logits = model(xt, clean, rows + rows // T * missing)
+    ce = F.cross_entropy(logits, x0.flatten()[rows], reduction="none")
+    weight = per_token(noise.weight, cfg.block_len, T).flatten() * is_mask  # (B T,)
+    return rows, ce * weight[rows]
+
+
+def loss_fn(model, x0, noise, cfg):
+    """Training loss, nats per token: weighted sum over masked tokens / (B T)."""
+    B, T = x0.shape
+    xt = corrupt(x0, noise, cfg)
+    n_blocks = B * (T // cfg.block_len)
+    paired = cfg.estimator == "exact_k" and n_blocks % 2 == 0
+    n_masked = n_blocks // 2 * sum(count_range(cfg)) if paired else padded_count(xt != x0)
+    _, losses = masked_losses(model, x0, xt, noise, cfg, n_masked)
+    loss = losses.sum() / (B * T)
+    # Blocks that are no antithetic pairs would lose tokens here; better no number than that.
+    return torch.where((xt != x0).sum() == n_masked, loss, torch.nan) if paired else loss
+
+
+def nelbo_fn(model, x0, noise, cfg):
+    """Bound on -log p(x0) in nats per sequence, (B,); noise by draw_noise(bound=True)."""
+    B, T = x0.shape
+    xt = corrupt(x0, noise, cfg)
+    rows, losses = masked_losses(model, x0, xt, noise, cfg, padded_count(xt != x0))
+    return losses.new_zeros(B).index_add(0, rows // T, losses)
+
+
+def other_figures(nats, noise):
+    """Beside the bound there are none."""
+    return {}
+
+
+@torch.no_grad()
+def generate(model, cfg, known, is_known, *, steps, gen, choose=None, warp=None, watch=None,
+             stop=None):
+    """Continue each row. known (B, T) int64, is_known (B, T) bool, first in its row -> Sample.
+
+    Block after block, with the keys and values of finished blocks cached: the first pass of a block
+    computes those of the one before it. Beyond seq_len the newest seq_len tokens are seen. Inside a
+    block, steps=N: ancestral sampling on N equal steps of t (arXiv 2406.07524, eq. 6 with SUBS),
+    each masked token drawn with probability (t - s) / t. steps=None: first-hitting (arXiv
+    2409.02908), one uniformly random token a row and pass: as ancestral for N -> inf. Without a
+    token to draw there is no forward pass. choose(log_probs (R, V) where masked, is_mask (B,
+    block_len), step=, steps=, u=(B, block_len) uniform) -> is_mask after the pass replaces both; it
+    may mask tokens of the block again.
+
+    stop=ID: a row ends where that token stands in a finished block, unless it is the first of the
+    row or known; it is not counted in the length, and the row is filled up with it. warp changes
+    the log-probabilities that tokens are drawn from; watch(tokens, nfe) looks on. gen (CPU) seeds a
+    generator for every row: a row does not depend on its batch. ValueError: for known tokens behind
+    unknown ones."""
+    if (is_known[:, 1:] & ~is_known[:, :-1]).any():
+        raise ValueError("block diffusion writes one block after another: train_mdlm fills gaps")
+    (B, T), L, mask_id, device = known.shape, cfg.block_len, cfg.vocab_size, known.device
+    seeds = [int(torch.randint(2**62, (), generator=gen)) for _ in range(B)]
+    gens = [torch.Generator().manual_seed(s) for s in seeds]
+    whole = -(-T // L) * L  # the last block is written to its end, and cut
+    fixed = torch.arange(whole, device=device) < is_known.sum(1, keepdim=True)  # (B, whole)
+    tokens = F.pad(torch.where(is_known, known, mask_id), (0, whole - T), value=mask_id)
+    order = torch.zeros_like(tokens)
+    length = torch.full((B,), T, device=device)
+    cache = [LayerCache(cfg, whole) for _ in range(cfg.n_layer)]
+    nfe, passes = 0, L if steps is None else steps
+    prompt = int(is_known.sum(1).min())
+    # A prompt longer than the context enters the cache piece by piece.
+    for end in range(cfg.seq_len, prompt // L * L, max(L, cfg.seq_len - L)):
+        x, none = tokens[:, :end], torch.zeros(0, dtype=torch.int64, device=device)
+        model(x, x, none, cache)
+        nfe += 1
+    for start in range(0, whole, L):
+        here = slice(start, start + L)
+        u = [torch.rand(passes, 2, L, generator=g, dtype=torch.float64) for g in gens]
+        if not (tokens[:, here] == mask_id).any():
+            continue
+        picks, u = torch.stack(u, 2).unbind(1)  # (passes, B, L) each, CPU float64
+        for i in range(passes):
+            block = tokens[:, here]
+            is_mask = block == mask_id
+            if choose is not None:
+                commit = torch.ones(B, L, dtype=torch.bool)  # chosen from below
+            elif steps is None:
+                first = picks[i].masked_fill(~is_mask.cpu(), -1).argmax(1, keepdim=True)
+                commit = torch.zeros(B, L, dtype=torch.bool).scatter_(1, first, True)
+            else:
+                commit = picks[i] * (steps - i) < 1
+            commit = commit.to(device) & is_mask
+            rows = commit.flatten().nonzero()[:, 0]
+            log_probs = torch.zeros(0, mask_id, device=device)
+            if len(rows):
+                x = tokens[:, :start + L]
+                at = rows // L * (start + L) + start + rows % L
+                log_probs = model(x, x, at, cache).log_softmax(-1)  # (R, V)
+                nfe += 1
+            if choose is not None:
+                new_mask = choose(log_probs, is_mask, step=i, steps=steps, u=picks[i])
+                new_mask &= ~fixed[:, here] & (i < passes - 1)
+                block = torch.where(new_mask, mask_id, block)
+                commit = is_mask & ~new_mask
+                at = commit.flatten()[rows]
+                rows, log_probs = rows[at], log_probs[at]
+            if len(rows):
+                log_probs = log_probs if warp is None else warp(log_probs)
+                where = "cpu" if device.type == "mps" else device  # MPS has no float64
+                drawn = draw_tokens(log_probs.to(where), u[i].flatten()[rows.cpu()].to(where))
+                block = block.flatten().index_put((rows,), drawn.to(device)).view(B, L)
+                order[:, here] = torch.where(commit, nfe, order[:, here])
+            tokens[:, here] = block
+            if watch is not None and i < passes - 1:
+                watch(tokens[:, :T].clone(), nfe)
+        if stop is not None:
+            ends = (block == stop) & ~fixed[:, here]
+            ends[:, 0] &= start > 0
+            at = start + ends.int().argmax(1)
+            behind = torch.arange(whole, device=device) >= at[:, None]  # (B, whole)
+            behind &= ends.any(1, keepdim=True)
+            tokens, fixed = torch.where(behind, stop, tokens), fixed | behind
+            order = torch.where(behind & (order == 0), nfe, order)
+            length = torch.where(ends.any(1), at.clamp(max=T), length)
+        if watch is not None:
+            watch(tokens[:, :T].clone(), nfe)
+    return Sample(tokens[:, :T], length, nfe, order[:, :T])
+# <<< objective
+
+
+# ----------------------------------------------------------------------------- optimizer
+MOMENTUM_START, EMA_WARMUP = 0.85, 10
+ALIGN = 64  # elements, so that the gradient of every parameter starts on a cache line
+
+
+def is_hidden(name):
+    """Does Muon take this parameter? The matrices of the layers, conditioning apart."""
+    return re.match(r"layers\.\d+\.(q|k|v|o|gate|up|down)\.", name) is not None
+
+
+def make_optimizers(model, cfg):
+    """[hidden matrices by Muon or AdamW, everything else by AdamW]."""
+    rates = dict(hidden=cfg.lr, embed=cfg.embed_lr, head=cfg.head_lr, scalar=cfg.scalar_lr,
+                 cond=cfg.cond_lr)
+    groups = {kind: dict(params=[], lr=lr, peak_lr=lr, weight_decay=cfg.adam_weight_decay)
+              for kind, lr in rates.items()}
+    groups["hidden"]["weight_decay"] = cfg.weight_decay
+    for name, p in model.named_parameters():
+        part = "hidden" if is_hidden(name) else name.split(".")[0]
+        kind = part if part in groups else "scalar" if p.ndim < 2 else "cond"
+        groups[kind]["params"].append(p)
+    optimizers = []
+    if cfg.optimizer == "muon":
+        optimizers.append(Muon([groups.pop("hidden")], momentum=cfg.momentum,
+                               cautious=cfg.cautious, beta2=cfg.muon_beta2 or None))
+    optimizers.append(torch.optim.AdamW(
+        [g for g in groups.values() if g["params"]], betas=(cfg.adam_beta1, cfg.adam_beta2),
+        eps=1e-10, fused=model.embed.weight.device.type in ("cpu", "cuda")))
+    owned = [p for o in optimizers for g in o.param_groups for p in g["params"]]
+    assert len(set(owned)) == len(owned) == len(list(model.parameters()))
+    return optimizers
+
+
+def set_rates(optimizers, step, cfg):
+    """Learning rate of every group and Muon's momentum, as they are at a 0-based step."""
+    if cfg.lr_schedule == "cosine":
+        x = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
+        x = 0.5 * (1 + math.cos(math.pi * x))
+    else:
+        x = min(1.0, (cfg.steps - step) / max(1.0, cfg.cooldown * cfg.steps))
+    factor = cfg.lr_end + (1 - cfg.lr_end) * x
+    if step < cfg.warmup:
+        factor = (step + 1) / cfg.warmup
+    cold = max(0.0, 1 - step / cfg.momentum_warmup) if cfg.momentum_warmup else 0.0
+    for group in (g for o in optimizers for g in o.param_groups):
+        group["lr"] = group["peak_lr"] * factor
+        if "momentum" in group:
+            group["momentum"] = cfg.momentum - cold * max(0.0, cfg.momentum - MOMENTUM_START)
+
+
+def swap(params, shadow):
+    """Exchange the parameters with their average, if there is one; a second time undoes it."""
+    for p, average in zip(params, shadow, strict=bool(shadow)):
+        p.data, average.data = average.data, p.data
+
+
+# ----------------------------------------------------------------------------- evaluation
+EVAL_SEED = 20240520  # of the noise, the same for every run, so that runs compare in pairs
+
+
+def derive_seed(*path):
+    """A seed for one purpose out of numbers that name it."""
+    return int(np.random.SeedSequence(path).generate_state(1, np.uint64)[0] >> 1)
+
+
+def take_rows(noise, rows, device):
+    return type(noise)(*(x[rows].to(device, non_blocking=True) for x in noise))
+
+
+@torch.no_grad()
+def evaluate(nelbo, cfg, windows, tokenizer, device, rank, world):
+    """nelbo(x0, noise) -> (B,) nats, over the first val_tokens of a split.
+
+    The same digits on any number of ranks: the noise of all windows is one draw, batches of them
+    are dealt to the ranks in turn, sums are in float64. -> ({METRIC: nats per token, se: standard
+    error over pairs of neighbouring windows, whose noise is paired, bpb, ppl, ..}, what they are
+    of {tokens, bytes, draws, seed}, nats (N,))."""
+    n = min(len(windows), max(2, cfg.val_tokens // cfg.seq_len)) // 2 * 2
+    size = cfg.micro_batch + cfg.micro_batch % 2
+    nats, others = torch.zeros(n, dtype=torch.float64), {}
+    for draw in range(cfg.val_draws):
+        gen = torch.Generator().manual_seed(derive_seed(EVAL_SEED, draw))
+        noise = draw_noise(cfg, n, gen, bound=True)
+        sums = torch.zeros(n, 2, dtype=torch.float64)  # nats and bytes of every window
+        for first in range(rank * size, n, world * size):
+            rows = slice(first, min(first + size, n))
+            x0 = windows.read(range(rows.start, rows.stop), cfg.vocab_size)
+            sums[rows, 0] = nelbo(x0.to(device), take_rows(noise, rows, device)).cpu().double()
+            sums[rows, 1] = tokenizer["token_length"][x0].sum(1).double()
+        if world > 1:
+            sums = sums.to(device)
+            dist.all_reduce(sums)
+            sums = sums.cpu()
+        nats += sums[:, 0] / cfg.val_draws
+        for name, value in other_figures(sums[:, 0], noise).items():
+            others[name] = others.get(name, 0.0) + value / cfg.val_draws
+    n_bytes, mean = int(sums[:, 1].sum()), float(nats.mean()) / cfg.seq_len
+    pairs = nats.view(-1, 2).mean(1) / cfg.seq_len
+    return {METRIC: mean, "se": float(pairs.std() / len(pairs) ** 0.5) if n > 2 else None,
+            "bpb": float(nats.sum()) / math.log(2) / n_bytes if n_bytes else None,
+            "ppl": math.exp(min(mean, 700.0)), **others}, dict(
+                tokens=n * cfg.seq_len, bytes=n_bytes, draws=cfg.val_draws, seed=EVAL_SEED), nats
+
+
+# ----------------------------------------------------------------------------- checkpoints
+CKPT_FORMAT = 1
+CKPT_TYPES = {"format": int, "script": str, "config": dict, "model": dict, "optimizers": list,
+              "tokenizer": dict, "step": int, "tokens_seen": int, "progress": dict}
+
+
+def save_checkpoint(path, state):
+    """Write beside, then swap in, keeping the one before: some checkpoint always loads.
+    -> what went wrong, or ''."""
+    partial, copy = f"{path}.partial", f"{path}.copy.partial"
+    try:
+        with open(partial, "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        if os.path.exists(path):
+            shutil.copyfile(path, copy)  # path itself stays until it is replaced
+            os.replace(copy, path.removesuffix(".pt") + "_prev.pt")
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as e:  # torch.save wraps what the disk says
+        for name in filter(os.path.exists, (partial, copy)):
+            os.remove(name)
+        return str(e.__context__ or e).splitlines()[0]
+    return ""
+
+
+def load_checkpoint(path):
+    """Read and check a checkpoint; tensors and plain values only, never code."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # torch's, about files of others
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        fail(f"{path}: no such checkpoint")
+    except Exception as e:  # the unpickler meets arbitrary bytes
+        code = "weights_only" in str(e) or "Unsupported" in str(e)
+        what = "holds more than tensors and plain values" if code else "cut short or damaged"
+        fail(f"{path}: no checkpoint of ours: {what} ({type(e).__name__})")
+    ours = isinstance(state, dict) and all(
+        isinstance(state.get(k), kind) for k, kind in CKPT_TYPES.items())
+    require(ours, f"{path}: no checkpoint of ours: entries are missing or of other types")
+    require(state["format"] == CKPT_FORMAT, f"{path}: format {state['format']} is not known here")
+    return state
+
+
+def load_weights(model, weights, path):
+    """Copy a checkpoint's weights, all of them and in their shapes, or refuse."""
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as e:
+        what = str(e).splitlines()[-1].strip()
+        fail(f"{path}: {what} Another shape: give the flags it was trained with")
+
+
+def build_model(ckpt, weights="ema", device="cpu", path="checkpoint"):
+    """A checkpoint (load_checkpoint) -> (model in eval mode, its Config); weights: ema or raw."""
+    unknown = ckpt["config"].keys() - {f.name for f in dataclasses.fields(Config)}
+    require(not unknown, f"{path}: its settings {unknown or ''} are not this script's")
+    cfg = Config(**ckpt["config"])
+    validate(cfg, 1)
+    model = Model(cfg)
+    load_weights(model, (weights == "ema" and ckpt.get("ema")) or ckpt["model"], path)
+    return model.to(device).eval(), cfg
+
+
+# ----------------------------------------------------------------------------- runtime
+# Dense bf16 peak by part of the device's name, FLOP/s, from the vendors' data sheets.
+PEAK_FLOPS = {
+    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
+    "L40S": 362e12, "L4": 121e12, "RTX 5090": 209e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+RECOMPILE_LIMIT = 32  # shapes: training, evaluation, and batches whose size varies
+COLLECTIVE_TIMEOUT = 100  # seconds after which a rank that waits for a lost one gives up
+
+
+def pick_device(cfg, local_rank):
+    here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    name = next(n for n in here if here[n]) if cfg.device == "auto" else cfg.device
+    require(here.get(name), f"--device={name}: there is none here; --device=auto takes what is")
+    if name != "cuda":
+        return torch.device(name)
+    n_gpus = torch.cuda.device_count()
+    require(local_rank < n_gpus, f"--nproc_per_node: at most {n_gpus}, the GPUs of this machine")
+    torch.cuda.set_device(local_rank)
+    return torch.device(name, local_rank)
+
+
+def pick_dtype(cfg, device):
+    """(dtype of the matrix products, notice): bf16 only where the hardware multiplies it."""
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
+    if device.type == "cpu":
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        fast = any(getattr(torch.cpu, probe, bool)() for probe in probes)
+    if cfg.dtype == "bf16" and not fast and device.type != "cpu":
+        return torch.float32, f"--dtype=bf16: not in the hardware of this {device.type}, using fp32"
+    bf16 = cfg.dtype == "bf16" or (cfg.dtype == "auto" and fast)
+    return torch.bfloat16 if bf16 else torch.float32, ""
+
+
+def open_logs(cfg, machine, step):
+    """[log.txt, log.jsonl], begun with all that running it again takes, or cut back to a step."""
+    logs = []
+    os.makedirs(cfg.out, exist_ok=True)
+    for name, pattern in (("log.txt", r"step:(\d+)"), ("log.jsonl", r'\{"step": (\d+)')):
+        path, lines = os.path.join(cfg.out, name), []
+        if cfg.resume and os.path.exists(path):
+            with open(path, encoding="utf-8") as f:
+                lines = [x for x in f if int((re.match(pattern, x) or [0, 0])[1]) <= step]
+        elif name == "log.txt":
+            for source in (__file__, inspect.getfile(Muon)):
+                with open(source, encoding="utf-8") as f:
+                    lines += [*f, "=" * 100 + "\n"]
+            lines += [machine + "\n", json.dumps(dataclasses.asdict(cfg)) + "\n"]
+        with open(f"{path}.partial", "w", encoding="utf-8") as f:
+            f.writelines(lines)
+        os.replace(f"{path}.partial", path)
+        logs.append(open(path, "a", encoding="utf-8", buffering=1))  # line by line
+    return logs
+
+
+def main(argv):
+    cfg = parse_args(argv)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    validate(cfg, world)
+    folder = cfg.data if os.path.isdir(cfg.data) else os.path.join("data", cfg.data)
+    require(os.path.isdir(folder), f"--data={cfg.data}: no such folder, nor {folder}; "
+            "prepare_data.py makes it, its --help lists what there is")
+    val = Windows(folder, cfg.split, cfg.seq_len)
+    train = val if cfg.eval_only else Windows(folder, "train", cfg.seq_len)
+    dtypes = f"{train.dtype} in train, {val.dtype} in {cfg.split} shards"
+    require(train.dtype == val.dtype, f"{folder}: {dtypes}; prepare it again")
+    tokenizer = load_tokenizer(folder, val.dtype)
+    n_ids, n_rows, n = tokenizer["vocab_size"], cfg.batch_tokens // cfg.seq_len, len(train)
+    cfg = dataclasses.replace(cfg, vocab_size=cfg.vocab_size or n_ids)
+    require(cfg.vocab_size >= n_ids, f"--vocab_size={cfg.vocab_size}: {folder} has {n_ids}")
+    require(len(val) > 1, f"--data={cfg.data}: less than two windows of --seq_len in {cfg.split}")
+    require(cfg.eval_only or n >= n_rows, f"--data={cfg.data}: {n} windows of --seq_len, fewer "
+            f"than the {n_rows} of a batch; lower --batch_tokens")
+    # Better a bad token here than at the first evaluation.
+    val.read(range(min(len(val), cfg.val_tokens // cfg.seq_len)), cfg.vocab_size)
+    path = os.path.join(cfg.out, "ckpt.pt")
+    free = cfg.resume or cfg.eval_only or not os.path.exists(path)
+    require(free, f"--out={cfg.out} holds a run: --resume=1 continues it, or give another --out")
+    device = pick_device(cfg, int(os.environ.get("LOCAL_RANK", 0)))
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    dtype, notice = pick_dtype(cfg, device)
+    amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+    torch.manual_seed(derive_seed(cfg.seed))
+    model = Model(cfg)
+    source = path if cfg.resume else cfg.init_from
+    if source:
+        ckpt = load_checkpoint(source)
+        fits = ckpt["script"] in ((SCRIPT,) if cfg.resume else INIT_FROM)
+        require(fits, f"{source}: a checkpoint of {ckpt['script']}.py")
+        n_saved = ckpt["tokenizer"].get("vocab_size")
+        require(n_saved == n_ids, f"{source}: of {n_saved} tokens; {folder} has {n_ids}")
+        weights = (not cfg.resume and ckpt.get("ema")) or ckpt["model"]
+        load_weights(model, weights, source)
+    model.to(device)
+    params = list(model.parameters())
+    if world > 1:
+        auto = "nccl" if device.type == "cuda" else "gloo"
+        backend = auto if cfg.backend == "auto" else cfg.backend
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=COLLECTIVE_TIMEOUT))
+
+    # What else a resumed run needs; its place in the data is step * n_rows.
+    at = SimpleNamespace(step=0, seconds=0.0, bad=0, skipped=0, evaluated=True, ema_updates=0,
+                         recent=[])  # loss and seconds of the steps since the last line
+    if cfg.resume:
+        vars(at).update(ckpt["progress"])
+    logs, shadow = [], []  # shadow: the averaged weights
+    if rank == 0 and not cfg.eval_only:
+        try:
+            versions = f"python {sys.version.split()[0]} torch {torch.__version__} "
+            versions += f"numpy {np.__version__} {machine} ranks {world}"
+            logs = open_logs(cfg, versions, at.step)
+        except OSError as e:
+            fail(f"--out={cfg.out}: {e.strerror}")
+
+    def say(line, *records):
+        """Print on the first rank and keep in the logs of a training run."""
+        if rank == 0:
+            print(line, flush=True)
+        for log, text in zip(logs, (line, *map(json.dumps, records)), strict=False):
+            # JSON has no word for NaN.
+            log.write(re.sub(r": -?(NaN|Infinity)", ": null", text) + "\n")
+
+    flops = flops_per_token(cfg, model)
+    peak = next((world * f for part, f in PEAK_FLOPS.items() if part in machine), None)
+    say(f"{sum(p.numel() for p in params) / 1e6:.2f}M parameters, {flops / 1e6:.1f} MFLOP per "
+        f"token, {world} x {machine} in {str(dtype)[6:]}, {folder}: "
+        f"{n * cfg.seq_len:,} tokens")
+    if notice:
+        say(notice)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    train_loss, nelbo = loss_fn, nelbo_fn
+    if cfg.compile:
+        try:  # a small function first: is there a compiler at all?
+            torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
+            torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+            torch._dynamo.config.suppress_errors = True  # what does not compile runs as it is
+            if device.type == "cpu":  # one small graph for all layers: seconds, not a minute
+                for layer in model.layers:
+                    layer.compile(dynamic=False)
+            else:
+                train_loss, nelbo = (torch.compile(f, dynamic=False) for f in (loss_fn, nelbo_fn))
+            say("compiling: the first steps take longer (--compile=0 does without)")
+        except Exception as e:  # whatever a missing or broken tool chain raises
+            say(f"running without torch.compile: {str(e).strip().splitlines()[0]}")
+
+    def run_evaluation():
+        """Evaluate the averaged weights, where there are any."""
+        model.eval()
+        swap(params, shadow)
+        with amp:
+            bound = functools.partial(nelbo, model, cfg=cfg)
+            result, counts, nats = evaluate(bound, cfg, val, tokenizer, device, rank, world)
+        swap(params, shadow)
+        model.train()
+        shown = {k: "n/a" if v is None else f"{v:.4f}" for k, v in result.items()}
+        shown[METRIC] += f"+-{shown.pop('se')}"
+        line = " ".join(f"{k}:{v}" for k, v in shown.items())
+        if cfg.eval_only:
+            say(f"split:{cfg.split} {line} " + " ".join(f"{k}:{v}" for k, v in counts.items()))
+            return
+        ms = 1000 * at.seconds
+        say(f"step:{at.step}/{cfg.steps} {line} train_time:{ms:.0f}ms "
+            f"step_avg:{ms / at.step:.2f}ms", {"step": at.step, **result, **counts})
+        if at.step == cfg.steps and rank == 0:
+            np.save(os.path.join(cfg.out, f"{cfg.split}_nats.npy"), nats.numpy())
+
+    if cfg.eval_only:
+        run_evaluation()
+        if world > 1:
+            dist.destroy_process_group()
+        return
+    # Every .grad is a view of one flat buffer: one all-reduce, one norm, one memset a step.
+    sizes = [-(-p.numel() // ALIGN) * ALIGN for p in params]
+    flat_grad = torch.zeros(sum(sizes), device=device)
+    for p, part in zip(params, flat_grad.split(sizes), strict=True):
+        p.grad = part[:p.numel()].view_as(p)
+    optimizers = make_optimizers(model, cfg)
+    if cfg.resume:
+        try:
+            for optimizer, state in zip(optimizers, ckpt["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+            if ckpt["ema"]:
+                shadow = [ckpt["ema"][name].to(device) for name, _ in model.named_parameters()]
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            fail(f"{path}: cannot be continued ({type(e).__name__}: {e})")
+        say(f"resuming {cfg.out} after step {at.step}")
+    ckpt = None  # gives its memory back
+    per_rank = n_rows // world
+    micro = min(cfg.micro_batch, per_rank)
+
+    @functools.lru_cache(maxsize=2)
+    def permutation(epoch):
+        return np.random.default_rng((cfg.seed, epoch)).permutation(n)
+
+    def next_batch(step):
+        """Micro-batches (x0, noise) of this rank."""
+        noise = draw_noise(cfg, n_rows, torch.Generator().manual_seed(derive_seed(cfg.seed, step)))
+        batch = []
+        for row in range(rank * per_rank, (rank + 1) * per_rank, micro):
+            rows = range(step * n_rows + row, step * n_rows + row + micro)
+            if cfg.shuffle:
+                rows = [permutation(i // n)[i % n] for i in rows]
+            x0 = train.read([i % n for i in rows], cfg.vocab_size).to(device)
+            batch.append((x0, take_rows(noise, slice(row, row + micro), device)))
+        return batch
+
+    stop = []  # signals received
+    handlers = {s: signal.signal(s, lambda number, frame: stop.append(number))
+                for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    model.train()
+    if not at.evaluated:
+        run_evaluation()
+    batch = next_batch(at.step)
+    start = time.perf_counter()
+    while at.step < cfg.steps:
+        flat_grad.zero_()
+        total = torch.zeros(2, device=device)  # loss; signals
+        for i, (x0, noise) in enumerate(batch):
+            if cfg.dropout:
+                torch.manual_seed(derive_seed(cfg.seed, at.step, rank * len(batch) + i))
+            with amp:
+                loss = train_loss(model, x0, noise, cfg) / len(batch)
+            loss.backward()
+            total[0] += loss.detach() / world
+        total[1] = len(stop)
+        if at.step + 1 < cfg.steps:
+            batch = next_batch(at.step + 1)  # while the GPU works
+        if world > 1:
+            dist.all_reduce(flat_grad)
+            dist.all_reduce(total)
+        flat_grad /= world
+        grad_norm = float(flat_grad.norm())
+        loss, stopping = total.tolist()
+        at.step += 1
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            if cfg.grad_clip and grad_norm > cfg.grad_clip:
+                flat_grad *= cfg.grad_clip / grad_norm
+            set_rates(optimizers, at.step - 1, cfg)
+            for optimizer in optimizers:
+                optimizer.step()
+            if cfg.ema and at.step - 1 >= cfg.ema_start * cfg.steps:
+                shadow = shadow or [p.detach().clone() for p in params]
+                decay = min(cfg.ema, (1 + at.ema_updates) / (EMA_WARMUP + at.ema_updates))
+                with torch.no_grad():
+                    torch._foreach_lerp_(shadow, params, 1 - decay)
+                at.ema_updates += 1
+            at.bad = 0
+        else:
+            at.bad, at.skipped = at.bad + 1, at.skipped + 1
+            names = [n for n, p in model.named_parameters() if not p.grad.isfinite().all()]
+            say(f"step:{at.step}/{cfg.steps} skipped: loss {loss}, gradient norm {grad_norm}, "
+                f"first non-finite gradient: {(names or ['none'])[0]}")
+            require(at.bad < cfg.max_bad_steps, f"{at.bad} non-finite steps in a row: stopped at "
+                    f"step {at.step}; {cfg.out} keeps its last checkpoint; try a lower --lr, look "
+                    "at the data")
+        at.recent.append((loss, time.perf_counter() - start))
+        at.seconds += at.recent[-1][1]
+        last = at.step == cfg.steps
+        if last or at.step % cfg.log_every == 0:
+            mean, seconds = np.mean(at.recent, 0).tolist()
+            rate, lr = cfg.batch_tokens / seconds, optimizers[0].param_groups[0]["lr"]
+            at.recent = []
+            say(f"step:{at.step}/{cfg.steps} loss:{mean:.4f} lr:{lr:.2e} tok/s:{rate:.0f} mfu:"
+                + (f"{rate * flops / peak:.3f}" if peak else "n/a")
+                + f" eta:{datetime.timedelta(seconds=int((cfg.steps - at.step) * seconds))}"
+                + (f" skipped:{at.skipped}" if at.skipped else ""),
+                {"step": at.step, "loss": mean, "grad_norm": grad_norm, "lr": lr})
+        due = last or (cfg.eval_every and at.step % cfg.eval_every == 0)
+        at.evaluated = not (due and stopping)  # who is told to stop evaluates after --resume=1
+        if due and not stopping:
+            run_evaluation()
+        due = last or stopping or (cfg.ckpt_every and at.step % cfg.ckpt_every == 0)
+        if due and rank == 0:
+            named = {name: p.detach() for name, p in model.named_parameters()}
+            problem = save_checkpoint(path, {
+                "format": CKPT_FORMAT, "script": SCRIPT, "config": dataclasses.asdict(cfg),
+                "tokenizer": tokenizer, "model": named, "step": at.step, "progress": vars(at),
+                "ema": dict(zip(named, shadow, strict=True)) if shadow else None,
+                "optimizers": [o.state_dict() for o in optimizers],
+                "tokens_seen": at.step * cfg.batch_tokens})
+            message = f"{path}: step {at.step} not written ({problem}); the one before it stays"
+            require(not problem or not (last or stopping), f"{message}; make room, then --resume=1")
+            if problem:
+                say(message)
+        if stopping:
+            break
+        start = time.perf_counter()
+
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if at.step < cfg.steps:
+        launcher = f"torchrun --nproc_per_node={world}" if world > 1 else "python"
+        say(f"stopped after step {at.step}; continue with: {launcher} {SCRIPT}.py --resume=1 "
+            f"--out={shlex.quote(cfg.out)}")
+    else:
+        say(f"done: {path}; text: python sample.py --ckpt={shlex.quote(path)}")
+    if device.type == "cuda":
+        say(f"peak memory: {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB")
+    if world > 1:
+        dist.destroy_process_group()
+    if signal.SIGINT in stop:
+        raise SystemExit(130)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
