@@ -510,8 +510,8 @@ INIT_FROM = ("train_block", "train_mdlm", "gpt")  # scripts whose checkpoints fi
 
 PRESETS = {
     "tiny": dict(
-        data="stdlib", seq_len=256, n_layer=6, n_head=4, n_embd=208, steps=400, batch_tokens=4096,
-        micro_batch=16, lr=0.03, eval_every=100, val_tokens=65_536, ckpt_every=200, shuffle=True),
+        data="stdlib", seq_len=256, n_layer=6, n_head=4, n_embd=208, steps=300, batch_tokens=4096,
+        micro_batch=16, lr=0.03, eval_every=75, val_tokens=65_536, ckpt_every=150, shuffle=True),
     "nano_block": dict(
         n_head=6, unet=True, estimator="bernoulli", loss_weight="elbo", doc_mask=True,
         embed_lr=0.06, head_lr=0.0011, scalar_lr=0.04, adam_weight_decay=0.0, weight_decay=0.0,
