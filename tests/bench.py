@@ -1,6 +1,6 @@
 """Benchmarks: one table, each row a ratio against a baseline measured in the same run.
 
-    make bench                      everything, a quarter of an hour on two cores
+    make bench                      everything, minutes on two cores
     python tests/bench.py train     only the rows whose name starts so
 
 Each ratio is the median over rounds of ratios of neighbouring measurements, so that a machine whose
@@ -120,7 +120,7 @@ def train():
 
 def muon():
     """Muon's step against PyTorch's, on the matrices of two presets."""
-    for preset, width in (("tiny", "4L 256"), ("shakespeare_10m", "6L 384")):
+    for preset, width in (("tiny", "6L 208"), ("shakespeare_10m", "6L 384")):
         params = [p for n, p in network(preset, 2)[1].named_parameters() if mdlm.is_hidden(n)]
         twins = [p.detach().clone().requires_grad_() for p in params]
         for p, q in zip(params, twins, strict=True):
@@ -228,7 +228,7 @@ def sampling():
     times = rounds(*(sampler(**how) for how in ways.values()), sampler(steps=None), n=3)
     rate = [[batch * length / t for t in column] for column in times]
     for name, column in zip(ways, rate, strict=False):
-        row("sampling", f"{name} / first-hitting", f"4L 256, {batch} x {length} tokens, fp32",
+        row("sampling", f"{name} / first-hitting", f"6L 208, {batch} x {length} tokens, fp32",
             column, rate[-1], "tok/s")
 
 
