@@ -1,0 +1,1276 @@
+"""Score entropy discrete diffusion (SEDD) in one file: data, model, training, evaluation, sampling.
+
+Noise replaces every token of x0 by the mask (absorb) or by a random one of the N tokens (uniform),
+with probability 1 - exp(-sigma). The network answers with the log score, an estimate of
+log p_t(xt with y at i) - log p_t(xt), and its score entropy bounds the likelihood (Lou, Meng &
+Ermon 2024, arXiv 2310.16834, theorem 3.6), K(a) = a (log a - 1), Q the rate y -> xt_i:
+
+    -log p(x0) <= int dsigma E_xt sum_i sum_{y != xt_i} Q [ s_y - r_y log s_y + K(r_y) ]
+                  + KL(p_1(. | x0) || prior),    r_y = p_t(y | x0_i) / p_t(xt_i | x0_i)
+
+absorb: time is a factor, s = exp(u) / (exp(sigma) - 1), with which the integral is masked
+diffusion's, sum_y exp(u_y) - 1 - u_x0 in place of -log p(x0_i | xt): as in train_mdlm, rows of
+exactly k and T+1-k masks give the same bound. uniform: s_y is the ratio of exp(u - sigma) + 1 -
+exp(-sigma) at y and at xt_i. u is not normalised in either.
+
+    python prepare_data.py stdlib && python train_sedd.py --preset=tiny         # minutes on a CPU
+    python train_sedd.py --preset=tiny --graph=uniform --cond_dim=32            # the other graph
+    torchrun --nproc_per_node=4 train_sedd.py --preset=pg19_355m                # 8,192 bytes
+    python train_sedd.py --eval_only=1 --init_from=out/train_sedd-tiny/ckpt.pt  # bits per byte
+    python sample.py --ckpt=out/train_sedd-tiny --steps=128                     # text
+"""
+
+import dataclasses
+import datetime
+import difflib
+import functools
+import glob
+import inspect
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from muon import Muon
+
+SCRIPT = os.path.splitext(os.path.basename(__file__))[0]
+
+
+# ----------------------------------------------------------------------------- configuration
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a run; a flag --name=value overrides the default, --preset=NAME several."""
+
+    # data and run
+    data: str = "finewebedu10B"  # folder with shards, or the name of one under data/
+    out: str = ""  # run folder; empty: out/<script>-<preset>
+    preset: str = ""  # named configuration; flags given beside it win
+    seq_len: int = 1024  # context T, tokens
+    seed: int = 0  # weights, data order, noise and dropout all derive from it
+    shuffle: bool = True  # windows in random order; 0: in file order
+    # trunk
+    vocab_size: int = 0  # real tokens, without the mask; 0: from the data
+    n_layer: int = 12  # layers
+    n_head: int = 6  # attention heads
+    n_kv_head: int = 0  # key/value heads (grouped-query attention); 0: n_head
+    n_embd: int = 768  # width D
+    mlp: Literal["relu2", "swiglu"] = "relu2"  # activation
+    mlp_ratio: float = 4.0  # hidden width / D; swiglu takes 2/3 of it, so that parameters agree
+    cond_dim: int = 0  # width of adaLN-Zero conditioning on the noise level; 0: off
+    tied: bool = False  # head shares the embedding
+    unet: bool = False  # skips from the first half of the layers to the second
+    softcap: float = 0.0  # logits = cap tanh(logits / cap); 0: off
+    dropout: float = 0.0  # on the two branches of a layer
+    checkpoint_layers: bool = False  # recompute activations in the backward pass, to save memory
+    # optimization
+    steps: int = 10_000  # optimizer steps
+    batch_tokens: int = 131_072  # tokens a step, over all ranks and accumulation
+    micro_batch: int = 16  # rows a forward pass and rank
+    optimizer: Literal["muon", "adamw"] = "muon"  # of hidden matrices
+    lr: float = 0.025  # hidden matrices
+    embed_lr: float = 0.3  # embedding (and tied head)
+    head_lr: float = 0.004  # untied head
+    scalar_lr: float = 0.015  # residual and skip weights
+    cond_lr: float = 0.001  # adaLN and the embedding of the noise level
+    weight_decay: float = 0.05  # hidden matrices, decoupled
+    adam_weight_decay: float = 0.001  # everything else
+    adam_beta1: float = 0.8  # AdamW
+    adam_beta2: float = 0.95  # AdamW
+    momentum: float = 0.95  # Muon
+    momentum_warmup: int = 300  # steps over which Muon's momentum rises from .85; 0: off
+    muon_beta2: float = 0.0  # decay of NorMuon's second moment per neuron; 0: plain Muon
+    cautious: bool = False  # decay weights only where the update shrinks them too
+    warmup: int = 0  # steps of linear learning-rate warmup
+    cooldown: float = 0.7  # last fraction of the steps, falling to lr_end (linear)
+    lr_schedule: Literal["linear", "cosine"] = "linear"  # constant, then cooldown; or cosine
+    lr_end: float = 0.0  # final learning rate / peak
+    grad_clip: float = 0.0  # global gradient norm; 0: off
+    ema: float = 0.0  # decay of the averaged weights; 0: off
+    ema_start: float = 0.0  # fraction of the steps after which the average starts
+    max_bad_steps: int = 10  # consecutive non-finite steps after which the run stops
+    # evaluation, checkpoints, log
+    eval_every: int = 250  # steps; 0: only at the end
+    val_tokens: int = 10_485_760  # at most, in file order
+    val_draws: int = 1  # noise draws a window
+    split: Literal["val", "test"] = "val"  # what evaluation reads
+    eval_only: bool = False  # evaluate --init_from and leave
+    ckpt_every: int = 1000  # steps; 0: only at the end
+    log_every: int = 10  # steps
+    init_from: str = ""  # checkpoint whose weights to start from
+    resume: bool = False  # continue the run in --out
+    # machine
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to run
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # matrix products
+    compile: bool = True  # torch.compile
+    backend: Literal["auto", "nccl", "gloo"] = "auto"  # process group
+    # >>> objective
+    graph: Literal["absorb", "uniform"] = "absorb"  # noise puts the mask, or a random token
+    noise: Literal["loglinear", "geometric"] = "loglinear"  # how sigma grows with t
+    sigma_min: float = 1e-4  # total noise at t = 0, geometric
+    sigma_max: float = 25.0  # and at t = 1
+    # <<< objective
+
+
+# What must agree between a checkpoint and the model that takes its weights.
+SHAPE_FIELDS = (
+    "vocab_size n_layer n_head n_kv_head n_embd mlp mlp_ratio cond_dim tied unet softcap".split())
+# What may change when a run goes on; everything else would make it another run.
+RESUME_FIELDS = (
+    "data out preset resume steps eval_every val_tokens val_draws split ckpt_every log_every "
+    "micro_batch checkpoint_layers max_bad_steps device dtype compile backend".split())
+POSITIVE = ("seq_len n_layer n_head n_embd mlp_ratio steps batch_tokens micro_batch val_tokens "
+            "val_draws max_bad_steps log_every").split()
+BELOW_ONE = "dropout ema momentum muon_beta2 adam_beta1 adam_beta2".split()
+
+
+def fail(message):
+    """A user's mistake: one line, exit status 2. Before ranks part, only the first one speaks."""
+    if dist.is_initialized() or os.environ.get("RANK", "0") == "0":
+        print(f"{SCRIPT}.py: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def require(condition, message):
+    if not condition:
+        fail(message)
+
+
+def show_help():
+    """The docstring, then every flag with the comment beside it in Config."""
+    comments = dict(re.findall(r"^    (\w+): [^#]+# (.+)$", inspect.getsource(Config), re.M))
+    print(__doc__)
+    for f in dataclasses.fields(Config):
+        default = int(f.default) if isinstance(f.default, bool) else f.default
+        print(f"  --{f.name}={default}  {comments[f.name]} {', '.join(get_args(f.type))}")
+    print(f"Presets: {', '.join(PRESETS)}")
+
+
+def parse_flags(argv):
+    """['--name=value', ..] -> {name: value}, typed; anything else is refused."""
+    defaults = {f.name: f.default for f in dataclasses.fields(Config)}
+    flags = {}
+    for arg in argv:
+        if arg in ("--help", "-h"):
+            show_help()
+            raise SystemExit(0)
+        name, equals, text = arg.removeprefix("--").partition("=")
+        require(name != "block_size", "--block_size has several meanings; --seq_len is the context")
+        near = (difflib.get_close_matches(name, defaults, 1) or ["help"])[0]
+        known = arg.startswith("--") and name in defaults
+        require(known, f"unknown flag {arg}: did you mean --{near}?")
+        require(equals, f"--{name} needs a value: --{name}=VALUE")
+        require(name not in flags, f"--{name} is given twice")
+        kind = type(defaults[name])
+        try:
+            flags[name] = ("0", "1").index(text) == 1 if kind is bool else kind(text)
+        except ValueError:
+            fail(f"{arg}: {kind.__name__} expected" + " (0 or 1)" * (kind is bool))
+    return flags
+
+
+def parse_args(argv):
+    """Flags -> Config. A preset stands below the flags. A run that is resumed keeps its settings;
+    a checkpoint that is started from fixes the shape of the model."""
+    flags = parse_flags(argv)
+    preset, source = flags.get("preset", ""), flags.get("init_from", "")
+    resume, eval_only = flags.get("resume", False), flags.get("eval_only", False)
+    require(preset in ("", *PRESETS), f"--preset={preset}: there are {', '.join(PRESETS)}")
+    require(not (resume and source), "--resume=1 and --init_from exclude each other")
+    require(source or not eval_only, "--eval_only=1 needs a checkpoint: --init_from=PATH")
+    base = {"out": os.path.join("out", SCRIPT + (f"-{preset}" if preset else ""))}
+    base.update(PRESETS.get(preset, {}))
+    if resume:
+        source = os.path.join(flags.get("out", base["out"]), "ckpt.pt")
+        require(os.path.exists(source), f"--resume=1: no {source}: name the run's folder by --out")
+    if source:
+        config = load_checkpoint(source)["config"]
+        saved = {f.name: config[f.name] for f in dataclasses.fields(Config) if f.name in config}
+        for name in set(saved) - set(RESUME_FIELDS) if resume else SHAPE_FIELDS:
+            if flags.get(name, saved.get(name)) != saved.get(name):
+                fail(f"--{name}={flags[name]}: {source} has {saved.get(name)}, which stays")
+        if not (resume or eval_only):
+            saved = base | {name: saved[name] for name in SHAPE_FIELDS if name in saved}
+        base = saved | {"split": "val", "resume": False, "out": base["out"]}
+    return Config(**(base | flags))
+
+
+def validate(cfg, world):
+    """Refuse what cannot work, before anything is opened or written."""
+    for f in dataclasses.fields(Config):
+        value, choices = getattr(cfg, f.name), get_args(f.type)
+        flag = f"--{f.name}={value}:"
+        require(type(value) is type(f.default), f"{flag} {type(f.default).__name__} expected")
+        require(not choices or value in choices, f"{flag} there are {', '.join(choices)}")
+        if not isinstance(value, str):
+            require(0 <= value < math.inf, f"{flag} must be 0 or more")
+            require(value > 0 or f.name not in POSITIVE, f"{flag} must be positive")
+            require(value < 1 or f.name not in BELOW_ONE, f"{flag} must be below 1")
+    n_head, n_rows = cfg.n_head, cfg.batch_tokens // cfg.seq_len
+    require(cfg.n_embd % (2 * n_head) == 0, f"--n_head={n_head}: {cfg.n_embd} / n_head is not even")
+    width = round(cfg.mlp_ratio * cfg.n_embd)
+    require(width > 0, f"--mlp_ratio={cfg.mlp_ratio}: no hidden unit at --n_embd={cfg.n_embd}")
+    divides = n_head % (cfg.n_kv_head or n_head) == 0
+    require(divides, f"--n_kv_head={cfg.n_kv_head}: must divide --n_head={n_head}")
+    fits = cfg.batch_tokens % (cfg.seq_len * world) == 0
+    require(fits, f"--batch_tokens={cfg.batch_tokens}: no multiple of --seq_len={cfg.seq_len}, or "
+            f"its rows do not divide by {world} ranks")
+    per_rank = n_rows // world
+    micro = min(cfg.micro_batch, per_rank)
+    require(per_rank % micro == 0, f"--micro_batch={micro}: must divide a rank's {per_rank} rows")
+    check_objective(cfg, n_rows, micro)
+
+
+# ----------------------------------------------------------------------------- data
+SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
+GPT2_VOCAB = 50257
+
+
+def open_shard(path, seq_len):
+    """The windows of a shard of llm.c's format, (n, seq_len), on disk; its tail is left out."""
+    try:
+        size, header = os.path.getsize(path), np.fromfile(path, "<i4", HEADER_BYTES // 4)
+    except OSError as e:
+        fail(f"{path}: {e.strerror}")
+    shard = len(header) == HEADER_BYTES // 4 and tuple(header[:2]) == (SHARD_MAGIC, SHARD_VERSION)
+    require(shard, f"{path}: not a token shard; make them with prepare_data.py")
+    n_tokens, itemsize = int(header[2]), int(header[3]) or 2
+    whole = itemsize in (1, 2) and n_tokens > 0 and size == HEADER_BYTES + n_tokens * itemsize
+    require(whole, f"{path}: {size} bytes, but a header for {n_tokens} tokens of {itemsize}: cut "
+            "short or damaged; prepare it again")
+    tokens = np.memmap(path, np.uint8 if itemsize == 1 else "<u2", "r", HEADER_BYTES, (n_tokens,))
+    return tokens[:n_tokens // seq_len * seq_len].reshape(-1, seq_len)
+
+
+class Windows:
+    """All windows of seq_len tokens of one split, shard after shard."""
+    def __init__(self, folder, split, seq_len):
+        self.paths = sorted(glob.glob(f"{glob.escape(folder)}/*{split}_*.bin"))
+        require(self.paths, f"--data={folder}: no *{split}_*.bin in it")
+        self.shards = [open_shard(p, seq_len) for p in self.paths]
+        self.starts = np.cumsum([0] + [len(s) for s in self.shards])
+        self.dtype = self.shards[0].dtype
+        for shard, path in zip(self.shards, self.paths, strict=True):
+            require(shard.dtype == self.dtype, f"{path}: {shard.dtype} tokens beside {self.dtype}")
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    def read(self, indices, vocab_size):
+        """Windows -> (len(indices), seq_len) int64."""
+        rows = []
+        for index in indices:
+            shard = int(np.searchsorted(self.starts, index, "right")) - 1
+            rows.append(self.shards[shard][index - self.starts[shard]].astype(np.int64))
+            if rows[-1].max() >= vocab_size:
+                fail(f"{self.paths[shard]}: token {rows[-1].max()} of a vocabulary of {vocab_size}")
+        return torch.from_numpy(np.stack(rows))
+
+
+def load_tokenizer(folder, dtype):
+    """What turns ids into text, from meta.json; without it uint16 is GPT-2's and uint8 is bytes.
+
+    -> {name, vocab_size, bos_id, pattern, token_bytes: uint8 (all bytes, id after id),
+    token_length: int64 (V,), bytes of every id}. BOS stands for no text, so its length is 0."""
+    path = os.path.join(folder, "meta.json")
+    meta = dict(tokenizer="byte", vocab_size=256, bos_id=0, pattern=None, token_bytes=None)
+    try:
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as f:
+                meta = json.load(f)
+        elif dtype != np.uint8:
+            meta = gpt2_meta()
+        table = [text.encode("latin-1") for text in meta["token_bytes"] or map(chr, range(256))]
+        table[meta["bos_id"]] = b""
+        if len(table) != meta["vocab_size"]:
+            raise ValueError(f"{len(table)} tokens, vocab_size {meta['vocab_size']}")
+        return dict(name=str(meta["tokenizer"]), vocab_size=len(table), bos_id=int(meta["bos_id"]),
+                    pattern=meta["pattern"], token_length=torch.tensor([len(b) for b in table]),
+                    token_bytes=torch.tensor(list(b"".join(table)), dtype=torch.uint8))
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as e:
+        fail(f"{path}: not a description of this data ({type(e).__name__}: {e}); prepare it again")
+
+
+def gpt2_meta():
+    """GPT-2's entries of meta.json; tokens without bytes where its vocabulary cannot be had."""
+    table, pattern = [""] * GPT2_VOCAB, None
+    try:
+        import tiktoken
+
+        gpt2 = tiktoken.get_encoding("gpt2")
+        table = [gpt2.decode_single_token_bytes(i).decode("latin-1") for i in range(GPT2_VOCAB)]
+        pattern = gpt2._pat_str
+    except Exception as e:  # not installed, no network, a proxy, a full disk
+        print(f"{SCRIPT}.py: no GPT-2 vocabulary ({type(e).__name__}), so no bits per byte: it "
+              "comes over the network, or from the folder in TIKTOKEN_CACHE_DIR", file=sys.stderr)
+    return dict(tokenizer="gpt2", vocab_size=GPT2_VOCAB, bos_id=GPT2_VOCAB - 1, pattern=pattern,
+                token_bytes=table)
+
+
+# ----------------------------------------------------------------------------- layers
+EMBED_STD, TIED_STD = 1.0, 0.02  # h0 is normalised: untied, this only sets the relative step size
+SIGMA_FEATURES = 256
+SIGMA_MIN_FREQ, SIGMA_MAX_FREQ = 1 / 32, 32  # radians per unit of log sigma
+
+
+class Ctx(NamedTuple):
+    """What all layers of one forward pass share."""
+    cos: Tensor  # (S, D/H/2)
+    sin: Tensor  # (S, D/H/2)
+    h0: Tensor  # (B, S, D) embedding, for the skip into every layer
+    cond: Tensor | None = None  # (B, cond_dim)
+    mask: object = None  # what attend makes of it
+    cache: object = None  # keys and values of earlier passes; attend reads and extends it
+
+
+def norm(x, shift=None, scale=None):
+    x = F.rms_norm(x, (x.size(-1),))
+    return x if scale is None else x * (1 + scale) + shift
+
+
+def rotary(x, cos, sin):
+    """Rotate pairs (i, i + d/2) of x (B, H, S, d) by the angles of cos, sin (S, d/2)."""
+    a, b = x.float().chunk(2, -1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1).type_as(x)
+
+
+def rotary_tables(positions, head_dim):
+    """positions (S,) -> cos, sin, each (S, head_dim / 2) float32."""
+    freq = 10_000.0 ** (-torch.arange(0, head_dim, 2, device=positions.device) / head_dim)
+    angle = positions[:, None].float() * freq  # (S, head_dim / 2)
+    return angle.cos(), angle.sin()
+
+
+def matrix(n_in, n_out, zero=False):
+    """A linear map, without bias; zero, or uniform with PyTorch's variance 1 / (3 n_in)."""
+    linear = nn.Linear(n_in, n_out, bias=False)
+    if zero:
+        nn.init.zeros_(linear.weight)
+    return linear
+
+
+class Layer(nn.Module):
+    """Attention and MLP, pre-norm, each added to the residual stream."""
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg, D = cfg, cfg.n_embd
+        kv_dim = D // cfg.n_head * (cfg.n_kv_head or cfg.n_head)
+        hidden = round(cfg.mlp_ratio * D)
+        if cfg.mlp == "swiglu":
+            hidden = math.ceil(hidden * 2 / 3 / 64) * 64
+        # Every layer starts as the identity: by adaLN's zero gates, or else by zero projections.
+        self.mod = matrix(cfg.cond_dim, 6 * D, zero=True) if cfg.cond_dim else None
+        self.q = matrix(D, D)
+        self.k = matrix(D, kv_dim)
+        self.v = matrix(D, kv_dim)
+        self.o = matrix(D, D, zero=self.mod is None)
+        self.gate = matrix(D, hidden) if cfg.mlp == "swiglu" else None
+        self.up = matrix(D, hidden)
+        self.down = matrix(hidden, D, zero=self.mod is None)
+        self.residual = nn.Parameter(torch.tensor([1.0, 0.0]))  # weights of h and of h0
+
+    def forward(self, h, ctx, n_query=None):
+        """h (B, S, D) -> (B, N, D), N = n_query leading positions, or all S."""
+        B, S, D = h.shape
+        N, d = n_query or S, D // self.cfg.n_head
+        h = self.residual[0] * h + self.residual[1] * ctx.h0  # (B, S, D)
+        mods = 6 * [None] if self.mod is None else self.mod(ctx.cond)[:, None].chunk(6, -1)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = mods  # (B, 1, D) each
+
+        x = norm(h, shift_a, scale_a)
+        if N == S:  # three matrices, because Muon orthogonalises each, in one product
+            w = torch.cat((self.q.weight, self.k.weight, self.v.weight))
+            q, k, v = F.linear(x, w).split((D, len(self.k.weight), len(self.v.weight)), -1)
+        else:
+            q, k, v = self.q(x[:, :N]), self.k(x), self.v(x)
+        q = q.view(B, N, -1, d).transpose(1, 2)  # (B, H, N, d)
+        k = k.view(B, S, -1, d).transpose(1, 2)  # (B, Hkv, S, d)
+        v = v.view(B, S, -1, d).transpose(1, 2)
+        q = rotary(norm(q), ctx.cos[:N], ctx.sin[:N])
+        k = rotary(norm(k), ctx.cos, ctx.sin)
+        y = attend(q, k, v, ctx)  # (B, H, N, d)
+        y = self.o(y.transpose(1, 2).reshape(B, N, D))
+        y = F.dropout(y, self.cfg.dropout, self.training)
+        h = h[:, :N] + (y if gate_a is None else gate_a * y)
+
+        x = norm(h, shift_m, scale_m)
+        if self.gate is None:
+            x = F.relu(self.up(x)).square()  # (B, N, hidden)
+        else:
+            x = F.silu(self.gate(x)) * self.up(x)
+        y = F.dropout(self.down(x), self.cfg.dropout, self.training)
+        return h + (y if gate_m is None else gate_m * y)
+
+
+class Trunk(nn.Module):
+    """Embedding, layers and head; Model below says what goes in and what comes out."""
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        C, D, V = cfg.cond_dim, cfg.n_embd, cfg.vocab_size
+        self.embed = nn.Embedding(V + 1, D)  # the last row: the mask, or the start
+        nn.init.normal_(self.embed.weight, std=TIED_STD if cfg.tied else EMBED_STD)
+        self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.n_layer))
+        self.head = None if cfg.tied else matrix(D, V, zero=True)
+        self.skip = nn.Parameter(torch.ones(cfg.n_layer // 2)) if cfg.unet else None
+        self.sigma_mlp = self.final_mod = None
+        if C:
+            self.sigma_mlp = nn.Sequential(
+                matrix(SIGMA_FEATURES, C), nn.SiLU(), matrix(C, C), nn.SiLU())
+            self.final_mod = matrix(C, 2 * D, zero=True)
+
+    def embed_tokens(self, tokens):
+        """(B, S) int64 -> (B, S, D), in the dtype of the matrix products."""
+        h0 = norm(self.embed(tokens))
+        if torch.is_autocast_enabled(h0.device.type):
+            h0 = h0.to(torch.get_autocast_dtype(h0.device.type))
+        return h0
+
+    def embed_sigma(self, sigma):
+        """Noise level (B,) -> (B, cond_dim), by sines of its logarithm; None without adaLN."""
+        if self.sigma_mlp is None:
+            return None
+        step = torch.arange(SIGMA_FEATURES // 2, device=sigma.device) / (SIGMA_FEATURES // 2 - 1)
+        freq = SIGMA_MIN_FREQ * (SIGMA_MAX_FREQ / SIGMA_MIN_FREQ) ** step
+        angle = sigma.log()[:, None] * freq  # (B, SIGMA_FEATURES / 2)
+        return self.sigma_mlp(torch.cat((angle.cos(), angle.sin()), -1))
+
+    def run_layers(self, ctx, n_query=None):
+        """h0 (B, S, D) -> (B, N, D); only the last layer leaves out queries (n_query)."""
+        h, skips, n = ctx.h0, [], len(self.layers)
+        for i, layer in enumerate(self.layers):
+            if self.skip is not None and i >= n - n // 2:
+                h = h + self.skip[i - (n - n // 2)] * skips.pop()
+            last = n_query if i == n - 1 else None
+            if self.cfg.checkpoint_layers and self.training:
+                h = checkpoint(layer, h, ctx, last, use_reentrant=False)
+            else:
+                h = layer(h, ctx, last)
+            if self.skip is not None and i < n // 2:
+                skips.append(h)
+        return h
+
+    def logits(self, h, cond=None, rows=None):
+        """(B, N, D) -> (B, N, V) float32, or (R, V) at the flat positions rows (R,)."""
+        mods = (None, None) if cond is None else self.final_mod(cond)[:, None].chunk(2, -1)
+        h = norm(h, *mods)
+        if rows is not None:
+            h = h.flatten(0, 1).index_select(0, rows)  # (R, D)
+        # Only real tokens: what stands for a hidden one is never predicted.
+        weight = self.embed.weight[:-1] if self.head is None else self.head.weight
+        logits = F.linear(h, weight).float()
+        if self.cfg.softcap:
+            logits = self.cfg.softcap * torch.tanh(logits / self.cfg.softcap)
+        return logits
+
+
+# ----------------------------------------------------------------------------- sampling
+class Sample(NamedTuple):
+    tokens: Tensor  # (B, T) int64
+    length: Tensor  # (B,) int64, tokens of each row
+    nfe: int  # forward passes
+    order: Tensor  # (B, T) int64, the pass that fixed a token; 0: it was known
+
+
+def draw_tokens(log_probs, u):
+    """Inverse CDF in float64: log_probs (R, V), u (R,) uniform -> tokens (R,). Gumbel noise in fp32
+    draws rare tokens too seldom (arXiv 2409.02908, section 4)."""
+    cdf = log_probs.double().softmax(-1).cumsum(-1)
+    total = cdf[:, -1:]
+    token = torch.searchsorted(cdf, u[:, None] * total, right=True)[:, 0]
+    # u < 1 may still round up to the total: the last token that has any probability.
+    last = (cdf < total).sum(-1)
+    return torch.minimum(token, last)
+
+
+# ----------------------------------------------------------------------------- objective
+# >>> objective
+METRIC = "val_nelbo"  # nats per token: an upper bound on the negative log-likelihood
+INIT_FROM = ("train_sedd",)  # scripts whose checkpoints fit --init_from
+
+PRESETS = {
+    "tiny": dict(
+        data="stdlib", seq_len=256, n_layer=6, n_head=4, n_embd=208, steps=300, batch_tokens=4096,
+        micro_batch=16, lr=0.03, eval_every=75, val_tokens=65_536, ckpt_every=150),
+    "pg19_355m": dict(
+        data="pg19", seq_len=8192, n_layer=25, n_head=16, n_embd=1024, mlp="swiglu", cond_dim=256,
+        dropout=0.1, steps=50_000, batch_tokens=262_144, micro_batch=8, lr=0.029, weight_decay=0.1,
+        embed_lr=7e-5, head_lr=7e-5, scalar_lr=7e-5, cond_lr=7e-5, adam_beta1=0.9, adam_beta2=0.98,
+        adam_weight_decay=0.01, warmup=11_000, lr_schedule="cosine", lr_end=0.1, grad_clip=1.0,
+        ema=0.999, eval_every=1000, graph="uniform", noise="geometric"),
+}
+LOGLINEAR_END = 1e-3  # P(still clean) at t = 1
+CPU_SHORT = 512  # positions
+ROW_SIZES = 16  # a variable number of masked rows is padded up to a multiple of B T / 16
+
+
+def check_objective(cfg, n_rows, micro_rows):
+    """Refuse combinations that this objective does not have."""
+    if cfg.graph == "uniform":
+        require(cfg.cond_dim > 0, "--graph=uniform: which tokens are noise depends on the noise "
+                "level, so the network has to be told: --cond_dim=32 or more")
+    elif cfg.noise == "loglinear":
+        for name, n in ("batch_tokens", n_rows), ("micro_batch", micro_rows):
+            require(n % 2 == 0, f"--{name}={getattr(cfg, name)}: {n} rows, --graph=absorb with "
+                    "--noise=loglinear needs pairs")
+    rises = 0 < cfg.sigma_min < cfg.sigma_max
+    require(rises, f"--sigma_min={cfg.sigma_min}: must be above 0 and below --sigma_max")
+
+
+def total_noise(t, cfg):
+    """t (R,) in (0, 1] -> sigma and its derivative dsigma/dt, (R,) each."""
+    if cfg.noise == "loglinear":
+        alpha = 1 - (1 - LOGLINEAR_END) * t
+        return -alpha.log(), (1 - LOGLINEAR_END) / alpha
+    growth = math.log(cfg.sigma_max / cfg.sigma_min)
+    sigma = cfg.sigma_min * torch.exp(growth * t)
+    return sigma, growth * sigma
+
+
+def last_sigma(cfg):
+    """Total noise at t = 1, where sampling starts."""
+    return cfg.sigma_max if cfg.noise == "geometric" else -math.log(LOGLINEAR_END)
+
+
+def flops_per_token(cfg, model):
+    """Training FLOPs per token of x0: 6 per weight used, the head on masked positions alone, plus
+    12 n_layer D T for attention over all pairs of positions."""
+    hidden = sum(p.numel() for n, p in model.named_parameters() if is_hidden(n))
+    scored = 1.0
+    if cfg.graph == "absorb":
+        sigma, _ = total_noise((torch.arange(1000) + 0.5) / 1000, cfg)
+        scored = -float(torch.expm1(-sigma).mean())
+    head = cfg.n_embd * cfg.vocab_size * scored
+    return 6 * (hidden + head) + 12 * cfg.n_layer * cfg.n_embd * cfg.seq_len
+
+
+def attend(q, k, v, ctx):
+    """Every position sees every position. q (B, H, T, d), k and v (B, Hkv, T, d) -> (B, H, T, d)"""
+    if q.device.type == "cpu" and q.size(2) <= CPU_SHORT:
+        # Plain products: at this length twice as fast as the CPU kernel behind the call below.
+        k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))
+        scores = (q * q.size(-1) ** -0.5) @ k.transpose(-1, -2)  # (B, H, T, T)
+        return scores.float().softmax(-1).type_as(v) @ v
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.size(1) != k.size(1))
+
+
+class Model(Trunk):
+    """Log score: log p_t(xt with y at i) - log p_t(xt) for every i and y at once."""
+    def forward(self, xt, sigma, rows=None):
+        """xt (B, T) int64, under absorb with mask_id = vocab_size; sigma (B,) -> log score
+        (B, T, V) or (R, V), of masked positions (absorb), or 0 at the current token (uniform)."""
+        B, T = xt.shape
+        positions = torch.arange(T, device=xt.device)
+        cos, sin = rotary_tables(positions, self.cfg.n_embd // self.cfg.n_head)
+        cond = self.embed_sigma(sigma)
+        h = self.run_layers(Ctx(cos, sin, self.embed_tokens(xt), cond))
+        u = self.logits(h, cond, rows)  # (B, T, V) or (R, V); all 0 is the uniform distribution
+        sigma = sigma[:, None] if rows is None else sigma[rows // T]
+        xt = xt if rows is None else xt.flatten()[rows]
+        if self.cfg.graph == "absorb":
+            return u - (math.log(u.size(-1)) + torch.expm1(sigma).log())[..., None]
+        # p_t is the law of a clean token given the others, V alpha exp(u) of it, and of noise: what
+        # a score can be at that sigma, near 0 and near infinity in fp32, too.
+        log_p = torch.logaddexp(u - sigma[..., None], (-torch.expm1(-sigma)).log()[..., None])
+        return log_p - log_p.gather(-1, xt[..., None])
+
+
+class Noise(NamedTuple):
+    """Randomness of a batch. Position i of a row is replaced by token_i where score_i < level."""
+    level: Tensor  # (R,) float32: k, or the probability 1 - exp(-sigma)
+    sigma: Tensor  # (R,) float32: total noise
+    weight: Tensor  # (R,) float32: of each token's score entropy in the sum
+    score: Tensor  # (R, T) float32: a random rank 0..T-1, or uniform in [0,1)
+    token: Tensor  # (R, T) int64: the mask, or uniform tokens
+
+
+def draw_noise(cfg, n_rows, gen, bound=False):
+    """All the randomness of a global batch of n_rows windows -> Noise, on the CPU.
+
+    Pair j of P takes u in stratum j of (0, 1/2), one row has t = u and the other t = 1 - u. Strata
+    are dealt at random and a coin orders the pair, so each row alone has t ~ U(0, 1). absorb with
+    loglinear noise, and its bound whatever training uses: exactly k = 1 + floor(tT) masks (arXiv
+    2110.02037, eq. 8). The bound of uniform: from no noise at all, which leaves no term for the
+    last step of sampling, to sigma(1), with 1 - alpha = t^2, near to where the entropy lies."""
+    T, V = cfg.seq_len, cfg.vocab_size
+    n_pairs = (n_rows + 1) // 2
+    u = 1 - torch.rand(n_pairs, generator=gen, dtype=torch.float64)  # above 0
+    u = (torch.randperm(n_pairs, generator=gen) + u) / (2 * n_pairs)
+    coin = torch.rand(n_pairs, generator=gen) < 0.5
+    if cfg.graph == "absorb" and (bound or cfg.noise == "loglinear"):
+        k = 1 + (u * T).long()
+        k = torch.where(coin, k, T + 1 - k)
+        k = torch.stack((k, T + 1 - k), 1).flatten()[:n_rows]  # (R,)
+        order = torch.rand(n_rows, T, generator=gen).argsort(1)
+        score = torch.empty(n_rows, T)
+        score.scatter_(1, order, torch.arange(T, dtype=torch.float32).expand(n_rows, T))
+        token = torch.full((), V).expand(n_rows, T)
+        return Noise(k.float(), -torch.log1p(-k / (T + 1)), (T / k).float(), score, token)
+    t = torch.where(coin, u, 1 - u)
+    t = torch.stack((t, 1 - t), 1).flatten()[:n_rows]  # (R,), in (0, 1)
+    sigma, weight = total_noise(t, cfg)  # weight: dsigma/dt
+    if bound:
+        end = -math.expm1(-last_sigma(cfg))
+        alpha = 1 - end * t**2
+        sigma, weight = -torch.log1p(-end * t**2), 2 * end * t / alpha
+    score = torch.rand(n_rows, T, generator=gen)
+    if cfg.graph == "uniform":
+        token = torch.randint(V, (n_rows, T), generator=gen)
+    else:
+        token = torch.full((), V).expand(n_rows, T)
+        weight = weight / torch.expm1(sigma)
+    level = -torch.expm1(-sigma)
+    return Noise(level.float(), sigma.float(), weight.float(), score, token)
+
+
+def corrupt(x0, noise, cfg):
+    """x0 (B, T) -> xt (B, T): the mask (id vocab_size) or a random token where the noise says."""
+    return torch.where(noise.score < noise.level[:, None], noise.token, x0)
+
+
+@torch.compiler.disable
+def padded_count(is_mask):
+    """Number of masked tokens, rounded up to one of ROW_SIZES, so that shapes rarely change."""
+    size = math.ceil(is_mask.numel() / ROW_SIZES)
+    return min(-(-int(is_mask.sum()) // size) * size, is_mask.numel())
+
+
+def absorb_losses(model, x0, xt, noise, n_masked):
+    """Flat positions of the masked tokens, (n_masked,), with unmasked ones at the end as padding,
+    and the weighted score entropy there, 0 at padding.
+
+    Of a masked token, with r = 1 / expm1(sigma), it is sum_y e^s_y - r s_x0 + r (log r - 1), and
+    s = u + log r: r (sum_y e^u_y - 1 - u_x0). r is in the weight."""
+    T, is_mask = x0.size(1), (xt != x0).flatten()
+    rows = is_mask.to(torch.uint8).argsort(descending=True, stable=True)[:n_masked]
+    u = model(xt, noise.sigma, rows)  # (R, V) log score
+    u = u + torch.expm1(noise.sigma.to(u.dtype)).log()[rows // T, None]
+    entropy = u.exp().sum(-1) - 1 - u.gather(-1, x0.flatten()[rows, None])[:, 0]
+    weight = noise.weight.repeat_interleave(T) * is_mask  # (B T,)
+    return rows, entropy * weight[rows]
+
+
+def uniform_losses(model, x0, xt, noise):
+    """Weighted score entropy of every token, (B, T).
+
+    sum_{y != xt_i} (s_y - r_y log s_y + K(r_y)) / N as a sum of r_y (e^d - 1 - d), d = log s_y -
+    log r_y, no term of which is negative: large terms that cancel would cost fp32 its digits."""
+    log_score = model(xt, noise.sigma)  # (B, T, N)
+    N, sigma = log_score.size(-1), noise.sigma.to(log_score.dtype)[:, None]
+    # p_t(y | x0) is alpha + (1 - alpha) / N at x0 and (1 - alpha) / N elsewhere.
+    peak = torch.log1p(N / torch.expm1(sigma))[..., None]  # (B, 1, 1) log of the ratio of the two
+    is_x0 = torch.arange(N, device=x0.device) == x0[..., None]  # (B, T, N)
+    log_r = torch.where(is_x0, peak, 0.0) - torch.where((xt == x0)[..., None], peak, 0.0)
+    d = log_score - log_r  # 0 at y = xt_i
+    return (log_r.exp() * (torch.expm1(d) - d)).mean(-1) * noise.weight[:, None]
+
+
+def loss_fn(model, x0, noise, cfg):
+    """Training loss, nats per token: weighted sum over tokens / (B T)."""
+    B, T = x0.shape
+    xt = corrupt(x0, noise, cfg)
+    if cfg.graph == "uniform":
+        return uniform_losses(model, x0, xt, noise).sum() / (B * T)
+    paired = cfg.noise == "loglinear" and B % 2 == 0
+    n_masked = B // 2 * (T + 1) if paired else padded_count(xt != x0)
+    _, losses = absorb_losses(model, x0, xt, noise, n_masked)
+    loss = losses.sum() / (B * T)
+    # Rows that are no antithetic pairs would lose tokens here; better no number than that.
+    return torch.where((xt != x0).sum() == n_masked, loss, torch.nan) if paired else loss
+
+
+def prior_nats(cfg):
+    """KL(p_1(. | x0) || uniform) of a token; under absorb k = T is in the integral: no rest."""
+    alpha, N = math.exp(-last_sigma(cfg)), cfg.vocab_size
+    clean, other = alpha + (1 - alpha) / N, (1 - alpha) / N
+    return clean * math.log1p((N - 1) * alpha) + (N - 1) * other * math.log1p(-alpha)
+
+
+def nelbo_fn(model, x0, noise, cfg):
+    """Bound on -log p(x0) in nats per sequence, (B,); noise by draw_noise(bound=True)."""
+    B, T = x0.shape
+    xt = corrupt(x0, noise, cfg)
+    if cfg.graph == "uniform":
+        return uniform_losses(model, x0, xt, noise).sum(1) + T * prior_nats(cfg)
+    rows, losses = absorb_losses(model, x0, xt, noise, padded_count(xt != x0))
+    return losses.new_zeros(B).index_add(0, rows // T, losses)
+
+
+def other_figures(nats, noise):
+    """Beside the bound there are none."""
+    return {}
+
+
+def uniform_law(log_score, current, sigma, sigma_next, rate, warp):
+    """log_score (R, N) at tokens current (R,) and noise sigma -> log of what a pass draws from,
+    (R, N) float64, up to a constant: Tweedie's step to sigma_next, or Euler's of the given rate."""
+    score = log_score.double().exp()
+    N, growth = score.size(-1), math.expm1(sigma)
+    if warp is not None:  # exp(-sigma Q) s, a clean token's law given the other positions
+        clean = (1 + growth) * score - growth * score.mean(-1, keepdim=True)
+        clean = warp(clean.clamp(min=0).log().log_softmax(-1)).exp()
+        score = N * clean + growth  # and the noise on it again
+        score = score / score.gather(-1, current[:, None])
+    if rate is not None:
+        law = rate / N * score
+        stay = 1 + law.gather(-1, current[:, None]) - law.sum(-1, keepdim=True)
+        law = law.scatter(-1, current[:, None], stay)
+    else:  # exp(-delta Q) s, times exp(delta Q) from y to the current token
+        delta = sigma - sigma_next
+        before = math.exp(delta) * score - math.expm1(delta) * score.mean(-1, keepdim=True)
+        law = before * (F.one_hot(current, N) * math.exp(-delta) - math.expm1(-delta) / N)
+    return law.clamp(min=0).log()  # an inexact score, or too long a step, may go below 0
+
+
+@torch.no_grad()
+def generate(model, cfg, known, is_known, *, steps, gen, euler=False, warp=None, watch=None):
+    """Fill in the unknown positions. known (B, T) int64, is_known (B, T) bool -> Sample.
+
+    steps=N passes (None: T), on N equal steps of t. Each draws every position anew by Tweedie's
+    law, the exact one of a position if it moved alone (arXiv 2310.16834, theorem 4.2); euler=True:
+    by the rates at the step's start. The last pass denoises: all of the noise that is left goes in
+    one step of Tweedie's. Under absorb a pass without a change needs no new forward pass.
+    warp changes the log-probabilities (R, V) of tokens: under absorb of what a mask becomes, not
+    when; under uniform of the clean token that the score implies, before the noise of that time.
+    watch(tokens, nfe) looks on. order: the pass that gave a token its value.
+    gen (CPU) seeds a generator for every row: a row does not depend on its batch."""
+    (B, T), V, device = known.shape, cfg.vocab_size, known.device
+    where = "cpu" if device.type == "mps" else device  # MPS has no float64
+    seeds = [int(torch.randint(2**62, (), generator=gen)) for _ in range(B)]
+    gens = [torch.Generator().manual_seed(s) for s in seeds]
+    passes, absorb = T if steps is None else steps, cfg.graph == "absorb"
+    sigmas, slopes = total_noise(torch.arange(passes, 0, -1, dtype=torch.float64) / passes, cfg)
+    sigmas = [*sigmas.tolist(), 0.0]
+    start = torch.stack([torch.rand(T, generator=g, dtype=torch.float64) for g in gens])
+    start = V if absorb else (start * V).long().to(device)
+    tokens = torch.where(is_known, known, start)
+    order = torch.zeros_like(known)
+    nfe, changed = 0, True
+    for i in range(passes):
+        sigma, last = sigmas[i], i == passes - 1
+        rate = slopes[i].item() / passes if euler and not last else None
+        u = [torch.rand(2, T, generator=g, dtype=torch.float64) for g in gens]
+        pick, u = torch.stack(u).unbind(1)  # (B, T) each, CPU float64
+        free = tokens == V if absorb else ~is_known
+        rows = free.flatten().nonzero()[:, 0]
+        if not len(rows):
+            break
+        if absorb:
+            if changed:
+                at = -torch.log1p(-free.sum(1).clamp(min=1) / (T + 1))  # sigma of that many masks
+                log_clean = model(tokens, at, rows)  # (R, V)
+                log_clean = log_clean + torch.expm1(at).log()[rows // T, None]
+                nfe += 1
+            # Tweedie: expm1(sigma - sigma_next) s_y is the probability of token y.
+            share = math.expm1(sigma - sigmas[i + 1]) if rate is None else rate
+            leave = log_clean.logsumexp(-1).cpu().double().exp() * share / math.expm1(sigma)
+            leave = (pick.flatten()[rows.cpu()] < leave) | last
+            leave = leave.to(device)
+            rows, log_law = rows[leave], log_clean[leave].log_softmax(-1)
+            log_law = (log_law if warp is None else warp(log_law)).to(where)
+        else:
+            log_score = model(tokens, torch.full((B,), sigma, device=device), rows).to(where)
+            nfe += 1
+            current = tokens.flatten()[rows].to(where)
+            log_law = uniform_law(log_score, current, sigma, sigmas[i + 1], rate, warp)
+        drawn = draw_tokens(log_law, u.flatten()[rows.cpu()].to(where)).to(device)
+        new = tokens.flatten().index_put((rows,), drawn).view(B, T)
+        moved = (new != tokens) | (order == 0) & free & (not absorb)
+        tokens, changed = new, bool(moved.any())
+        order = torch.where(moved, nfe, order)
+        if watch is not None:
+            watch(tokens, nfe)
+    return Sample(tokens, torch.full((B,), T, device=device), nfe, order)
+# <<< objective
+
+
+# ----------------------------------------------------------------------------- optimizer
+MOMENTUM_START, EMA_WARMUP = 0.85, 10
+ALIGN = 64  # elements, so that the gradient of every parameter starts on a cache line
+
+
+def is_hidden(name):
+    """Does Muon take this parameter? The matrices of the layers, conditioning apart."""
+    return re.match(r"layers\.\d+\.(q|k|v|o|gate|up|down)\.", name) is not None
+
+
+def make_optimizers(model, cfg):
+    """[hidden matrices by Muon or AdamW, everything else by AdamW]."""
+    rates = dict(hidden=cfg.lr, embed=cfg.embed_lr, head=cfg.head_lr, scalar=cfg.scalar_lr,
+                 cond=cfg.cond_lr)
+    groups = {kind: dict(params=[], lr=lr, peak_lr=lr, weight_decay=cfg.adam_weight_decay)
+              for kind, lr in rates.items()}
+    groups["hidden"]["weight_decay"] = cfg.weight_decay
+    for name, p in model.named_parameters():
+        part = "hidden" if is_hidden(name) else name.split(".")[0]
+        kind = part if part in groups else "scalar" if p.ndim < 2 else "cond"
+        groups[kind]["params"].append(p)
+    optimizers = []
+    if cfg.optimizer == "muon":
+        optimizers.append(Muon([groups.pop("hidden")], momentum=cfg.momentum,
+                               cautious=cfg.cautious, beta2=cfg.muon_beta2 or None))
+    optimizers.append(torch.optim.AdamW(
+        [g for g in groups.values() if g["params"]], betas=(cfg.adam_beta1, cfg.adam_beta2),
+        eps=1e-10, fused=model.embed.weight.device.type in ("cpu", "cuda")))
+    owned = [p for o in optimizers for g in o.param_groups for p in g["params"]]
+    assert len(set(owned)) == len(owned) == len(list(model.parameters()))
+    return optimizers
+
+
+def set_rates(optimizers, step, cfg):
+    """Learning rate of every group and Muon's momentum, as they are at a 0-based step."""
+    if cfg.lr_schedule == "cosine":
+        x = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
+        x = 0.5 * (1 + math.cos(math.pi * x))
+    else:
+        x = min(1.0, (cfg.steps - step) / max(1.0, cfg.cooldown * cfg.steps))
+    factor = cfg.lr_end + (1 - cfg.lr_end) * x
+    if step < cfg.warmup:
+        factor = (step + 1) / cfg.warmup
+    cold = max(0.0, 1 - step / cfg.momentum_warmup) if cfg.momentum_warmup else 0.0
+    for group in (g for o in optimizers for g in o.param_groups):
+        group["lr"] = group["peak_lr"] * factor
+        if "momentum" in group:
+            group["momentum"] = cfg.momentum - cold * max(0.0, cfg.momentum - MOMENTUM_START)
+
+
+def swap(params, shadow):
+    """Exchange the parameters with their average, if there is one; a second time undoes it."""
+    for p, average in zip(params, shadow, strict=bool(shadow)):
+        p.data, average.data = average.data, p.data
+
+
+# ----------------------------------------------------------------------------- evaluation
+EVAL_SEED = 20240520  # of the noise, the same for every run, so that runs compare in pairs
+
+
+def derive_seed(*path):
+    """A seed for one purpose out of numbers that name it."""
+    return int(np.random.SeedSequence(path).generate_state(1, np.uint64)[0] >> 1)
+
+
+def take_rows(noise, rows, device):
+    return type(noise)(*(x[rows].to(device, non_blocking=True) for x in noise))
+
+
+@torch.no_grad()
+def evaluate(nelbo, cfg, windows, tokenizer, device, rank, world):
+    """nelbo(x0, noise) -> (B,) nats, over the first val_tokens of a split.
+
+    The same digits on any number of ranks: the noise of all windows is one draw, batches of them
+    are dealt to the ranks in turn, sums are in float64. -> ({METRIC: nats per token, se: standard
+    error over pairs of neighbouring windows, whose noise is paired, bpb, ppl, ..}, what they are
+    of {tokens, bytes, draws, seed}, nats (N,))."""
+    n = min(len(windows), max(2, cfg.val_tokens // cfg.seq_len)) // 2 * 2
+    size = cfg.micro_batch + cfg.micro_batch % 2
+    nats, others = torch.zeros(n, dtype=torch.float64), {}
+    for draw in range(cfg.val_draws):
+        gen = torch.Generator().manual_seed(derive_seed(EVAL_SEED, draw))
+        noise = draw_noise(cfg, n, gen, bound=True)
+        sums = torch.zeros(n, 2, dtype=torch.float64)  # nats and bytes of every window
+        for first in range(rank * size, n, world * size):
+            rows = slice(first, min(first + size, n))
+            x0 = windows.read(range(rows.start, rows.stop), cfg.vocab_size)
+            sums[rows, 0] = nelbo(x0.to(device), take_rows(noise, rows, device)).cpu().double()
+            sums[rows, 1] = tokenizer["token_length"][x0].sum(1).double()
+        if world > 1:
+            sums = sums.to(device)
+            dist.all_reduce(sums)
+            sums = sums.cpu()
+        nats += sums[:, 0] / cfg.val_draws
+        for name, value in other_figures(sums[:, 0], noise).items():
+            others[name] = others.get(name, 0.0) + value / cfg.val_draws
+    n_bytes, mean = int(sums[:, 1].sum()), float(nats.mean()) / cfg.seq_len
+    pairs = nats.view(-1, 2).mean(1) / cfg.seq_len
+    return {METRIC: mean, "se": float(pairs.std() / len(pairs) ** 0.5) if n > 2 else None,
+            "bpb": float(nats.sum()) / math.log(2) / n_bytes if n_bytes else None,
+            "ppl": math.exp(min(mean, 700.0)), **others}, dict(
+                tokens=n * cfg.seq_len, bytes=n_bytes, draws=cfg.val_draws, seed=EVAL_SEED), nats
+
+
+# ----------------------------------------------------------------------------- checkpoints
+CKPT_FORMAT = 1
+CKPT_TYPES = {"format": int, "script": str, "config": dict, "model": dict, "optimizers": list,
+              "tokenizer": dict, "step": int, "tokens_seen": int, "progress": dict}
+
+
+def save_checkpoint(path, state):
+    """Write beside, then swap in, keeping the one before: some checkpoint always loads.
+    -> what went wrong, or ''."""
+    partial, copy = f"{path}.partial", f"{path}.copy.partial"
+    try:
+        with open(partial, "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        if os.path.exists(path):
+            shutil.copyfile(path, copy)  # path itself stays until it is replaced
+            os.replace(copy, path.removesuffix(".pt") + "_prev.pt")
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as e:  # torch.save wraps what the disk says
+        for name in filter(os.path.exists, (partial, copy)):
+            os.remove(name)
+        return str(e.__context__ or e).splitlines()[0]
+    return ""
+
+
+def load_checkpoint(path):
+    """Read and check a checkpoint; tensors and plain values only, never code."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # torch's, about files of others
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        fail(f"{path}: no such checkpoint")
+    except Exception as e:  # the unpickler meets arbitrary bytes
+        code = "weights_only" in str(e) or "Unsupported" in str(e)
+        what = "holds more than tensors and plain values" if code else "cut short or damaged"
+        fail(f"{path}: no checkpoint of ours: {what} ({type(e).__name__})")
+    ours = isinstance(state, dict) and all(
+        isinstance(state.get(k), kind) for k, kind in CKPT_TYPES.items())
+    require(ours, f"{path}: no checkpoint of ours: entries are missing or of other types")
+    require(state["format"] == CKPT_FORMAT, f"{path}: format {state['format']} is not known here")
+    return state
+
+
+def load_weights(model, weights, path):
+    """Copy a checkpoint's weights, all of them and in their shapes, or refuse."""
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as e:
+        what = str(e).splitlines()[-1].strip()
+        fail(f"{path}: {what} Another shape: give the flags it was trained with")
+
+
+def build_model(ckpt, weights="ema", device="cpu", path="checkpoint"):
+    """A checkpoint (load_checkpoint) -> (model in eval mode, its Config); weights: ema or raw."""
+    unknown = ckpt["config"].keys() - {f.name for f in dataclasses.fields(Config)}
+    require(not unknown, f"{path}: its settings {unknown or ''} are not this script's")
+    cfg = Config(**ckpt["config"])
+    validate(cfg, 1)
+    model = Model(cfg)
+    load_weights(model, (weights == "ema" and ckpt.get("ema")) or ckpt["model"], path)
+    return model.to(device).eval(), cfg
+
+
+# ----------------------------------------------------------------------------- runtime
+# Dense bf16 peak by part of the device's name, FLOP/s, from the vendors' data sheets.
+PEAK_FLOPS = {
+    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
+    "L40S": 362e12, "L4": 121e12, "RTX 5090": 209e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+RECOMPILE_LIMIT = 32  # shapes: training, evaluation, and batches whose size varies
+COLLECTIVE_TIMEOUT = 100  # seconds after which a rank that waits for a lost one gives up
+
+
+def pick_device(cfg, local_rank):
+    here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    name = next(n for n in here if here[n]) if cfg.device == "auto" else cfg.device
+    require(here.get(name), f"--device={name}: there is none here; --device=auto takes what is")
+    if name != "cuda":
+        return torch.device(name)
+    n_gpus = torch.cuda.device_count()
+    require(local_rank < n_gpus, f"--nproc_per_node: at most {n_gpus}, the GPUs of this machine")
+    torch.cuda.set_device(local_rank)
+    return torch.device(name, local_rank)
+
+
+def pick_dtype(cfg, device):
+    """(dtype of the matrix products, notice): bf16 only where the hardware multiplies it."""
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
+    if device.type == "cpu":
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        fast = any(getattr(torch.cpu, probe, bool)() for probe in probes)
+    if cfg.dtype == "bf16" and not fast and device.type != "cpu":
+        return torch.float32, f"--dtype=bf16: not in the hardware of this {device.type}, using fp32"
+    bf16 = cfg.dtype == "bf16" or (cfg.dtype == "auto" and fast)
+    return torch.bfloat16 if bf16 else torch.float32, ""
+
+
+def open_logs(cfg, machine, step):
+    """[log.txt, log.jsonl], begun with all that running it again takes, or cut back to a step."""
+    logs = []
+    os.makedirs(cfg.out, exist_ok=True)
+    for name, pattern in (("log.txt", r"step:(\d+)"), ("log.jsonl", r'\{"step": (\d+)')):
+        path, lines = os.path.join(cfg.out, name), []
+        if cfg.resume and os.path.exists(path):
+            with open(path, encoding="utf-8") as f:
+                lines = [x for x in f if int((re.match(pattern, x) or [0, 0])[1]) <= step]
+        elif name == "log.txt":
+            for source in (__file__, inspect.getfile(Muon)):
+                with open(source, encoding="utf-8") as f:
+                    lines += [*f, "=" * 100 + "\n"]
+            lines += [machine + "\n", json.dumps(dataclasses.asdict(cfg)) + "\n"]
+        with open(f"{path}.partial", "w", encoding="utf-8") as f:
+            f.writelines(lines)
+        os.replace(f"{path}.partial", path)
+        logs.append(open(path, "a", encoding="utf-8", buffering=1))  # line by line
+    return logs
+
+
+def main(argv):
+    cfg = parse_args(argv)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    validate(cfg, world)
+    folder = cfg.data if os.path.isdir(cfg.data) else os.path.join("data", cfg.data)
+    require(os.path.isdir(folder), f"--data={cfg.data}: no such folder, nor {folder}; "
+            "prepare_data.py makes it, its --help lists what there is")
+    val = Windows(folder, cfg.split, cfg.seq_len)
+    train = val if cfg.eval_only else Windows(folder, "train", cfg.seq_len)
+    dtypes = f"{train.dtype} in train, {val.dtype} in {cfg.split} shards"
+    require(train.dtype == val.dtype, f"{folder}: {dtypes}; prepare it again")
+    tokenizer = load_tokenizer(folder, val.dtype)
+    n_ids, n_rows, n = tokenizer["vocab_size"], cfg.batch_tokens // cfg.seq_len, len(train)
+    cfg = dataclasses.replace(cfg, vocab_size=cfg.vocab_size or n_ids)
+    require(cfg.vocab_size >= n_ids, f"--vocab_size={cfg.vocab_size}: {folder} has {n_ids}")
+    require(len(val) > 1, f"--data={cfg.data}: less than two windows of --seq_len in {cfg.split}")
+    require(cfg.eval_only or n >= n_rows, f"--data={cfg.data}: {n} windows of --seq_len, fewer "
+            f"than the {n_rows} of a batch; lower --batch_tokens")
+    # Better a bad token here than at the first evaluation.
+    val.read(range(min(len(val), cfg.val_tokens // cfg.seq_len)), cfg.vocab_size)
+    path = os.path.join(cfg.out, "ckpt.pt")
+    free = cfg.resume or cfg.eval_only or not os.path.exists(path)
+    require(free, f"--out={cfg.out} holds a run: --resume=1 continues it, or give another --out")
+    device = pick_device(cfg, int(os.environ.get("LOCAL_RANK", 0)))
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    dtype, notice = pick_dtype(cfg, device)
+    amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+    torch.manual_seed(derive_seed(cfg.seed))
+    model = Model(cfg)
+    source = path if cfg.resume else cfg.init_from
+    if source:
+        ckpt = load_checkpoint(source)
+        fits = ckpt["script"] in ((SCRIPT,) if cfg.resume else INIT_FROM)
+        require(fits, f"{source}: a checkpoint of {ckpt['script']}.py")
+        n_saved = ckpt["tokenizer"].get("vocab_size")
+        require(n_saved == n_ids, f"{source}: of {n_saved} tokens; {folder} has {n_ids}")
+        weights = (not cfg.resume and ckpt.get("ema")) or ckpt["model"]
+        load_weights(model, weights, source)
+    model.to(device)
+    params = list(model.parameters())
+    if world > 1:
+        auto = "nccl" if device.type == "cuda" else "gloo"
+        backend = auto if cfg.backend == "auto" else cfg.backend
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=COLLECTIVE_TIMEOUT))
+
+    # What else a resumed run needs; its place in the data is step * n_rows.
+    at = SimpleNamespace(step=0, seconds=0.0, bad=0, skipped=0, evaluated=True, ema_updates=0,
+                         recent=[])  # loss and seconds of the steps since the last line
+    if cfg.resume:
+        vars(at).update(ckpt["progress"])
+    logs, shadow = [], []  # shadow: the averaged weights
+    if rank == 0 and not cfg.eval_only:
+        try:
+            versions = f"python {sys.version.split()[0]} torch {torch.__version__} "
+            versions += f"numpy {np.__version__} {machine} ranks {world}"
+            logs = open_logs(cfg, versions, at.step)
+        except OSError as e:
+            fail(f"--out={cfg.out}: {e.strerror}")
+
+    def say(line, *records):
+        """Print on the first rank and keep in the logs of a training run."""
+        if rank == 0:
+            print(line, flush=True)
+        for log, text in zip(logs, (line, *map(json.dumps, records)), strict=False):
+            # JSON has no word for NaN.
+            log.write(re.sub(r": -?(NaN|Infinity)", ": null", text) + "\n")
+
+    flops = flops_per_token(cfg, model)
+    peak = next((world * f for part, f in PEAK_FLOPS.items() if part in machine), None)
+    say(f"{sum(p.numel() for p in params) / 1e6:.2f}M parameters, {flops / 1e6:.1f} MFLOP per "
+        f"token, {world} x {machine} in {str(dtype)[6:]}, {folder}: "
+        f"{n * cfg.seq_len:,} tokens")
+    if notice:
+        say(notice)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    train_loss, nelbo = loss_fn, nelbo_fn
+    if cfg.compile:
+        try:  # a small function first: is there a compiler at all?
+            torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
+            torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+            torch._dynamo.config.suppress_errors = True  # what does not compile runs as it is
+            if device.type == "cpu":  # one small graph for all layers: seconds, not a minute
+                for layer in model.layers:
+                    layer.compile(dynamic=False)
+            else:
+                train_loss, nelbo = (torch.compile(f, dynamic=False) for f in (loss_fn, nelbo_fn))
+            say("compiling: the first steps take longer (--compile=0 does without)")
+        except Exception as e:  # whatever a missing or broken tool chain raises
+            say(f"running without torch.compile: {str(e).strip().splitlines()[0]}")
+
+    def run_evaluation():
+        """Evaluate the averaged weights, where there are any."""
+        model.eval()
+        swap(params, shadow)
+        with amp:
+            bound = functools.partial(nelbo, model, cfg=cfg)
+            result, counts, nats = evaluate(bound, cfg, val, tokenizer, device, rank, world)
+        swap(params, shadow)
+        model.train()
+        shown = {k: "n/a" if v is None else f"{v:.4f}" for k, v in result.items()}
+        shown[METRIC] += f"+-{shown.pop('se')}"
+        line = " ".join(f"{k}:{v}" for k, v in shown.items())
+        if cfg.eval_only:
+            say(f"split:{cfg.split} {line} " + " ".join(f"{k}:{v}" for k, v in counts.items()))
+            return
+        ms = 1000 * at.seconds
+        say(f"step:{at.step}/{cfg.steps} {line} train_time:{ms:.0f}ms "
+            f"step_avg:{ms / at.step:.2f}ms", {"step": at.step, **result, **counts})
+        if at.step == cfg.steps and rank == 0:
+            np.save(os.path.join(cfg.out, f"{cfg.split}_nats.npy"), nats.numpy())
+
+    if cfg.eval_only:
+        run_evaluation()
+        if world > 1:
+            dist.destroy_process_group()
+        return
+    # Every .grad is a view of one flat buffer: one all-reduce, one norm, one memset a step.
+    sizes = [-(-p.numel() // ALIGN) * ALIGN for p in params]
+    flat_grad = torch.zeros(sum(sizes), device=device)
+    for p, part in zip(params, flat_grad.split(sizes), strict=True):
+        p.grad = part[:p.numel()].view_as(p)
+    optimizers = make_optimizers(model, cfg)
+    if cfg.resume:
+        try:
+            for optimizer, state in zip(optimizers, ckpt["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+            if ckpt["ema"]:
+                shadow = [ckpt["ema"][name].to(device) for name, _ in model.named_parameters()]
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            fail(f"{path}: cannot be continued ({type(e).__name__}: {e})")
+        say(f"resuming {cfg.out} after step {at.step}")
+    ckpt = None  # gives its memory back
+    per_rank = n_rows // world
+    micro = min(cfg.micro_batch, per_rank)
+
+    @functools.lru_cache(maxsize=2)
+    def permutation(epoch):
+        return np.random.default_rng((cfg.seed, epoch)).permutation(n)
+
+    def next_batch(step):
+        """Micro-batches (x0, noise) of this rank."""
+        noise = draw_noise(cfg, n_rows, torch.Generator().manual_seed(derive_seed(cfg.seed, step)))
+        batch = []
+        for row in range(rank * per_rank, (rank + 1) * per_rank, micro):
+            rows = range(step * n_rows + row, step * n_rows + row + micro)
+            if cfg.shuffle:
+                rows = [permutation(i // n)[i % n] for i in rows]
+            x0 = train.read([i % n for i in rows], cfg.vocab_size).to(device)
+            batch.append((x0, take_rows(noise, slice(row, row + micro), device)))
+        return batch
+
+    stop = []  # signals received
+    handlers = {s: signal.signal(s, lambda number, frame: stop.append(number))
+                for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    model.train()
+    if not at.evaluated:
+        run_evaluation()
+    batch = next_batch(at.step)
+    start = time.perf_counter()
+    while at.step < cfg.steps:
+        flat_grad.zero_()
+        total = torch.zeros(2, device=device)  # loss; signals
+        for i, (x0, noise) in enumerate(batch):
+            if cfg.dropout:
+                torch.manual_seed(derive_seed(cfg.seed, at.step, rank * len(batch) + i))
+            with amp:
+                loss = train_loss(model, x0, noise, cfg) / len(batch)
+            loss.backward()
+            total[0] += loss.detach() / world
+        total[1] = len(stop)
+        if at.step + 1 < cfg.steps:
+            batch = next_batch(at.step + 1)  # while the GPU works
+        if world > 1:
+            dist.all_reduce(flat_grad)
+            dist.all_reduce(total)
+        flat_grad /= world
+        grad_norm = float(flat_grad.norm())
+        loss, stopping = total.tolist()
+        at.step += 1
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            if cfg.grad_clip and grad_norm > cfg.grad_clip:
+                flat_grad *= cfg.grad_clip / grad_norm
+            set_rates(optimizers, at.step - 1, cfg)
+            for optimizer in optimizers:
+                optimizer.step()
+            if cfg.ema and at.step - 1 >= cfg.ema_start * cfg.steps:
+                shadow = shadow or [p.detach().clone() for p in params]
+                decay = min(cfg.ema, (1 + at.ema_updates) / (EMA_WARMUP + at.ema_updates))
+                with torch.no_grad():
+                    torch._foreach_lerp_(shadow, params, 1 - decay)
+                at.ema_updates += 1
+            at.bad = 0
+        else:
+            at.bad, at.skipped = at.bad + 1, at.skipped + 1
+            names = [n for n, p in model.named_parameters() if not p.grad.isfinite().all()]
+            say(f"step:{at.step}/{cfg.steps} skipped: loss {loss}, gradient norm {grad_norm}, "
+                f"first non-finite gradient: {(names or ['none'])[0]}")
+            require(at.bad < cfg.max_bad_steps, f"{at.bad} non-finite steps in a row: stopped at "
+                    f"step {at.step}; {cfg.out} keeps its last checkpoint; try a lower --lr, look "
+                    "at the data")
+        at.recent.append((loss, time.perf_counter() - start))
+        at.seconds += at.recent[-1][1]
+        last = at.step == cfg.steps
+        if last or at.step % cfg.log_every == 0:
+            mean, seconds = np.mean(at.recent, 0).tolist()
+            rate, lr = cfg.batch_tokens / seconds, optimizers[0].param_groups[0]["lr"]
+            at.recent = []
+            say(f"step:{at.step}/{cfg.steps} loss:{mean:.4f} lr:{lr:.2e} tok/s:{rate:.0f} mfu:"
+                + (f"{rate * flops / peak:.3f}" if peak else "n/a")
+                + f" eta:{datetime.timedelta(seconds=int((cfg.steps - at.step) * seconds))}"
+                + (f" skipped:{at.skipped}" if at.skipped else ""),
+                {"step": at.step, "loss": mean, "grad_norm": grad_norm, "lr": lr})
+        due = last or (cfg.eval_every and at.step % cfg.eval_every == 0)
+        at.evaluated = not (due and stopping)  # who is told to stop evaluates after --resume=1
+        if due and not stopping:
+            run_evaluation()
+        due = last or stopping or (cfg.ckpt_every and at.step % cfg.ckpt_every == 0)
+        if due and rank == 0:
+            named = {name: p.detach() for name, p in model.named_parameters()}
+            problem = save_checkpoint(path, {
+                "format": CKPT_FORMAT, "script": SCRIPT, "config": dataclasses.asdict(cfg),
+                "tokenizer": tokenizer, "model": named, "step": at.step, "progress": vars(at),
+                "ema": dict(zip(named, shadow, strict=True)) if shadow else None,
+                "optimizers": [o.state_dict() for o in optimizers],
+                "tokens_seen": at.step * cfg.batch_tokens})
+            message = f"{path}: step {at.step} not written ({problem}); the one before it stays"
+            require(not problem or not (last or stopping), f"{message}; make room, then --resume=1")
+            if problem:
+                say(message)
+        if stopping:
+            break
+        start = time.perf_counter()
+
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if at.step < cfg.steps:
+        launcher = f"torchrun --nproc_per_node={world}" if world > 1 else "python"
+        say(f"stopped after step {at.step}; continue with: {launcher} {SCRIPT}.py --resume=1 "
+            f"--out={shlex.quote(cfg.out)}")
+    else:
+        say(f"done: {path}; text: python sample.py --ckpt={shlex.quote(path)}")
+    if device.type == "cuda":
+        say(f"peak memory: {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB")
+    if world > 1:
+        dist.destroy_process_group()
+    if signal.SIGINT in stop:
+        raise SystemExit(130)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
