@@ -98,6 +98,47 @@ class Iid:
         return self.p.log().float().expand(*shape, -1)
 
 
+class AbsorbScore:
+    """Exact log score of a toy under masking: log p(token | context) - log(exp(sigma) - 1), at the
+    masked positions. shift is added, which denormalises it."""
+
+    def __init__(self, toy, shift=0.0, dtype=torch.float32):
+        self.toy, self.shift, self.dtype = toy, shift, dtype
+
+    def __call__(self, xt, sigma, rows=None):
+        level = torch.expm1(sigma.double()).log()[:, None, None]
+        context = torch.where(xt < self.toy.n_values, xt, self.toy.mask_id)
+        log_p = self.toy.log_conditional(context) + self.shift
+        return take_rows((log_p - level).to(self.dtype), rows)
+
+
+class UniformScore:
+    """Exact log score of a joint whose tokens are replaced by uniform ones with probability
+    1 - exp(-sigma): the noised joint, every token of it exchanged for every other."""
+
+    def __init__(self, toy, dtype=torch.float32):
+        self.toy, self.dtype = toy, dtype
+
+    def noised(self, sigma):
+        """(B,) -> (B, V**n) float64, the law of a noised group."""
+        v, n = self.toy.n_values, self.toy.n
+        alpha = torch.exp(-sigma.double())[:, None, None]
+        kernel = alpha * torch.eye(v) + (1 - alpha) / v  # (B, V, V), symmetric
+        p = self.toy.p.expand(len(sigma), -1)
+        for _ in range(n):  # the last axis is noised and moved to the front, n times
+            p = (p.view(len(sigma), -1, v) @ kernel).transpose(1, 2).flatten(1)
+        return p
+
+    def __call__(self, xt, sigma, rows=None):
+        (b, t), v, n = xt.shape, self.toy.n_values, self.toy.n
+        groups = xt.view(b, t // n, 1, 1, n).expand(-1, -1, n, v, -1)
+        place = torch.eye(n, dtype=torch.bool)[:, None]  # (n, 1, n)
+        changed = torch.where(place, torch.arange(v)[:, None], groups)  # (B, G, n, V, n)
+        code = self.toy.code(changed, v).view(b, -1)
+        log_p = self.noised(sigma).log().gather(1, code).view(b, t, v)
+        return take_rows((log_p - log_p.gather(-1, xt[..., None])).to(self.dtype), rows)
+
+
 def correlated(n_values=3, n=3, seed=0):
     """Weights of a joint whose tokens depend on each other strongly, every state possible."""
     gen = torch.Generator().manual_seed(seed)
