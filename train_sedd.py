@@ -11,10 +11,10 @@ Ermon 2024, arXiv 2310.16834, theorem 3.6), K(a) = a (log a - 1), Q the rate y -
 absorb: time is a factor, s = exp(u) / (exp(sigma) - 1), with which the integral is masked
 diffusion's, sum_y exp(u_y) - 1 - u_x0 in place of -log p(x0_i | xt): as in train_mdlm, rows of
 exactly k and T+1-k masks give the same bound. uniform: s_y is the ratio of exp(u - sigma) + 1 -
-exp(-sigma) at y and at xt_i. u is not normalised in either.
+exp(-sigma) at y and at xt_i. exp(u) need not sum to 1. Time input (--cond_dim) is a choice in both.
 
     python prepare_data.py stdlib && python train_sedd.py --preset=tiny         # minutes on a CPU
-    python train_sedd.py --preset=tiny --graph=uniform --cond_dim=32            # the other graph
+    python train_sedd.py --preset=tiny --graph=uniform --out=out/uniform        # the other graph
     torchrun --nproc_per_node=4 train_sedd.py --preset=pg19_355m                # 8,192 bytes
     python train_sedd.py --eval_only=1 --init_from=out/train_sedd-tiny/ckpt.pt  # bits per byte
     python sample.py --ckpt=out/train_sedd-tiny --steps=128                     # text
@@ -124,6 +124,7 @@ class Config:
     noise: Literal["loglinear", "geometric"] = "loglinear"  # how sigma grows with t
     sigma_min: float = 1e-4  # total noise at t = 0, geometric
     sigma_max: float = 25.0  # and at t = 1
+    normalized: bool = False  # exp(u) by softmax; absorb is then train_mdlm with its weight elbo
     # <<< objective
 
 
@@ -521,10 +522,7 @@ ROW_SIZES = 16  # a variable number of masked rows is padded up to a multiple of
 
 def check_objective(cfg, n_rows, micro_rows):
     """Refuse combinations that this objective does not have."""
-    if cfg.graph == "uniform":
-        require(cfg.cond_dim > 0, "--graph=uniform: which tokens are noise depends on the noise "
-                "level, so the network has to be told: --cond_dim=32 or more")
-    elif cfg.noise == "loglinear":
+    if cfg.graph == "absorb" and cfg.noise == "loglinear":
         for name, n in ("batch_tokens", n_rows), ("micro_batch", micro_rows):
             require(n % 2 == 0, f"--{name}={getattr(cfg, name)}: {n} rows, --graph=absorb with "
                     "--noise=loglinear needs pairs")
@@ -580,6 +578,8 @@ class Model(Trunk):
         cond = self.embed_sigma(sigma)
         h = self.run_layers(Ctx(cos, sin, self.embed_tokens(xt), cond))
         u = self.logits(h, cond, rows)  # (B, T, V) or (R, V); all 0 is the uniform distribution
+        if self.cfg.normalized:
+            u = u.log_softmax(-1) + math.log(u.size(-1))
         sigma = sigma[:, None] if rows is None else sigma[rows // T]
         xt = xt if rows is None else xt.flatten()[rows]
         if self.cfg.graph == "absorb":

@@ -39,8 +39,7 @@ def seeded(seed=0):
 
 
 def config(sedd, graph, noise="loglinear", seq_len=T, vocab_size=V, **names):
-    return sedd.Config(vocab_size=vocab_size, seq_len=seq_len, graph=graph, noise=noise,
-                       cond_dim=8 if graph == "uniform" else 0, **names)
+    return sedd.Config(vocab_size=vocab_size, seq_len=seq_len, graph=graph, noise=noise, **names)
 
 
 def exact(graph, toy, **how):
@@ -751,6 +750,7 @@ SWITCHES = {
     "absorb": {},
     "absorb with time": {"cond_dim": 16},
     "uniform": {"graph": "uniform", "cond_dim": 16},
+    "uniform without time": {"graph": "uniform", "normalized": True},
     "geometric": {"graph": "uniform", "noise": "geometric", "cond_dim": 16, "mlp": "swiglu"},
     "absorb, geometric": {"noise": "geometric", "checkpoint_layers": True, "dropout": 0.2},
     "all": {"graph": "uniform", "mlp": "swiglu", "unet": True, "softcap": 3.0,
@@ -840,6 +840,22 @@ def test_time_is_an_analytic_factor_of_the_absorbing_score():
         torch.testing.assert_close(a - b, torch.full_like(a, factor), rtol=1e-5, atol=1e-5)
         new = train_sedd.Model(cfg)(xt, torch.full((6,), math.log(2)))
         torch.testing.assert_close(new, torch.full_like(new, -math.log(V_NET)))
+
+
+def test_normalised_absorbing_score_is_a_masked_diffusion_model():
+    """The same weights give train_mdlm's loss and bound; not normalised they give another."""
+    model, cfg = small_model(normalized=True)
+    shape = {k: getattr(cfg, k) for k in train_sedd.SHAPE_FIELDS}
+    theirs = train_mdlm.Config(seq_len=T_NET, loss_weight="elbo", **shape)
+    twin = train_mdlm.Model(theirs)
+    twin.load_state_dict(model.state_dict())
+    free = train_sedd.Model(dataclasses.replace(cfg, normalized=False))
+    free.load_state_dict(model.state_dict())
+    x0, noise, _ = small_batch(cfg)
+    for name in ("loss_fn", "nelbo_fn"):
+        expected = getattr(train_mdlm, name)(twin, x0, noise, theirs)
+        torch.testing.assert_close(getattr(train_sedd, name)(model, x0, noise, cfg), expected)
+        assert (getattr(train_sedd, name)(free, x0, noise, cfg) > expected + 1e-3).all()
 
 
 def test_uniform_score_stays_within_what_noise_allows():
@@ -951,7 +967,7 @@ def counting(tmp_path_factory):
 
 @pytest.mark.parametrize("flags", [
     (), ("--noise=geometric", "--cond_dim=16"), UNIFORM_FLAGS,
-    ("--graph=uniform", "--cond_dim=16", "--checkpoint_layers=1", "--micro_batch=8")], ids=str)
+    ("--graph=uniform", "--checkpoint_layers=1", "--micro_batch=8")], ids=str)
 def test_learns_a_rule(flags, counting, tmp_path):
     """In bf16, far below what frequencies give, and no bound below the entropy; then the test
     split from the checkpoint."""
@@ -998,7 +1014,6 @@ def test_context_of_8192_bytes(tmp_path):
 
 
 @pytest.mark.parametrize(("flags", "words"), [
-    (("--graph=uniform",), "--cond_dim=32"),
     (("--graph=masked",), "--graph=masked: there are absorb, uniform"),
     (("--noise=linear",), "--noise=linear: there are loglinear, geometric"),
     (("--sigma_min=0", *UNIFORM_FLAGS[1:]), "--sigma_min=0.0: must be above 0"),
