@@ -10,7 +10,8 @@
 A checkpoint of gpt.py writes from left to right, one token a pass, up to the end of a document. It
 takes no flag about passes and their order, no --infill, and scores exactly. One of train_block.py
 writes block after block, any length, up to the end of a document; the flags about passes hold
-inside each block, and it takes no --infill and no --refine.
+inside each block, and it takes no --infill and no --refine. One of train_sedd.py draws all tokens
+anew in each of --steps passes, by --order=tweedie or euler; no --threshold, --remask or --refine.
 
 Which model
   --ckpt=PATH          checkpoint, its run folder, or hf:OWNER/REPO/FILE; default: the newest
@@ -32,7 +33,8 @@ How
   --order=NAME         exact samplers: first_hitting (default; one random token a pass), ancestral
                        (default with --steps; a grid of times, exact for many steps) and random
                        (exact at one token a pass). Mode-seeking, so no samples of the model's
-                       distribution: confidence (default with --threshold), entropy, margin
+                       distribution: confidence (default with --threshold), entropy, margin.
+                       train_sedd, exact for many steps: tweedie (its default) and euler
   --steps=N            passes (default: one a token); the tokens of a row are spread over them; with
                        train_block, passes a block
   --threshold=P        fix every token whose top probability exceeds P, and at least one a pass
@@ -74,7 +76,7 @@ from typing import NamedTuple
 import torch
 
 HERE = Path(__file__).resolve().parent
-SCRIPTS = ("train_mdlm", "train_block", "gpt")  # those beside this file that write checkpoints
+SCRIPTS = ("train_mdlm", "train_block", "train_sedd", "gpt")  # beside this file, with checkpoints
 NEEDED = ("METRIC", "load_checkpoint", "build_model", "pick_device", "pick_dtype", "generate",
           "nelbo_fn")
 DEFAULT_BLANK = 16  # tokens
@@ -169,7 +171,8 @@ RANKS = {
     "entropy": lambda log_probs, u: -torch.special.entr(log_probs.exp()).sum(-1),
     "margin": lambda log_probs, u: log_probs.exp().topk(2).values.diff().neg().squeeze(-1),
 }
-ORDERS = ("first_hitting", "ancestral", *RANKS)
+SCORE_ORDERS = ("tweedie", "euler")  # of train_sedd, the first one by default
+ORDERS = ("first_hitting", "ancestral", *RANKS, *SCORE_ORDERS)
 
 
 def ordered(name, threshold=None):
@@ -388,6 +391,7 @@ class LM:
         self.is_ar = script.METRIC == "val_nll"
         self.model, self.cfg = script.build_model(ckpt, weights, path=path)
         self.block_len = getattr(self.cfg, "block_len", None)  # of what writes block after block
+        self.graph = getattr(self.cfg, "graph", None)  # of what draws by its score
         try:
             self.tokenizer = Tokenizer(ckpt["tokenizer"], self.cfg.vocab_size)
         except (KeyError, TypeError, AttributeError) as error:
@@ -424,15 +428,26 @@ class LM:
 
     def unable(self, flag):
         how = "from left to right, one token a pass" if self.is_ar else "one block after another"
+        how = "all tokens in every pass, by its score" if self.graph else how
         return SampleError(
             f"--{flag}: {self.name} writes {how}: drop the flag or take a checkpoint of train_mdlm"
         )
 
     def check_able(self, sampler):
-        """Refuse what a model that writes from left to right, or by blocks, cannot do."""
-        for name in PASSES if self.is_ar else ("refine",) if self.block_len else ():
+        """Refuse what a model that writes from left to right, by blocks or by its score cannot do.
+        -> the sampler, of a score with its order."""
+        refused = PASSES if self.is_ar else ("refine",) if self.block_len else ()
+        refused = ("threshold", "remask", "refine") if self.graph else refused
+        for name in refused:
             if getattr(sampler, name) != getattr(Sampler, name):
                 raise self.unable(name)
+        if not self.graph:
+            other = f"{self.name} has no score: that is for a checkpoint of train_sedd"
+            check(sampler.order not in SCORE_ORDERS, "order", sampler.order, other)
+            return sampler
+        if sampler.order not in (None, *SCORE_ORDERS):
+            raise self.unable(f"order={sampler.order}")
+        return dataclasses.replace(sampler, order=sampler.order or SCORE_ORDERS[0])
 
     def canvas_for_prompt(self, prompt, length=None):
         """(known (T,), is_known (T,)) of a prompt and what is to follow it."""
@@ -525,6 +540,11 @@ class LM:
                 self.net, self.cfg, known, is_known,
                 gen=gen, warp=warp, watch=watch, stop=self.tokenizer.bos_id,
             )
+        if self.graph:
+            return self.script.generate(
+                self.net, self.cfg, known, is_known,
+                steps=steps, gen=gen, euler=sampler.order == "euler", warp=warp, watch=watch,
+            )
         choose, n_before, ends = None, 0, {}
         most = len(known[0])  # tokens to fix from step 0 on
         if self.block_len:
@@ -578,8 +598,7 @@ class LM:
 
     def texts(self, known, is_known, n, seed, how):
         check_counts(n, seed)
-        sampler = Sampler(**how)
-        self.check_able(sampler)
+        sampler = self.check_able(Sampler(**how))
         batches = self.batches(known, is_known, sampler, n=n, seed=seed)
         return [self.tokenizer.decode(row) for batch in batches for row in batch.tokens]
 
@@ -753,6 +772,7 @@ class Watch:
         self.tokenizer = tokenizer
         self.is_known = is_known.tolist()
         self.text = text
+        self.passes = None  # how many there will be, where no mask shows how far it is
         self.live = is_terminal(sys.stdout if text else sys.stderr)
         self.height = 0  # lines of the picture that is on the terminal
         self.drawn = -math.inf
@@ -766,6 +786,7 @@ class Watch:
     def __call__(self, tokens, nfe):
         n_free = len(tokens) * self.is_known.count(False)
         done = 1 - int((tokens == self.tokenizer.mask_id).sum()) / max(1, n_free)
+        done = nfe / self.passes if self.passes else done
         if self.live and (time.monotonic() - self.drawn >= FRAME or (done == 1 and self.text)):
             self.draw(tokens.tolist(), nfe, done)
         elif not self.live and self.text and self.due and self.due[0] <= done < 1:
@@ -922,7 +943,7 @@ def print_samples(lm, opts):
     else:
         blank = DEFAULT_BLANK if opts.blank is None else blank_lengths(opts.blank)
         known, is_known = lm.canvas_for_infill(opts.infill, blank, opts.length)
-    lm.check_able(opts)
+    opts = lm.check_able(opts)
     fancy = is_terminal(sys.stdout)
 
     def note(text):
@@ -930,6 +951,7 @@ def print_samples(lm, opts):
 
     note(lm.summary)
     watch = Watch(lm.tokenizer, is_known, opts.watch)
+    watch.passes = (opts.steps or len(known)) if lm.graph == "uniform" else None
     given = is_known.tolist()
     nfe, seconds, entropies, n_new = 0, 0.0, [], 0
     for batch in lm.batches(known, is_known, opts, n=opts.n, seed=opts.seed, watch=watch):

@@ -25,6 +25,7 @@ import gpt
 import sample
 import train_block
 import train_mdlm
+import train_sedd
 
 ROOT = Path(__file__).resolve().parent.parent
 Z_LIMIT = 5.0
@@ -938,6 +939,63 @@ def test_blocks_score_any_length(block_lm):
 def test_blocks_refuse_what_needs_the_right_context(block_ckpt, flag, capsys):
     err = refused([f"--ckpt={block_ckpt}", "--length=16", flag], capsys)
     assert flag.partition("=")[0] + ":" in err and "checkpoint of train_mdlm" in err
+
+
+# ------------------------------------------------------------------------------ sedd
+
+
+@pytest.fixture(scope="session", params=["absorb", "uniform"])
+def sedd_ckpt(folder, request):
+    return train(folder, request.param, train_sedd, steps=12, ema=0.5, graph=request.param,
+                 cond_dim=8)
+
+
+@pytest.mark.parametrize("how", [
+    {}, {"steps": 5}, {"steps": 9, "order": "euler"}, {"steps": 5, "temperature": 0.5},
+    {"top_k": 9, "top_p": 0.9, "steps": 4}], ids=str)
+def test_scores_write(sedd_ckpt, how, monkeypatch):
+    """A prompt, an infill; a sample whatever the batch; as many passes as were asked for."""
+    lm = sample.load(sedd_ckpt, device="cpu")
+    many = lm.generate(n=5, length=24, prompt="def café(", seed=4, **how)
+    assert all(text.startswith("def café(") for text in many) and len(set(many)) == 5
+    assert lm.generate(n=2, length=24, prompt="def café(", seed=4, **how) == many[:2]
+    monkeypatch.setattr(sample, "BATCH_NUMBERS", 2 * 24 * 256)
+    assert lm.generate(n=5, length=24, prompt="def café(", seed=4, **how) == many
+    (filled,) = lm.infill("def ___(x):", blank=6, **how)
+    assert filled.startswith("def ") and filled.endswith("(x):")
+    (batch,) = lm.batches(*lm.canvas_for_prompt("ab", 20), sample.Sampler(**how), n=2, seed=0)
+    assert batch.nfe == how.get("steps", 20) or lm.graph == "absorb"
+
+
+def test_scores_on_the_command_line(sedd_ckpt, capsys):
+    sample.main([f"--ckpt={sedd_ckpt}", "--length=30", "--steps=8", "--watch"])
+    out = capsys.readouterr().out
+    assert "train_sedd" in out and "tweedie, entropy" in out
+    shown = [int(x) for x in re.findall(r"^\[(\d+)% after", out, re.M)]
+    assert shown == sorted(shown) and 1 <= len(shown) <= 3 and 25 <= shown[0]
+    sample.main([f"--ckpt={sedd_ckpt}", "--length=30", "--steps=8", "--order=euler"])
+    assert "euler, entropy" in capsys.readouterr().out
+
+
+def test_scores_bound_a_text(sedd_ckpt):
+    """The bound of a text in two windows, one of them short."""
+    lm = sample.load(sedd_ckpt, device="cpu")
+    score = lm.score(TEXT[:40], draws=64)
+    assert score.n_bytes == 40 and 0 < score.nats_stderr < score.nats / 4
+    # Hardly trained: near ln 256 nats a byte, and a letter that it saw often costs less.
+    assert 2 < score.nats / 40 < 8
+
+
+@pytest.mark.parametrize("flag", ["--order=confidence", "--order=first_hitting", "--threshold=0.5",
+                                  "--remask=loop", "--refine=0.5"])
+def test_scores_refuse_what_masks_can(sedd_ckpt, flag, capsys):
+    err = refused([f"--ckpt={sedd_ckpt}", "--length=16", flag], capsys)
+    assert f"{flag.partition('=')[0]}" in err and "checkpoint of train_mdlm" in err
+
+
+def test_orders_of_scores_are_refused_elsewhere(ckpt, capsys):
+    err = refused([f"--ckpt={ckpt}", "--order=euler"], capsys)
+    assert "--order=euler: train_mdlm" in err and "checkpoint of train_sedd" in err
 
 
 def test_import_does_nothing():
