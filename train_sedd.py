@@ -533,8 +533,8 @@ def check_objective(cfg, n_rows, micro_rows):
 def total_noise(t, cfg):
     """t (R,) in (0, 1] -> sigma and its derivative dsigma/dt, (R,) each."""
     if cfg.noise == "loglinear":
-        alpha = 1 - (1 - LOGLINEAR_END) * t
-        return -alpha.log(), (1 - LOGLINEAR_END) / alpha
+        sigma = -torch.log1p(-(1 - LOGLINEAR_END) * t)
+        return sigma, (1 - LOGLINEAR_END) * sigma.exp()
     growth = math.log(cfg.sigma_max / cfg.sigma_min)
     sigma = cfg.sigma_min * torch.exp(growth * t)
     return sigma, growth * sigma
@@ -660,6 +660,7 @@ def absorb_losses(model, x0, xt, noise, n_masked):
     rows = is_mask.to(torch.uint8).argsort(descending=True, stable=True)[:n_masked]
     u = model(xt, noise.sigma, rows)  # (R, V) log score
     u = u + torch.expm1(noise.sigma.to(u.dtype)).log()[rows // T, None]
+    u = torch.where(is_mask[rows, None], u, 0.0)  # nothing keeps exp(u) of padding finite
     entropy = u.exp().sum(-1) - 1 - u.gather(-1, x0.flatten()[rows, None])[:, 0]
     weight = noise.weight.repeat_interleave(T) * is_mask  # (B T,)
     return rows, entropy * weight[rows]
@@ -668,8 +669,8 @@ def absorb_losses(model, x0, xt, noise, n_masked):
 def uniform_losses(model, x0, xt, noise):
     """Weighted score entropy of every token, (B, T).
 
-    sum_{y != xt_i} (s_y - r_y log s_y + K(r_y)) / N as a sum of r_y (e^d - 1 - d), d = log s_y -
-    log r_y, no term of which is negative: large terms that cancel would cost fp32 its digits."""
+    sum_{y != xt_i} (s_y - r_y log s_y + K(r_y)) / N as the sum of r_y (exp(d) - 1 - d) / N, d = log
+    s_y - log r_y, none of which is negative: large terms that cancel would cost fp32 its digits."""
     log_score = model(xt, noise.sigma)  # (B, T, N)
     N, sigma = log_score.size(-1), noise.sigma.to(log_score.dtype)[:, None]
     # p_t(y | x0) is alpha + (1 - alpha) / N at x0 and (1 - alpha) / N elsewhere.

@@ -358,6 +358,23 @@ def check_absorb_is_mdlm(sedd):
             assert more > b.mean() / seq_len + 1e-3
 
 
+def check_padding(sedd):
+    """Rows are padded with positions that no loss trains, whose exponential may overflow."""
+    cfg = config(sedd, "absorb", "geometric", seq_len=32)
+    noise = sedd.draw_noise(cfg, 3, seeded(1))
+    x0 = torch.zeros(3, 32, dtype=torch.int64)
+    u = torch.full((3, 32, V), -math.log(V), requires_grad=True)
+
+    def model(xt, sigma, rows):
+        level = sigma.expm1().log()[:, None, None]
+        return take_rows(torch.where(xt[..., None] == V, u, u + 200) - level, rows)
+
+    loss = sedd.loss_fn(model, x0, noise, cfg)
+    loss.backward()
+    assert loss.isfinite() and u.grad.isfinite().all()
+    assert sedd.nelbo_fn(model, x0, noise, cfg).isfinite().all()
+
+
 # Samplers.
 
 def sample_from(sedd, graph, noise, toy, known=None, is_known=None, *, n_rows=None, seed=0,
@@ -582,6 +599,7 @@ def test_noise_and_training_loss(graph, noise):
 
 def test_hidden_tokens_do_not_reach_the_network():
     check_hidden_tokens(train_sedd)
+    check_padding(train_sedd)
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
@@ -666,6 +684,8 @@ MUTANTS = {
     "masked tokens beyond a static size are dropped": (
         "-(-int(is_mask.sum()) // size) * size", "int(is_mask.sum()) // size * size",
         lambda m: check_bound_of_draws(m, "absorb", NOISES[0])),
+    "padding overflows": (
+        "u = torch.where(is_mask[rows, None], u, 0.0)", "u = u + 0", check_padding),
     "another ratio where nothing was replaced": (
         "- torch.where((xt == x0)[..., None], peak, 0.0)", "- peak",
         lambda m: check_definition(m, "uniform")),
