@@ -41,7 +41,7 @@ class Track:
     settings: dict  # of every run's configuration
     max_parameters: int
     val_tokens: int
-    val_draws: int
+    val_draws: int  # of noise; gpt, which has none, has 1
     min_runs: int  # fewer are listed without a rank
     max_tokens: int = 0  # of training; 0: as many as there are
     corpus_tokens: int = 0  # of training data in whole windows; 0: what a run has is never repeated
@@ -58,14 +58,14 @@ TRACKS = {
     "speedrun": Track(
         data="finewebedu10B", max_parameters=162_500_000, val_tokens=10_485_760, val_draws=1,
         settings=dict(seq_len=1024, block_len=16, shuffle=False, init_from="",
-                      split="val", val_tokens=10_485_760, val_draws=1),
+                      split="val", val_tokens=10_485_760),
         min_runs=2, objectives=("train_block",), target=3.44, machine="H100", ranks=8,
         baseline=dict(preset="nano_block", steps=10_000, batch_tokens=131_072), published=(
             (3.44, "[nano-block-diffusion](https://github.com/lapp0/nano-block-diffusion), as "
              "published: **no log**"),)),
     "shakespeare": Track(
         data="shakespeare", max_parameters=3_300_000, val_tokens=111_360, val_draws=2,
-        settings=dict(seq_len=128, init_from="", split="val", val_draws=2),
+        settings=dict(seq_len=128, init_from="", split="val"),
         min_runs=3, max_tokens=2_000_000, corpus_tokens=1_003_776,
         val_sha256="d899e5ac46d5a7d027810bb4b9407f5c8697e0080d43a1fc235c2983ac20ab1e"),
 }
@@ -76,7 +76,7 @@ def t_below(t, dof):
     """P(T <= t) of Student's distribution, dof >= 1 and not always whole.
 
     t = sqrt(dof) tan(a) makes the density cos(a)^(dof - 1): smooth, so that Simpson's rule over
-    the tail is exact to ten digits."""
+    the tail is exact to six digits or more."""
     scale = math.exp(math.lgamma((dof + 1) / 2) - math.lgamma(dof / 2)) / math.sqrt(math.pi)
     start = math.atan(abs(t) / math.sqrt(dof))
     step = (math.pi / 2 - start) / SIMPSON_STEPS
@@ -215,6 +215,11 @@ def run_problems(log, track):
     return problems
 
 
+def draws_of(track, objective):
+    """Noise draws a window of the referee."""
+    return 1 if objective == "gpt" else track.val_draws
+
+
 def verdict_problems(log, track):
     """The same for what the referee found."""
     said = log.referee
@@ -224,7 +229,8 @@ def verdict_problems(log, track):
         bound, bpb = float(said["bound"].split("+-")[0]), float(said["bpb"])
         tokens, n_bytes = int(said["tokens"]), int(said["bytes"])
         parameters, bits = int(said["parameters"]), bound * tokens / math.log(2) / n_bytes
-        expected = {"draws": track.val_draws, "seed": EVAL_SEED, "tokens": track.val_tokens,
+        draws = draws_of(track, said["objective"])
+        expected = {"draws": draws, "seed": EVAL_SEED, "tokens": track.val_tokens,
                     "step": log.config["steps"], "seq_len": log.config["seq_len"], "leak": "none",
                     "source_sha256": source_sha256(log.source)}
         if track.target:
@@ -236,6 +242,8 @@ def verdict_problems(log, track):
                 for name, value in expected.items() if said.get(name) != str(value)]
     if said.get("objective") not in track.objectives:
         problems.append(f"referee: objective {said.get('objective')} is not in this track")
+    if log.config.get("val_draws") != draws:
+        problems.append(f"val_draws is {log.config.get('val_draws')}, the referee's are {draws}")
     if track.val_sha256 and said.get("shard_sha256") != track.val_sha256:
         problems.append("referee: shard_sha256 is not that of the track's validation text")
     if parameters > track.max_parameters:
@@ -470,7 +478,7 @@ def make_table(track, entries):
                 f"[{r['title']}]({e['slug']}), {e['by']}, {r['date']}"]
         rows.append(row)
     for figure, what in track.published:
-        rows.append(["-", "", "", str(figure), "", "", "", "", what])
+        rows.append(["-", "", "", str(figure), "", "", "", "", "", what])
     lines = [heads, ["---"] * len(heads), *rows]
     if not rows:
         return "No record yet.\n"

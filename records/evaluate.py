@@ -37,7 +37,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from check import EVAL_SEED, TRACKS, read_log, source_sha256
+from check import EVAL_SEED, TRACKS, draws_of, read_log, source_sha256
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -124,10 +124,10 @@ def mean_and_error(nats, seq_len):
 def find_leak(rules, objective, model, x0, cfg, bos_id):
     """'' or which answer a network sees: logits that change with what they must not depend on.
 
-    Window i of x0 (B, T) is cut at block i, or spread over all blocks. Behind the cut everything is
-    replaced by other tokens, and bos_id among them; logits up to the cut have to stay, for the
-    block at the cut in particular, whose own x0 is replaced. A masked denoiser is shown xt alone:
-    there every second row is replaced, and the others have to stay."""
+    Every window of x0 (B, T) is cut at another block. From the cut on x0 is replaced by other
+    tokens, bos_id among them, and xt from the next block on; the logits up to the end of the block
+    at the cut have to stay. The two windows of a pass, cut at i and n - 1 - i, must not see each
+    other either. A masked denoiser is shown xt alone: there one window is replaced altogether."""
     (B, T), L, V = x0.shape, getattr(cfg, "block_len", 1), cfg.vocab_size
     gen = torch.Generator().manual_seed(EVAL_SEED)
     other = (x0.cpu() + torch.randint(1, V, x0.shape, generator=gen)) % V
@@ -137,12 +137,13 @@ def find_leak(rules, objective, model, x0, cfg, bos_id):
     for first in range(0, B - B % LEAK_ROWS, LEAK_ROWS):
         rows = slice(first, first + LEAK_ROWS)
         piece = rules.take_rows(noise, rows, x0.device)
-        a, b, cut = x0[rows], other[rows], torch.arange(rows.start, rows.stop, device=x0.device)
+        a, b = x0[rows], other[rows]
+        start = torch.tensor([[first // 2], [B - 1 - first // 2]], device=x0.device)  # of B cuts
         if objective in ("gpt", "train_block"):
-            start = (cut * (T // L) // B * L)[:, None]  # (LEAK_ROWS, 1)
+            start = start * (T // L) // B * L  # (LEAK_ROWS, 1)
             end = start + L
         else:
-            start = end = (cut % 2 * T)[:, None]
+            start = end = torch.tensor([[0], [T]], device=x0.device)
         changed = torch.where(at < start, a, b)
         xt = rules.corrupt(a, piece, cfg)
         if objective == "gpt":
@@ -191,7 +192,7 @@ def load(flags):
             + ", ".join(x for x in track.objectives if x in sample.SCRIPTS))
     rules = sample.load_script(ROOT / f"{objective}.py")
     for field, value in track.settings.items():
-        if field not in ("val_tokens", "val_draws", "split"):  # the referee's own
+        if field not in ("val_tokens", "split"):  # the referee's own
             found = ckpt["config"].get(field)
             require(found == value, f"{path}: {field} is {found!r}, the track has {value!r}")
     model, cfg = script.build_model(ckpt, "ema", path=path)
@@ -201,7 +202,7 @@ def load(flags):
     fields = {f.name for f in dataclasses.fields(rules.Config)}
     known = {k: v for k, v in ckpt["config"].items() if k in fields}
     cfg = rules.Config(**known | dict(
-        val_draws=track.val_draws, val_tokens=flags["tokens"] or track.val_tokens,
+        val_draws=draws_of(track, objective), val_tokens=flags["tokens"] or track.val_tokens,
         split="val", device=flags["device"]))
     return rules, objective, track, model, cfg, ckpt, file.read_text(encoding="utf-8"), folder
 
