@@ -225,9 +225,9 @@ def find_log(path, ckpt, source, may_change):
 
 def judge(rules, objective, model, cfg, windows, tokenizer, device):
     """-> {figure: text}, or refuses a network that leaks or does not answer twice alike."""
-    n = len(windows)
-    leak_windows = windows.read(range(min(n, LEAK_WINDOWS)), cfg.vocab_size).to(device)
-    leak = find_leak(rules, objective, model, leak_windows, cfg, tokenizer["bos_id"])
+    n = cfg.val_tokens // cfg.seq_len
+    some = windows.read(range(min(n, LEAK_WINDOWS)), cfg.vocab_size).to(device)
+    leak = find_leak(rules, objective, model, some, cfg, tokenizer["bos_id"])
     require(not leak, f"refused: {leak}")
     published, first = [], []
 
@@ -241,8 +241,8 @@ def judge(rules, objective, model, cfg, windows, tokenizer, device):
         first[:] = first or [x0, noise, exact]
         published.append(other)
         if sys.stderr.isatty():
-            share = len(published) * len(first[0]) / (min(n, cfg.val_tokens // cfg.seq_len))
-            print(f"\r{min(1, share / cfg.val_draws):4.0%}", end="", file=sys.stderr, flush=True)
+            share = min(1, len(published) * len(first[0]) / (n * cfg.val_draws))
+            print(f"\r{share:4.0%}", end="", file=sys.stderr, flush=True)
         return exact
 
     result, counts, nats = rules.evaluate(bound, cfg, windows, tokenizer, device, 0, 1)
