@@ -190,6 +190,8 @@ def load(flags):
     require(objective in track.objectives and objective in sample.SCRIPTS,
             f"--objective={objective}: this track has "
             + ", ".join(x for x in track.objectives if x in sample.SCRIPTS))
+    require(name == objective or name not in sample.SCRIPTS,
+            f"--objective={objective}: {path} was written by {name}.py: drop the flag")
     rules = sample.load_script(ROOT / f"{objective}.py")
     for field, value in track.settings.items():
         if field not in ("val_tokens", "split"):  # the referee's own

@@ -359,6 +359,7 @@ def test_forks_that_cheat_are_refused(name, old, new, words, place):
     (("--ckpt=out/gpt", "--data=elsewhere"), "--data=elsewhere"),
     (("--ckpt=out/gpt", "--tokens=128"), "--tokens=128"),
     (("--ckpt=out/gpt", "--objective=train_sedan"), "--objective=train_sedan"),
+    (("--ckpt=out/gpt", "--objective=train_block"), "was written by gpt.py: drop"),
     (("--ckpt=out/gpt", f"--script={ROOT / 'train_block.py'}"), "was written by gpt.py"),
 ])
 def test_mistakes_at_the_referee(flags, words, judged):
@@ -371,7 +372,7 @@ def test_runs_outside_the_rules_are_refused(place, judged):
     train(train_mdlm, "out/long", "--seq_len=256", "--steps=1", "--val_tokens=2048")
     long = call(evaluate.main, "--ckpt=out/long", "--append=0")
     assert long.status == 2 and "seq_len is 256" in long.err
-    train(train_mdlm, "out/wide", "--n_embd=800", "--batch_tokens=256", "--micro_batch=2",
+    train(train_mdlm, "out/wide", "--n_embd=600", "--batch_tokens=256", "--micro_batch=2",
           "--steps=1", "--val_tokens=512")
     wide = call(evaluate.main, "--ckpt=out/wide", "--append=0")
     assert wide.status == 2 and "3,300,000" in wide.err
