@@ -546,8 +546,7 @@ def main(argv, root=ROOT, tracks=TRACKS):
         print(line)
     if problems:
         raise SystemExit(1)
-    for name, table in tables.items():
-        print(f"{name}\n{table}")
+    print("\n".join(f"{name}\n{table}" for name, table in tables.items()), end="")
 
 
 if __name__ == "__main__":
