@@ -876,11 +876,12 @@ class Racer(Watch):
     def __call__(self, tokens, nfe):
         n_masked = int((tokens == self.tokenizer.mask_id).sum())  # waits for the device
         self.seconds += time.perf_counter() - self.since
-        last, n_before = self.frames[-1], len(self.rows)
-        if n_masked == 0 or self.seconds - last.seconds >= FRAME:
-            row = last.row if n_before else tokens[0].int().cpu()
-            n_written = (n_before + len(tokens)) * self.n_new - n_masked
-            self.frames.append(Frame(self.seconds, self.nfe + nfe, n_written, row))
+        n_before = len(self.rows)
+        row = self.frames[-1].row if n_before else tokens[0].int().cpu()
+        n_written = (n_before + len(tokens)) * self.n_new - n_masked
+        if len(self.frames) > 1 and self.seconds - self.frames[-2].seconds < FRAME:
+            del self.frames[-1]  # too soon behind the one before it to be seen
+        self.frames.append(Frame(self.seconds, self.nfe + nfe, n_written, row))
         super().__call__(tokens, nfe)
         self.since = time.perf_counter()
 

@@ -35,8 +35,6 @@ TELLING = {"graph": "train_sedd", "block_len": "train_block", "schedule": "train
 # number of steps is taken from the step lines, since a run may go on further than it was begun for.
 NO_SETTING = set("data out preset seed steps resume micro_batch checkpoint_layers eval_every "
                  "ckpt_every log_every max_bad_steps device compile backend".split())
-
-
 METRICS = {"val_nll", "val_nelbo"}  # in log.jsonl: exact, or a bound
 ROUNDING = 1e-6  # nats
 

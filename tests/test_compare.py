@@ -203,8 +203,8 @@ def test_rows_that_are_no_seeds_of_one_setting_are_refused(root, tmp_path, capsy
     (other / "log.txt").write_text(log.replace("import math", "import  math"))
     assert "another source" in refused(capsys, f"{out}/gpt_0,{other}")
     for argv, message in (([out / "none"], "none"), ([f"a={out}/none_*"], "none_*"),
-                          ([out], "log.txt"), (["--last", out], "--last"), ([f"{out}/gpt_0,"], "gpt_0,: no"),
-                          ([], "give run folders")):
+                          ([out], "log.txt"), (["--last", out], "--last"),
+                          ([f"{out}/gpt_0,"], "gpt_0,: no"), ([], "give run folders")):
         assert message in refused(capsys, *argv)
 
 
