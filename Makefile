@@ -16,9 +16,15 @@ PY := .venv/bin/python
 demo: .venv/.installed
 	$(PY) prepare_data.py stdlib
 	rm -rf out/demo
-	$(PY) train_mdlm.py --preset=tiny --out=out/demo
-	$(PY) sample.py --ckpt=out/demo/ckpt.pt --n=2 --length=256
-	$(PY) sample.py --ckpt=out/demo/ckpt.pt --infill="def ___(x):" --n=4
+	@echo "== masked diffusion: text out of noise within about five minutes"
+	$(PY) train_mdlm.py --preset=tiny --out=out/demo/mdlm
+	$(PY) sample.py --ckpt=out/demo/mdlm/ckpt.pt --n=2 --length=256 --watch
+	$(PY) sample.py --ckpt=out/demo/mdlm/ckpt.pt --infill="def ___(x):" --n=4
+	@echo "== the same tokens and parameters, autoregressive and in blocks: about ten minutes more"
+	$(PY) gpt.py --preset=tiny --out=out/demo/gpt
+	$(PY) train_block.py --preset=tiny --out=out/demo/block
+	$(PY) records/compare.py out/demo/gpt out/demo/block out/demo/mdlm
+	$(PY) sample.py --ckpt=out/demo/block/ckpt.pt --race=out/demo/gpt/ckpt.pt --prompt="def "
 
 test: .venv/.installed-tests
 	$(PY) -m ruff check --line-length=100 --select=E,F,W,I,B .

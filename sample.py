@@ -1,4 +1,4 @@
-"""Sample from a checkpoint: generate, infill, watch, score.
+"""Sample from a checkpoint: generate, infill, watch, score; race one against another.
 
     python sample.py                                         newest checkpoint in out/
     python sample.py --prompt="def " --n=4 --length=256
@@ -6,6 +6,7 @@
     python sample.py --order=confidence --threshold=0.9 --watch
     python sample.py --steps=128 --remask=loop
     python sample.py --score=TEXT|FILE                       bound on -log p of a text
+    python sample.py --ckpt=out/demo/ckpt.pt --race=out/gpt/ckpt.pt --steps=64
 
 A checkpoint of gpt.py writes from left to right, one token a pass, up to the end of a document. It
 takes no flag about passes and their order, no --infill, and scores exactly. One of train_block.py
@@ -45,6 +46,12 @@ How
                        rescale (ETA .02) or conf (ETA 1)
   --refine=F           at the end, mask the least likely fraction F again and predict it anew
   --watch              show the text appearing
+Racing
+  --race=PATH[,PATH..] checkpoints that write the same prompt and number of tokens as --ckpt does:
+                       passes, seconds and tokens per second of each. They run one after the other,
+                       so that none slows another, and after a warm-up; a terminal then shows the
+                       runs side by side in real time. The flags about passes hold for those that
+                       take them, and the end of a document stops none
 Scoring
   --score=TEXT|FILE    no sampling: the bound in nats and bits per byte, with its standard error;
                        gpt: the exact value
@@ -57,6 +64,7 @@ From Python:
     lm.score("some text").bits_per_byte
 """
 
+import bisect
 import codecs
 import dataclasses
 import difflib
@@ -392,6 +400,7 @@ class LM:
         self.model, self.cfg = script.build_model(ckpt, weights, path=path)
         self.block_len = getattr(self.cfg, "block_len", None)  # of what writes block after block
         self.graph = getattr(self.cfg, "graph", None)  # of what draws by its score
+        self.stops = True  # at the end of a document, where the script can
         try:
             self.tokenizer = Tokenizer(ckpt["tokenizer"], self.cfg.vocab_size)
         except (KeyError, TypeError, AttributeError) as error:
@@ -449,6 +458,15 @@ class LM:
             raise self.unable(f"order={sampler.order}")
         return dataclasses.replace(sampler, order=sampler.order or SCORE_ORDERS[0])
 
+    def passes(self, sampler, length):
+        """How many a batch will take, where no mask shows how far it is; else None."""
+        return (sampler.steps or length) if self.graph == "uniform" else None
+
+    def describe(self, sampler):
+        """How it writes, in words."""
+        blocks = f" in blocks of {self.block_len}" if self.block_len else ""
+        return "left to right" if self.is_ar else sampler.describe() + blocks
+
     def canvas_for_prompt(self, prompt, length=None):
         """(known (T,), is_known (T,)) of a prompt and what is to follow it."""
         tokens = self.tokenizer.encode(prompt)
@@ -460,7 +478,7 @@ class LM:
         if length is None:
             length = min(limit, len(tokens) + DEFAULT_LENGTH)
         check(length >= 1, "length", length, "at least 1")
-        check(length <= limit, "length", length, f"this model goes up to {limit} (its seq_len)")
+        check(length <= limit, "length", length, f"{self.name} goes up to {limit} (its seq_len)")
         room = f"the prompt alone has {len(tokens)} tokens: raise it or shorten the prompt"
         check(length > len(tokens), "length", length, room)
         return self.canvas([tokens, length - len(tokens)])
@@ -535,10 +553,11 @@ class LM:
         """One run of the script's generate over (B, T)."""
         steps = sampler.steps
         warp = make_warp(sampler.temperature, sampler.top_k, sampler.top_p)
+        stop = self.tokenizer.bos_id if self.stops else None
         if self.is_ar:
             return self.script.generate(
                 self.net, self.cfg, known, is_known,
-                gen=gen, warp=warp, watch=watch, stop=self.tokenizer.bos_id,
+                gen=gen, warp=warp, watch=watch, stop=stop,
             )
         if self.graph:
             return self.script.generate(
@@ -548,7 +567,7 @@ class LM:
         choose, n_before, ends = None, 0, {}
         most = len(known[0])  # tokens to fix from step 0 on
         if self.block_len:
-            most, ends = self.block_len, {"stop": self.tokenizer.bos_id}
+            most, ends = self.block_len, {"stop": stop}
             n_before = int(is_known.sum(1).min()) // self.block_len
         if sampler.name == "ancestral" and steps is None:
             steps = max(1, min(most, int((~is_known).sum(1).max())))
@@ -764,6 +783,12 @@ def lines_of(spans, width):
     return lines
 
 
+def wipe(height):
+    """Codes that wipe a picture of so many lines and leave the cursor where it began."""
+    up = f"\x1b[{height - 1}A" if height > 1 else ""
+    return f"\r{up}\x1b[J" if height else ""
+
+
 class Watch:
     """Looks on while a batch is filled: redraws it in place on a terminal, or else prints its first
     sample at a few milestones. Without `text`, only a line of progress on stderr."""
@@ -772,8 +797,9 @@ class Watch:
         self.tokenizer = tokenizer
         self.is_known = is_known.tolist()
         self.text = text
-        self.passes = None  # how many there will be, where no mask shows how far it is
+        self.passes = None  # of a batch, where no mask shows how far it is
         self.live = is_terminal(sys.stdout if text else sys.stderr)
+        self.title = ""
         self.height = 0  # lines of the picture that is on the terminal
         self.drawn = -math.inf
         self.begin()
@@ -785,8 +811,7 @@ class Watch:
 
     def __call__(self, tokens, nfe):
         n_free = len(tokens) * self.is_known.count(False)
-        done = 1 - int((tokens == self.tokenizer.mask_id).sum()) / max(1, n_free)
-        done = nfe / self.passes if self.passes else done
+        done = 1 - self.n_left(tokens, nfe) / max(1, n_free)
         if self.live and (time.monotonic() - self.drawn >= FRAME or (done == 1 and self.text)):
             self.draw(tokens.tolist(), nfe, done)
         elif not self.live and self.text and self.due and self.due[0] <= done < 1:
@@ -795,9 +820,15 @@ class Watch:
             row = row[: self.shown(row)]
             print(f"[{done:.0%} after {nfe} passes] {self.tokenizer.decode(row)}", flush=True)
 
+    def n_left(self, tokens, nfe):
+        """How many tokens of a batch are still to come."""
+        if self.passes:
+            return round(len(tokens) * self.is_known.count(False) * (1 - nfe / self.passes))
+        return int((tokens == self.tokenizer.mask_id).sum())
+
     def draw(self, tokens, nfe, done):
         size = shutil.get_terminal_size()
-        lines = [styled(f"{done:4.0%}, {nfe} passes", "note")]
+        lines = [styled(f"{self.title}{done:4.0%}, {nfe} passes", "note")]
         if self.text:
             for i, (row, before) in enumerate(zip(tokens, self.last or tokens, strict=True)):
                 lines += [styled("---", "note")] if i else []
@@ -805,7 +836,7 @@ class Watch:
                 lines += lines_of(self.tokenizer.spans(row[:n], kinds[:n]), size.columns)
         del lines[max(1, size.lines - 1) :]  # what has scrolled away cannot be drawn over
         stream = sys.stdout if self.text else sys.stderr
-        stream.write(self.back() + "\n".join(lines))
+        stream.write(wipe(self.height) + "\n".join(lines))
         stream.flush()
         self.height = len(lines)
         self.last = tokens
@@ -825,16 +856,152 @@ class Watch:
             else:
                 yield "known" if known else "new" if token != old else None
 
-    def back(self):
-        """Codes that wipe the picture and leave the cursor where it began."""
-        up = f"\x1b[{self.height - 1}A" if self.height > 1 else ""
-        return f"\r{up}\x1b[J" if self.height else ""
-
     def erase(self):
         stream = sys.stdout if self.text else sys.stderr
-        stream.write(self.back())
+        stream.write(wipe(self.height))
         stream.flush()
         self.height = 0
+
+
+# A race
+
+WARM_UP = 8  # tokens that a model writes before its clock starts
+MIN_COLUMN = 24  # cells, of a text beside another
+BAR = " │ "  # between the two
+
+
+class Frame(NamedTuple):
+    seconds: float  # on the model's own clock
+    nfe: int
+    n_written: int  # tokens, of all samples
+    row: torch.Tensor  # (T,) int32, the first sample
+
+
+class Racer(Watch):
+    """One model of a race. It keeps pictures of its run; its clock stands still while it does."""
+
+    def __init__(self, lm, opts, length):
+        self.known, self.given = lm.canvas_for_prompt(opts.prompt or "", length)
+        super().__init__(lm.tokenizer, self.given, text=False)
+        self.lm, self.title, lm.stops = lm, f"{lm.name}: ", False
+        self.how = dataclasses.replace(opts, **{k: getattr(Sampler, k) for k in PASSES if lm.is_ar})
+        self.how = lm.check_able(self.how)
+        self.passes = lm.passes(self.how, length)
+        self.n_new = self.is_known.count(False)  # tokens a sample
+        self.rows, self.nfe = [], 0  # samples and passes of the batches before
+        row = torch.where(self.given, self.known, lm.tokenizer.mask_id)
+        self.frames = [Frame(0.0, 0, 0, row.int())]
+
+    def run(self):
+        how = {"sampler": self.how, "n": self.how.n, "seed": self.how.seed}
+        T = len(self.known)
+        warm = self.given | (torch.arange(T) < T - WARM_UP)
+        for _ in self.lm.batches(self.known, warm, **how):
+            pass
+        self.seconds, self.since = 0.0, time.perf_counter()
+        for batch in self.lm.batches(self.known, self.given, **how, watch=self):
+            self.rows += batch.tokens
+            self.nfe += batch.nfe
+        self.erase()
+
+    def __call__(self, tokens, nfe):
+        n_left = self.n_left(tokens, nfe)  # waits for the device
+        self.seconds += time.perf_counter() - self.since
+        n_before = len(self.rows)
+        row = self.frames[-1].row if n_before else tokens[0].int().cpu()
+        n_written = (n_before + len(tokens)) * self.n_new - n_left
+        if len(self.frames) > 1 and self.seconds - self.frames[-2].seconds < FRAME:
+            del self.frames[-1]  # too soon behind the one before it to be seen
+        self.frames.append(Frame(self.seconds, self.nfe + nfe, n_written, row))
+        super().__call__(tokens, nfe)
+        self.since = time.perf_counter()
+
+    def column(self, now, width):
+        """Lines that show how far it was at a time: counters, and the first sample."""
+        i = bisect.bisect(self.frames, now, key=lambda frame: frame.seconds) - 1
+        frame, before, last = self.frames[i], self.frames[max(0, i - 1)], self.frames[-1]
+        seconds = min(now, last.seconds)
+        rate = frame.n_written / max(seconds, FRAME)
+        share = frame.n_written / last.n_written
+        counters = f"{frame.nfe} passes, {share:.0%}\n{seconds:.1f} s, {rate:.0f} tokens/s\n\n"
+        row = frame.row.tolist()
+        kinds = list(self.kinds(row, row if frame is last else before.row.tolist()))
+        spans = [(f"{self.lm.name}\n", "known"), (counters, "note")]
+        return lines_of(spans + self.tokenizer.spans(row, kinds), width)
+
+
+def replay(racers):
+    """Draw the runs side by side in real time; the last picture stays, and is whole."""
+    start, now, height = time.monotonic(), 0.0, 0
+    end = max(racer.frames[-1].seconds for racer in racers)
+    while now < end:
+        now = min(end, time.monotonic() - start)
+        size = shutil.get_terminal_size()
+        step = (size.columns + len(BAR)) // len(racers)
+        columns = [racer.column(now, step - len(BAR)) for racer in racers]
+        bars = ["", *(f"\x1b[{i * step - len(BAR) + 1}G{BAR}" for i in range(1, len(racers)))]
+        lines = [
+            "".join(map("".join, zip(bars, cells, strict=True)))
+            for cells in itertools.zip_longest(*columns, fillvalue="")
+        ]
+        if now < end:
+            del lines[max(1, size.lines - 1) :]  # what has scrolled away cannot be drawn over
+        print(wipe(height) + "\n".join(lines), end="", flush=True)
+        height = len(lines)
+        time.sleep(FRAME)
+    print("\n")
+
+
+def load_racers(opts):
+    """The models of --ckpt and --race; what would make a race of unlike things is refused."""
+    paths = [newest_checkpoint() if opts.ckpt is None else opts.ckpt, *opts.race.split(",")]
+    check(all(paths), "race", opts.race, "a checkpoint, or several with commas between")
+    files = [find_checkpoint(path).resolve() for path in paths]
+    twice = "the same checkpoint twice, as --ckpt is the newest unless it is given: name another"
+    check(len({*files}) == len(files), "race", opts.race, twice)
+    scripts = [opts.script, *[None] * (len(paths) - 1)]
+    how = opts.weights, opts.device, opts.dtype
+    lms = [load(path, script, *how) for path, script in zip(paths, scripts, strict=True)]
+    first = lms[0]
+    for path, lm in zip(paths, lms, strict=True):
+        a, b = first.tokenizer, lm.tokenizer
+        words = itertools.zip_longest(a.table, b.table, fillvalue=b"")
+        same = a.bos_id == b.bos_id and all(x == y for x, y in words)
+        check(same, "race", opts.race, f"the tokens of {path} are not those of {paths[0]}")
+        unlike = f"{path} runs in {lm.where}, {paths[0]} in {first.where}: give fp32 or bf16"
+        check(lm.where == first.where, "dtype", opts.dtype, unlike)
+    if all(lm.is_ar for lm in lms):
+        first.check_able(opts)
+    return lms
+
+
+def print_race(lms, opts):
+    length = min(len(lm.canvas_for_prompt(opts.prompt or "", opts.length)[0]) for lm in lms)
+    racers = [Racer(lm, opts, length) for lm in lms]
+    room = (shutil.get_terminal_size().columns + len(BAR)) // len(lms) - len(BAR)
+    live = is_terminal(sys.stdout) and room >= MIN_COLUMN
+    for lm in lms:
+        print(lm.summary)
+    samples = f"{opts.n} samples (the first is shown) of " if opts.n > 1 else ""
+    shown = ", shown side by side in real time" if live else ""
+    print(f"{samples}{length} tokens, {lms[0].where}, one model after another{shown}\n", flush=True)
+    for racer in racers:
+        racer.run()
+    if live:
+        replay(racers)
+    else:
+        for racer in racers:
+            text = racer.tokenizer.decode(racer.rows[0])
+            print(f"--- {racer.lm.name}\n{printable(text) if is_terminal(sys.stdout) else text}\n")
+    width = max(len(lm.name) for lm in lms)
+    print(f"{'':{width}}  passes  seconds  tokens/s  entropy")
+    for racer in racers:
+        (seconds, nfe, n, _), lm = racer.frames[-1], racer.lm
+        entropy = sum(entropy_bits(row[-racer.n_new :]) for row in racer.rows) / opts.n
+        print(
+            f"{lm.name:{width}}  {nfe:6}  {seconds:7.2f}  {n / seconds:8.0f}"
+            f"  {entropy:.2f} bits, {lm.describe(racer.how)}"
+        )
 
 
 # Command line
@@ -856,6 +1023,7 @@ class Options(Sampler):
     length: int | None = None  # tokens a sample
     seed: int = 0  # of the samples, or of the noise of a score
     watch: bool = False  # show the text appearing
+    race: str | None = None  # checkpoints to race against, comma separated
     score: str | None = None  # text or file to score
     draws: int | None = None  # noise draws of a score
 
@@ -951,7 +1119,7 @@ def print_samples(lm, opts):
 
     note(lm.summary)
     watch = Watch(lm.tokenizer, is_known, opts.watch)
-    watch.passes = (opts.steps or len(known)) if lm.graph == "uniform" else None
+    watch.passes = lm.passes(opts, len(known))
     given = is_known.tolist()
     nfe, seconds, entropies, n_new = 0, 0.0, [], 0
     for batch in lm.batches(known, is_known, opts, n=opts.n, seed=opts.seed, watch=watch):
@@ -973,20 +1141,23 @@ def print_samples(lm, opts):
             else:
                 print(lm.tokenizer.decode(row) + "\n", flush=True)
     note(
-        f"NFE {nfe}, {n_new / seconds:.0f} tokens/s, {lm.where},"
-        f" {'left to right' if lm.is_ar else opts.describe()}"
-        f"{f' in blocks of {lm.block_len}' if lm.block_len else ''},"
+        f"NFE {nfe}, {n_new / seconds:.0f} tokens/s, {lm.where}, {lm.describe(opts)},"
         f" entropy {sum(entropies) / len(entropies):.2f} bits"
     )
 
 
 def run(opts):
     modes = [name for name in ("prompt", "infill", "score") if getattr(opts, name) is not None]
+    if opts.race is not None and modes != ["prompt"]:
+        modes.append("race")
     if len(modes) > 1:
         raise SampleError(f"--{modes[0]} and --{modes[1]} exclude each other: drop one")
     for name, needed in (("blank", "infill"), ("draws", "score")):
         if getattr(opts, name) is not None and needed not in modes:
             raise SampleError(f"--{name} goes with --{needed}: add it or drop --{name}")
+    if opts.race is not None:
+        print_race(load_racers(opts), opts)
+        return
     lm = load(opts.ckpt, opts.script, opts.weights, opts.device, opts.dtype)
     if opts.score is None:
         print_samples(lm, opts)

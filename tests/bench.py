@@ -27,12 +27,15 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import gpt  # noqa: E402
 import prepare_data  # noqa: E402
 import sample  # noqa: E402
+import train_block as block  # noqa: E402
 import train_mdlm as mdlm  # noqa: E402
 from muon import Muon  # noqa: E402
 
 ROUNDS = 7
+LONG = dict(n_layer=6, n_head=6, n_embd=384, seq_len=1024)
 BF16 = torch.bfloat16
 
 
@@ -64,13 +67,14 @@ def text():
                    for p in sorted(folder.glob("*.py")))
 
 
-def network(preset, batch, **names):
-    cfg = mdlm.Config(**(mdlm.PRESETS[preset] | {"vocab_size": 256, "dropout": 0.0} | names))
+def network(preset, batch, script=mdlm, **names):
+    names = {"vocab_size": 256, "dropout": 0.0} | names
+    cfg = script.Config(**((script.PRESETS[preset] if preset else {}) | names))
     torch.manual_seed(0)
-    model = mdlm.Model(cfg)
+    model = script.Model(cfg)
     gen = torch.Generator().manual_seed(0)
     x0 = torch.randint(cfg.vocab_size, (batch, cfg.seq_len), generator=gen)
-    return cfg, model, x0, mdlm.draw_noise(cfg, batch, gen)
+    return cfg, model, x0, script.draw_noise(cfg, batch, gen)
 
 
 def full_logits_loss(model, x0, noise, cfg):
@@ -116,6 +120,27 @@ def train():
         row("train", f"{name} / plain fp32 eager, full logits, SDPA",
             f"6L 384, T {cfg.seq_len}, {batch} rows, {'bf16' if 'bf16' in name else 'fp32'}",
             column, rate[-1], "tok/s")
+
+
+def objectives():
+    """Forward and backward of every objective at the shape of tiny, compiled as in training."""
+    batch, steps = 16, []
+    for script in (gpt, block, mdlm):
+        cfg, model, x0, noise = network("tiny", batch, script)
+        for layer in model.layers:
+            layer.compile(dynamic=False)
+
+        def step(script=script, model=model, x0=x0, noise=noise, cfg=cfg):
+            model.zero_grad()
+            with torch.autocast("cpu", BF16):
+                script.loss_fn(model, x0, noise, cfg).backward()
+
+        steps.append(step)
+    times = rounds(*steps)
+    rate = [[batch * cfg.seq_len / t for t in column] for column in times]
+    for name, column in zip(("gpt", "train_block"), rate, strict=False):
+        row("objectives", f"{name} / train_mdlm, compiled",
+            f"6L 208, T {cfg.seq_len}, {batch} rows, bf16", column, rate[-1], "tok/s")
 
 
 def muon():
@@ -232,30 +257,77 @@ def sampling():
             column, rate[-1], "tok/s")
 
 
-def one_step_memory(gathered):
+def write_both_ways(script, length, empty_cache, share, **how):
+    """Tokens per second of generate with its cache, and with the earlier tokens computed anew in
+    every pass. One run measures both, so that passes and tokens are the same: a pass is repeated
+    with an empty cache, or no more than one of `share` passes is and stands for the rest."""
+    cfg, model, *_ = network("", 2, script, **LONG)
+    model.eval()
+    with torch.no_grad():
+        model.head.weight.normal_(std=0.02)  # untrained, but not uniform
+    cached, anew, results = [], [], []
+
+    def both(*inputs):
+        *x, rows, cache = inputs
+        cached.append(seconds(lambda: results.append(model(*x, rows, cache))))
+        if len(cached) % share == share // 2:
+            empty = empty_cache(cfg, x[0].size(1))
+            anew.append(seconds(lambda: results.append(model(*x, rows, empty))))
+            assert torch.allclose(*results, atol=1e-3)
+        logits = results[0]
+        results.clear()
+        return logits
+
+    gen = torch.Generator().manual_seed(0)
+    known = torch.zeros(1, length, dtype=torch.int64)
+    total = seconds(lambda: script.generate(both, cfg, known, known > 0, gen=gen, **how))
+    rest = total - sum(cached) - sum(anew)  # draws of tokens and the like
+    return length / (rest + sum(cached)), length / (rest + share * sum(anew))
+
+
+def caching():
+    """Sampling with cached keys and values."""
+    def as_blocks(cfg, length):  # cheaper than a pass over both copies of the earlier tokens
+        return [block.LayerCache(cfg, length) for _ in range(cfg.n_layer)]
+
+    for script, what, empty_cache, share, how in (
+            (block, "train_block, 4 passes a block of 16", as_blocks, 1, {"steps": 4}),
+            (gpt, "gpt", lambda *_: None, 8, {})):
+        for length in (32, LONG["seq_len"]):  # the first run warms up
+            rate = write_both_ways(script, length, empty_cache, share, **how)
+        row("caching", f"{what}, cached / earlier tokens computed anew",
+            f"6L 384, 1 x {length:,} tokens, fp32", *([r] for r in rate), "tok/s")
+
+
+def one_step_memory(name):
     """Peak resident memory of a step at V = 50,257, GiB; run in a process of its own."""
-    cfg, model, x0, noise = network("shakespeare_10m", 4, vocab_size=50257, seq_len=1024)
-    loss = mdlm.loss_fn if gathered else full_logits_loss
+    script = block if name == "block" else mdlm
+    cfg, model, x0, noise = network("", 4, script, vocab_size=50257, **LONG)
+    loss = full_logits_loss if name == "all" else script.loss_fn
     with torch.autocast("cpu", BF16):
         loss(model, x0, noise, cfg).backward()
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
 
 def memory():
-    peaks = []
-    for gathered in (True, False):
-        command = [sys.executable, __file__, f"--memory={int(gathered)}"]
-        peaks.append(float(subprocess.run(command, check=True, capture_output=True).stdout))
-    row("memory", "peak of a step, head on masked rows / on all rows",
-        "6L 384, V 50,257, T 1,024, 4 rows, bf16", peaks[:1], peaks[1:], "GiB")
+    peaks = {}
+    for name in ("masked", "all", "block"):
+        command = [sys.executable, __file__, f"--memory={name}"]
+        done = subprocess.run(command, check=True, capture_output=True)
+        peaks[name] = [float(done.stdout)]
+    for what, ours, baseline in (("head on masked rows / on all rows", "masked", "all"),
+                                 ("train_block / train_mdlm", "block", "masked")):
+        row("memory", f"peak of a step, {what}", "6L 384, V 50,257, T 1,024, 4 rows, bf16",
+            peaks[ours], peaks[baseline], "GiB")
 
 
-BENCHMARKS = {f.__name__: f for f in (train, muon, loader, tokenizer, sampling, memory)}
+BENCHMARKS = {f.__name__: f for f in (train, objectives, muon, loader, tokenizer, sampling, caching,
+                                      memory)}
 
 
 def main(argv):
     if argv and argv[0].startswith("--memory="):
-        return one_step_memory(argv[0].endswith("1"))
+        return one_step_memory(argv[0].partition("=")[2])
     unknown = [a for a in argv if not any(name.startswith(a) for name in BENCHMARKS)]
     if unknown:
         print(f"bench.py: no benchmark {unknown[0]}: {', '.join(BENCHMARKS)}", file=sys.stderr)

@@ -692,13 +692,13 @@ def test_watching_a_pipe_prints_lines(ckpt, tmp_path):
     assert "░" * 3 in done.stdout and "NFE 16," in done.stdout
 
 
-def run_in_terminal(argv, interrupt=None):
+def run_in_terminal(argv, interrupt=None, columns=40):
     """Run on a pseudo terminal -> (output, exit status); send an interrupt once a text shows."""
     import pty
 
     pid, fd = pty.fork()
     if pid == 0:
-        os.environ.update(TERM="xterm", OMP_NUM_THREADS="1", COLUMNS="40", LINES="12")
+        os.environ.update(TERM="xterm", OMP_NUM_THREADS="1", COLUMNS=str(columns), LINES="12")
         os.execv(sys.executable, [sys.executable, str(ROOT / "sample.py"), *argv])
     data, end = b"", time.monotonic() + 60
     while time.monotonic() < end:
@@ -996,6 +996,152 @@ def test_scores_refuse_what_masks_can(sedd_ckpt, flag, capsys):
 def test_orders_of_scores_are_refused_elsewhere(ckpt, capsys):
     err = refused([f"--ckpt={ckpt}", "--order=euler"], capsys)
     assert "--order=euler: train_mdlm" in err and "checkpoint of train_sedd" in err
+
+
+# ------------------------------------------------------------------------------ race
+
+
+RACE_TABLE = r"^(\w+) +(\d+) +(\d+\.\d\d) +(\d+)  (\d\.\d\d) bits, (.+)$"
+
+
+@pytest.fixture
+def race(ckpt, gpt_ckpt, block_ckpt):
+    return [f"--ckpt={ckpt}", f"--race={gpt_ckpt},{block_ckpt}", "--device=cpu", "--length=30"]
+
+
+def test_a_race_counts_what_each_model_does_alone(race, lm, gpt_lm, block_lm, capsys, monkeypatch):
+    monkeypatch.setattr(sample, "BATCH_NUMBERS", 2 * 30 * 256)  # two samples a batch
+    sample.main([*race, "--n=3", "--prompt=def ", "--steps=5", "--seed=4", "--temperature=0.5"])
+    out, err = capsys.readouterr()
+    assert err == "" and "3 samples (the first is shown) of 30 tokens, float32 on cpu" in out
+    rows = re.findall(RACE_TABLE, out, re.M)
+    names = ["train_mdlm", "gpt", "train_block"]
+    assert [row[0] for row in rows] == names
+    how = ["ancestral", "left to right", "ancestral in blocks of 8"]
+    assert [row[5] for row in rows] == how
+    for racer, row in zip((lm, gpt_lm, block_lm), rows, strict=True):
+        monkeypatch.setattr(racer, "stops", False)
+        steps = {} if racer.is_ar else {"steps": 5}
+        sampler = sample.Sampler(temperature=0.5, **steps)
+        alone = list(racer.batches(*racer.canvas_for_prompt("def ", 30), sampler, n=3, seed=4))
+        assert int(row[1]) == sum(batch.nfe for batch in alone)
+        texts = [tokens for batch in alone for tokens in batch.tokens]
+        entropy = sum(sample.entropy_bits(tokens[4:]) for tokens in texts) / 3
+        assert float(row[4]) == pytest.approx(entropy, abs=0.006)
+        assert f"--- {row[0]}\n{racer.tokenizer.decode(texts[0])}\n" in out
+        seconds, rate = float(row[2]), int(row[3])
+        assert (seconds - 0.006) * (rate - 0.51) <= 3 * 26 <= (seconds + 0.006) * (rate + 0.51)
+
+
+class Slow:
+    """A model whose passes take a second each, on a clock that nothing else moves but looks at the
+    clock of the screen, an hour each."""
+
+    def __init__(self, model, monkeypatch):
+        self.model, self.now = model, 0
+        monkeypatch.setattr(sample.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(sample.time, "monotonic", self.look)
+
+    def __call__(self, *args, **kwargs):
+        self.now += 1
+        return self.model(*args, **kwargs)
+
+    def look(self):
+        self.now += 3600
+        return self.now
+
+
+def test_the_clock_of_a_race_counts_forward_passes_alone(lm, monkeypatch, capsys):
+    """Neither the warm-up nor the pictures; and each picture shows the state of its time."""
+    monkeypatch.setattr(lm, "model", Slow(lm.model, monkeypatch))
+    monkeypatch.setattr(sample, "is_terminal", lambda stream: True)
+    monkeypatch.setattr(lm, "stops", True)
+    racer = sample.Racer(lm, sample.Options(prompt="def "), 30)
+    racer.run()
+    assert "train_mdlm:  50%, 13 passes" in capsys.readouterr().err
+    assert sorted({frame.seconds for frame in racer.frames}) == list(range(27))
+    for now, n in ((0, 0), (0.9, 0), (5, 5), (5.9, 5), (26, 26), (99, 26)):
+        lines = [re.sub(r"\x1b\[\d*m", "", line) for line in racer.column(now, 40)]
+        assert lines[:2] == ["train_mdlm", f"{n} passes, {n / 26:.0%}"]
+        assert lines[2].startswith(f"{min(now, 26):.1f} s, ")
+        text = "\n".join(lines[4:])
+        assert text.count("░") == 26 - n and text.startswith("def ")
+
+
+def test_the_end_of_a_document_stops_no_race(gpt_lm, block_lm, monkeypatch):
+    for lm, model in ((gpt_lm, Scripted()), (block_lm, BlockScripted())):
+        monkeypatch.setattr(lm, "model", model)
+        monkeypatch.setattr(lm, "stops", True)
+        racer = sample.Racer(lm, sample.Options(prompt="ab"), 30)
+        racer.run()
+        assert len(racer.rows[0]) == 30 and racer.frames[-1].n_written == 28
+        lm.stops = True
+        assert lm.generate(prompt="ab", length=30) == ["abaaaa"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo terminal")
+def test_a_race_in_a_terminal_fills_columns(race, lm, gpt_lm, monkeypatch):
+    race[1] = race[1].partition(",")[0]
+    argv = [*race, "--prompt=def ", "--seed=2"]
+    out, status = run_in_terminal(argv, columns=63)
+    assert status == 0
+    pictures = out[out.index("real time") :].split("\x1b[J")
+    for picture in pictures[1:-1]:
+        assert picture.count("\n") <= 11  # never higher than the terminal
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", pictures[-1]).replace("\r\n", "\n")
+    picture, table = re.split(r"\n\n +passes", plain)
+    rows = [line.split("\x1b[31G │ ") for line in picture.split("\n")]
+    for side, racer in enumerate((lm, gpt_lm)):
+        name, passes, rate, _, *text = (row[side] for row in rows)
+        assert (name, passes) == (racer.name, "26 passes, 100%")
+        assert re.fullmatch(r"\d+\.\d s, \d+ tokens/s", rate)
+        monkeypatch.setattr(racer, "stops", False)
+        final = racer.generate(prompt="def ", length=30, seed=2)[0]
+        expected = sample.lines_of([(final, None)], 30)
+        assert text == expected + [""] * (len(text) - len(expected))
+    assert [row[0] for row in re.findall(RACE_TABLE, table, re.M)] == ["train_mdlm", "gpt"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo terminal")
+def test_a_race_in_a_narrow_terminal_and_its_interrupt(race):
+    race[1] = race[1].partition(",")[0]
+    out, status = run_in_terminal(race, columns=50)  # 23 cells each
+    assert status == 0 and "│" not in out and "--- gpt" in out
+    out, status = run_in_terminal([*race, "--n=50"], interrupt="│".encode(), columns=51)
+    assert status == 130 and "Traceback" not in out and "entropy" not in out
+    assert "\x1b[?25l" not in out  # the cursor stays visible
+
+
+def test_a_race_with_a_score(sedd_ckpt, gpt_ckpt, capsys):
+    sample.main([f"--ckpt={sedd_ckpt}", f"--race={gpt_ckpt}", "--device=cpu", "--length=30",
+                 "--steps=6"])
+    rows = re.findall(RACE_TABLE, capsys.readouterr().out, re.M)
+    assert [(row[0], row[5]) for row in rows] == [("train_sedd", "tweedie"),
+                                                  ("gpt", "left to right")]
+    assert int(rows[0][1]) <= 6
+
+
+def test_mistakes_in_a_race(ckpt, gpt_ckpt, block_ckpt, tmp_path, capsys):
+    state = torch.load(gpt_ckpt, weights_only=True)
+    other = {**state["tokenizer"], "bos_id": 1}
+    torch.save({**state, "tokenizer": other}, tmp_path / "other.pt")
+    torch.save(state, tmp_path / "gpt.pt")
+    for first, others, flags, message in (
+        (ckpt, "", [], "--race=: "),
+        (ckpt, f"{gpt_ckpt},", [], "commas"),
+        (ckpt, tmp_path / "none.pt", [], "none.pt: no such"),
+        (ckpt, ckpt.parent, [], "twice"),
+        (ckpt, f"{gpt_ckpt},{gpt_ckpt}", [], "twice"),
+        (ckpt, tmp_path / "other.pt", [], "other.pt are not those of"),
+        (ckpt, gpt_ckpt, ["--infill=a ___ b"], "--infill and --race"),
+        (ckpt, gpt_ckpt, ["--score=ab"], "--score and --race"),
+        (ckpt, gpt_ckpt, ["--length=33"], "--length=33: train_mdlm"),
+        (block_ckpt, gpt_ckpt, ["--length=33"], "--length=33: gpt"),
+        (ckpt, block_ckpt, ["--refine=0.5"], "--refine: train_block"),
+        (gpt_ckpt, tmp_path / "gpt.pt", ["--steps=4"], "--steps: gpt"),
+    ):
+        argv = [f"--ckpt={first}", f"--race={others}", "--device=cpu", *flags]
+        assert message in refused(argv, capsys)
 
 
 def test_import_does_nothing():
