@@ -74,6 +74,7 @@ class Config:
     cond_dim: int = 0  # width of adaLN-Zero conditioning on the noise level; 0: off
     tied: bool = False  # head shares the embedding
     unet: bool = False  # skips from the first half of the layers to the second
+    value_residual: bool = False  # the first layer's values added to those of every later one
     softcap: float = 0.0  # logits = cap tanh(logits / cap); 0: off
     dropout: float = 0.0  # on the two branches of a layer
     checkpoint_layers: bool = False  # recompute activations in the backward pass, to save memory
@@ -131,7 +132,8 @@ class Config:
 
 # What must agree between a checkpoint and the model that takes its weights.
 SHAPE_FIELDS = (
-    "vocab_size n_layer n_head n_kv_head n_embd mlp mlp_ratio cond_dim tied unet softcap".split())
+    "vocab_size n_layer n_head n_kv_head n_embd mlp mlp_ratio cond_dim tied unet value_residual "
+    "softcap".split())
 # What may change when a run goes on; everything else would make it another run.
 RESUME_FIELDS = (
     "data out preset resume steps eval_every val_tokens val_draws split ckpt_every log_every "
@@ -336,6 +338,7 @@ class Ctx(NamedTuple):
     sin: Tensor  # (S, D/H/2)
     h0: Tensor  # (B, S, D) embedding, for the skip into every layer
     cond: Tensor | None = None  # (B, cond_dim)
+    v0: Tensor | None = None  # (B, S, Hkv d) to add to the values of this layer
     mask: object = None  # what attend makes of it
     cache: object = None  # keys and values of earlier passes; attend reads and extends it
 
@@ -400,6 +403,7 @@ class Layer(nn.Module):
             q, k, v = F.linear(x, w).split((D, len(self.k.weight), len(self.v.weight)), -1)
         else:
             q, k, v = self.q(x[:, :N]), self.k(x), self.v(x)
+        v = v if ctx.v0 is None else v + ctx.v0
         q = q.view(B, N, -1, d).transpose(1, 2)  # (B, H, N, d)
         k = k.view(B, S, -1, d).transpose(1, 2)  # (B, Hkv, S, d)
         v = v.view(B, S, -1, d).transpose(1, 2)
@@ -430,6 +434,7 @@ class Trunk(nn.Module):
         self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.n_layer))
         self.head = None if cfg.tied else matrix(D, V, zero=True)
         self.skip = nn.Parameter(torch.ones(cfg.n_layer // 2)) if cfg.unet else None
+        self.value = nn.Parameter(torch.full((cfg.n_layer,), 0.5)) if cfg.value_residual else None
         self.sigma_mlp = self.final_mod = None
         if C:
             self.sigma_mlp = nn.Sequential(
@@ -455,7 +460,10 @@ class Trunk(nn.Module):
     def run_layers(self, ctx, n_query=None):
         """h0 (B, S, D) -> (B, N, D); only the last layer leaves out queries (n_query)."""
         h, skips, n = ctx.h0, [], len(self.layers)
+        v0 = None if self.value is None else self.layers[0].v(ctx.h0)  # (B, S, Hkv d)
         for i, layer in enumerate(self.layers):
+            if v0 is not None:
+                ctx = ctx._replace(v0=self.value[i] * v0)
             if self.skip is not None and i >= n - n // 2:
                 h = h + self.skip[i - (n - n // 2)] * skips.pop()
             last = n_query if i == n - 1 else None
@@ -1003,7 +1011,7 @@ def main(argv):
     require(cfg.eval_only or n >= n_rows, f"--data={cfg.data}: {n} windows of --seq_len, fewer "
             f"than the {n_rows} of a batch; lower --batch_tokens")
     # Better a bad token here than at the first evaluation.
-    val.read(range(min(len(val), cfg.val_tokens // cfg.seq_len)), cfg.vocab_size)
+    val.read(range(min(len(val), max(2, cfg.val_tokens // cfg.seq_len))), cfg.vocab_size)
     path = os.path.join(cfg.out, "ckpt.pt")
     free = cfg.resume or cfg.eval_only or not os.path.exists(path)
     require(free, f"--out={cfg.out} holds a run: --resume=1 continues it, or give another --out")

@@ -29,7 +29,7 @@ SWITCHES = {
     "plain": {},
     "grouped queries, unet": {"n_kv_head": 2, "unet": True, "n_layer": 3},
     "all, documents": {"mlp": "swiglu", "unet": True, "tied": True, "softcap": 3.0, "n_kv_head": 1,
-                       "dropout": 0.1, "doc_mask": True, "bos_id": 3},
+                       "dropout": 0.1, "doc_mask": True, "bos_id": 3, "value_residual": True},
 }
 
 
@@ -185,7 +185,7 @@ def check_likelihood_token_by_token(module):
 
 def check_one_block_is_mdlm(module):
     """block_len=seq_len: logits, bound and loss of train_mdlm, same weights and noise."""
-    for names in ({}, {"n_kv_head": 2, "unet": True, "tied": True}):
+    for names in ({}, {"n_kv_head": 2, "unet": True, "tied": True, "value_residual": True}):
         model, cfg = small_model(module, block_len=T, t_min=0.0, t_max=1.0, **names)
         other = train_mdlm.Model(train_mdlm.Config(
             vocab_size=V, seq_len=T, n_layer=2, n_head=4, n_embd=32, **names))

@@ -28,7 +28,7 @@ SWITCHES = {
     "unet": {"unet": True, "n_layer": 3},
     "grouped queries": {"n_kv_head": 2},
     "all": {"mlp": "swiglu", "unet": True, "tied": True, "softcap": 3.0, "n_kv_head": 1,
-            "dropout": 0.1},
+            "dropout": 0.1, "value_residual": True},
 }
 
 

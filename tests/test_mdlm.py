@@ -881,13 +881,14 @@ SWITCHES = {
     "unet of an odd number of layers": {"unet": True, "n_layer": 3},
     "tied": {"tied": True},
     "softcap": {"softcap": 3.0},
+    "value residual": {"value_residual": True, "n_kv_head": 2},
     "grouped queries": {"n_kv_head": 2},
     "one key": {"n_kv_head": 1},
     "time input": {"cond_dim": 16},
     "dropout": {"dropout": 0.2},
     "recomputed": {"checkpoint_layers": True, "dropout": 0.2},
     "all": {"mlp": "swiglu", "unet": True, "tied": True, "softcap": 3.0, "n_kv_head": 2,
-            "cond_dim": 16, "dropout": 0.1},
+            "cond_dim": 16, "dropout": 0.1, "value_residual": True},
 }
 V = 11  # real tokens of the small network; also the mask's id
 

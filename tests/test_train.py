@@ -231,7 +231,7 @@ def distance(a, b):
 RUN = ("--steps=120", "--eval_every=25", "--val_draws=2", "--log_every=7")
 RICH = ("--dropout=0.2", "--ema=0.9", "--ema_start=0.02", "--estimator=bernoulli",
         "--muon_beta2=0.95", "--cautious=1", "--micro_batch=4", "--cond_dim=16", "--unet=1",
-        "--n_layer=2")
+        "--value_residual=1", "--n_layer=2")
 VARIANTS = {"plain": (), "rich": RICH,
             "started": ("--optimizer=adamw", "--lr=0.003", "--ema=0.9", "--init_from={start}",
                         "--eval_every=1")}
@@ -543,6 +543,9 @@ def test_val_tokens_limits_the_evaluation(bpe):
     _, ckpt, _, val, _, nats, _ = bpe
     result = train("--eval_only=1", f"--init_from={ckpt}", f"--val_tokens={4 * SEQ_LEN}")
     assert evaluations(result.out)[0][0] == pytest.approx(nats[val[:4]].mean(), abs=1e-4)
+    # Less than a window: two, the fewest that make a pair.
+    result = train("--eval_only=1", f"--init_from={ckpt}", "--val_tokens=1")
+    assert evaluations(result.out)[0][0] == pytest.approx(nats[val[:2]].mean(), abs=1e-4)
 
 
 def test_eval_only_prints_the_digits_of_the_run(short_run, tmp_path):
