@@ -75,7 +75,7 @@ class Config:
     cond_dim: int = 0  # width of adaLN-Zero conditioning on the noise level; 0: off
     tied: bool = False  # head shares the embedding
     unet: bool = False  # skips from the first half of the layers to the second
-    value_residual: bool = False  # the first layer's values added to those of every later one
+    value_residual: bool = False  # the first layer's values, added to those of every layer
     softcap: float = 0.0  # logits = cap tanh(logits / cap); 0: off
     dropout: float = 0.0  # on the two branches of a layer
     checkpoint_layers: bool = False  # recompute activations in the backward pass, to save memory
@@ -130,6 +130,8 @@ class Config:
     bos_id: int = 50256  # token that begins a document; read by doc_mask alone
     micro_batch: int = 8  # rows a forward pass and rank; each is twice as long inside
     shuffle: bool = False  # windows in random order; 0: in file order, as in the speedrun
+    value_residual: bool = True  # the first layer's values, added to those of every layer
+    muon_beta2: float = 0.95  # decay of NorMuon's second moment per neuron; 0: plain Muon
     # <<< objective
 
 
@@ -519,11 +521,12 @@ INIT_FROM = ("train_block", "train_mdlm", "gpt")  # scripts whose checkpoints fi
 PRESETS = {
     "tiny": dict(
         data="stdlib", seq_len=256, n_layer=6, n_head=4, n_embd=208, steps=300, batch_tokens=4096,
-        micro_batch=16, lr=0.03, eval_every=75, val_tokens=65_536, ckpt_every=150, shuffle=True),
+        micro_batch=16, lr=0.03, eval_every=75, val_tokens=65_536, ckpt_every=150, shuffle=True,
+        value_residual=False, muon_beta2=0.0),
     "nano_block": dict(
         n_head=6, unet=True, estimator="bernoulli", loss_weight="elbo", doc_mask=True,
         embed_lr=0.06, head_lr=0.0011, scalar_lr=0.04, adam_weight_decay=0.0, weight_decay=0.0,
-        cooldown=0.8, lr_end=0.1),
+        cooldown=0.8, lr_end=0.1, muon_beta2=0.0),
 }
 ROW_SIZES = 16  # a variable number of masked rows is padded up to a multiple of B T / 16
 ROUNDING = 1e-9  # of t_min L and t_max L, which may be meant to be whole

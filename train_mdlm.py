@@ -74,7 +74,7 @@ class Config:
     cond_dim: int = 0  # width of adaLN-Zero conditioning on the noise level; 0: off
     tied: bool = False  # head shares the embedding
     unet: bool = False  # skips from the first half of the layers to the second
-    value_residual: bool = False  # the first layer's values added to those of every later one
+    value_residual: bool = False  # the first layer's values, added to those of every layer
     softcap: float = 0.0  # logits = cap tanh(logits / cap); 0: off
     dropout: float = 0.0  # on the two branches of a layer
     checkpoint_layers: bool = False  # recompute activations in the backward pass, to save memory
