@@ -15,16 +15,16 @@ PY := .venv/bin/python
 
 demo: .venv/.installed
 	$(PY) prepare_data.py stdlib
-	rm -rf out/demo
+	rm -rf out/demo-mdlm out/demo-gpt out/demo-block
 	@echo "== masked diffusion: text out of noise within about five minutes"
-	$(PY) train_mdlm.py --preset=tiny --out=out/demo/mdlm
-	$(PY) sample.py --ckpt=out/demo/mdlm/ckpt.pt --n=2 --length=256 --watch
-	$(PY) sample.py --ckpt=out/demo/mdlm/ckpt.pt --infill="def ___(x):" --n=4
+	$(PY) train_mdlm.py --preset=tiny --out=out/demo-mdlm
+	$(PY) sample.py --ckpt=out/demo-mdlm/ckpt.pt --n=2 --length=256 --watch
+	$(PY) sample.py --ckpt=out/demo-mdlm/ckpt.pt --infill="def ___(x):" --n=4
 	@echo "== the same tokens and parameters, autoregressive and in blocks: about ten minutes more"
-	$(PY) gpt.py --preset=tiny --out=out/demo/gpt
-	$(PY) train_block.py --preset=tiny --out=out/demo/block
-	$(PY) records/compare.py out/demo/gpt out/demo/block out/demo/mdlm
-	$(PY) sample.py --ckpt=out/demo/block/ckpt.pt --race=out/demo/gpt/ckpt.pt --prompt="def "
+	$(PY) gpt.py --preset=tiny --out=out/demo-gpt
+	$(PY) train_block.py --preset=tiny --out=out/demo-block
+	$(PY) records/compare.py out/demo-gpt out/demo-block out/demo-mdlm
+	$(PY) sample.py --ckpt=out/demo-block/ckpt.pt --race=out/demo-gpt/ckpt.pt --prompt="def "
 
 test: .venv/.installed-tests
 	$(PY) -m ruff check --line-length=100 --select=E,F,W,I,B .
