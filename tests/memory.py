@@ -72,10 +72,15 @@ def measure(script, cfg):
                 cfg, n_layer=n, checkpoint_layers=False)).train(), x0, fake, cfg) for n in (2, 3)]
             layer = two[1] - two[0]
         n_params = sum(p.numel() for p in model.parameters())
-        hidden = sum(p.numel() for n, p in model.named_parameters() if script.is_hidden(n))
-    # Weight and gradient; Muon keeps one more, AdamW two; the average.
+        matrices = [p for n, p in model.named_parameters() if script.is_hidden(n)]
+        hidden, rows = (sum(sizes) for sizes in zip(
+            *((p.numel(), len(p)) for p in matrices), strict=True))
+    # Weight and gradient; Muon keeps one more and NorMuon one a row, AdamW two; the average.
     n_states = 2 * n_params + 2 * (n_params - hidden) + n_params * bool(cfg.ema)
-    n_states += hidden * (1 if cfg.optimizer == "muon" else 2)
+    if cfg.optimizer == "muon":
+        n_states += hidden + rows * bool(cfg.muon_beta2)
+    else:
+        n_states += 2 * hidden
     return n_params, 4 * n_states, saved, layer
 
 

@@ -1,0 +1,49 @@
+"""The memory that memory.py computes, against tensors that are there."""
+import dataclasses
+import importlib
+
+import memory
+import pytest
+import torch
+
+
+def small(name, **names):
+    script = importlib.import_module(name)
+    names = dict(vocab_size=11, n_layer=3, n_head=2, n_embd=32, seq_len=64, batch_tokens=512,
+                 micro_batch=8) | names
+    return script, script.Config(**names)
+
+
+@pytest.mark.parametrize("name", memory.SCRIPTS)
+def test_fake_and_real_tensors_take_the_same_memory(name, monkeypatch):
+    script, cfg = small(name)
+    for attribute in ("padded_count", "CPU_SHORT"):  # memory.py sets them
+        if hasattr(script, attribute):
+            monkeypatch.setattr(script, attribute, getattr(script, attribute))
+    n_params, states, saved, layer = memory.measure(script, cfg)
+    model = script.Model(cfg).train()
+    noise = script.draw_noise(cfg, 8, torch.Generator().manual_seed(0))
+    real = memory.saved_bytes(script, model, torch.zeros(8, 64, dtype=torch.int64), noise, cfg)
+    assert saved == pytest.approx(real, rel=0.02) and layer == 0
+    for optimizer in script.make_optimizers(model, cfg):
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        sizes = [x.numel() for s in optimizer.state.values() for x in s.values() if x.ndim]
+        states -= 4 * sum(sizes)
+    assert n_params == sum(p.numel() for p in model.parameters())
+    assert states == pytest.approx(2 * 4 * n_params, rel=0.01)  # weights and gradients
+
+
+def test_recomputing_saves_memory():
+    script, cfg = small("train_mdlm", n_layer=6)
+    _, _, full, _ = memory.measure(script, cfg)
+    _, _, saved, layer = memory.measure(script, dataclasses.replace(cfg, checkpoint_layers=True))
+    assert saved + layer < full / 2
+
+
+@pytest.mark.parametrize("argv, status", [(["train_mldm"], 2), (["--help"], 0)])
+def test_other_arguments(argv, status, capsys):
+    with pytest.raises(SystemExit) as stop:
+        memory.main(argv)
+    assert stop.value.code == status and "python tests/memory.py" in capsys.readouterr().out
