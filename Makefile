@@ -20,7 +20,7 @@ demo: .venv/.installed
 	$(PY) train_mdlm.py --preset=tiny --out=out/demo-mdlm
 	$(PY) sample.py --ckpt=out/demo-mdlm/ckpt.pt --n=2 --length=256 --watch
 	$(PY) sample.py --ckpt=out/demo-mdlm/ckpt.pt --infill="def ___(x):" --n=4
-	@echo "== the same tokens and parameters, autoregressive and in blocks: about ten minutes more"
+	@echo "== the same tokens and parameters, autoregressive and in blocks: about twelve minutes more"
 	$(PY) gpt.py --preset=tiny --out=out/demo-gpt
 	$(PY) train_block.py --preset=tiny --out=out/demo-block
 	$(PY) records/compare.py out/demo-gpt out/demo-block out/demo-mdlm
