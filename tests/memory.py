@@ -13,11 +13,13 @@ The rest of the backward pass, logits above all, and the allocator's waste come 
 torch.compile saves less. The vocabulary is GPT-2's unless --vocab_size or the data says otherwise.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -57,11 +59,12 @@ def measure(script, cfg):
     """-> (parameters, bytes of states, bytes saved, bytes recomputed)."""
     rows, gen = min(cfg.micro_batch, cfg.batch_tokens // cfg.seq_len), torch.Generator()
     noise = script.draw_noise(cfg, rows, gen.manual_seed(0))
-    # How many tokens are masked is unknown on fake tensors where it varies: all, at the most.
-    script.padded_count = torch.Tensor.numel
-    # The short attention of CPUs is not what a GPU runs.
-    script.CPU_SHORT = 0
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    # How many tokens are masked is unknown on fake tensors where it varies: all, at the most. The
+    # short attention of CPUs is not what a GPU runs.
+    gpu = {name: value for name, value in dict(
+        padded_count=torch.Tensor.numel, CPU_SHORT=0).items() if hasattr(script, name)}
+    with mock.patch.multiple(script, **gpu) if gpu else contextlib.nullcontext(), \
+            FakeTensorMode(allow_non_fake_inputs=True):
         model = script.Model(cfg).train()
         x0 = torch.zeros(rows, cfg.seq_len, dtype=torch.int64)
         fake = type(noise)(*(torch.zeros(x.shape, dtype=x.dtype) for x in noise))
