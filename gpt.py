@@ -84,7 +84,7 @@ class Config:
     micro_batch: int = 16  # rows a forward pass and rank
     optimizer: Literal["muon", "adamw"] = "muon"  # of hidden matrices
     lr: float = 0.025  # hidden matrices
-    embed_lr: float = 0.3  # embedding; far too much for a tied head, which takes about .05
+    embed_lr: float = 0.3  # embedding; far too much for a tied head: .02 to .05
     head_lr: float = 0.004  # untied head
     scalar_lr: float = 0.015  # residual and skip weights
     cond_lr: float = 0.001  # adaLN and the embedding of the noise level
