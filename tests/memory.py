@@ -88,9 +88,12 @@ def measure(script, cfg):
 
 
 def main(argv):
-    if not argv or argv[0].removesuffix(".py") not in SCRIPTS:
+    if argv[:1] in ([], ["--help"], ["-h"]):
         print(__doc__)
-        raise SystemExit(0 if argv[:1] in ([], ["--help"]) else 2)
+        return
+    if argv[0].removesuffix(".py") not in SCRIPTS:
+        print(f"memory.py: no script {argv[0]}: there are {', '.join(SCRIPTS)}", file=sys.stderr)
+        raise SystemExit(2)
     script = importlib.import_module(argv[0].removesuffix(".py"))
     cfg = script.parse_args(argv[1:])
     vocab = 256 if os.path.basename(cfg.data) in BYTE_DATA else GPT2
