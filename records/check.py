@@ -117,7 +117,10 @@ class Log:
     ranks: int
     config: dict
     millions: float  # parameters, as the run counted them
+    mflop: str  # of training, per token
+    data: str  # folder
     corpus: int  # tokens of training data
+    progress: tuple  # (step, steps) of the last line that has them
     rates: list  # (step, tokens per second since the line before)
     evals: list  # (step, nats per token, milliseconds of training, milliseconds a step)
     referee: dict  # what evaluate.py added, name -> text
@@ -146,9 +149,12 @@ def read_log(path):
         valid = False
     if not valid:
         raise ValueError("no line of settings behind the versions")
-    shape = re.search(r"^([\d.]+)M parameters, .*: ([\d,]+) tokens$", rest, re.M)
+    shape = re.search(r"^([\d.]+)M parameters, (\S+) MFLOP per token, .+ in \w+, (.+): ([\d,]+) "
+                      r"tokens$", rest, re.M)
     if not shape:
         raise ValueError("no line with the number of parameters and tokens")
+    counts = re.findall(r"^step:(\d+)/(\d+) ", rest, re.M)
+    progress = tuple(map(int, counts[-1])) if counts else (0, config["steps"])
     rates = re.findall(r"^step:(\d+)/\d+ loss:\S+ lr:\S+ tok/s:(\d+) ", rest, re.M)
     evals = re.findall(r"^step:(\d+)/\d+ val_(?:nelbo|nll):(\d+\.\d+)\+-.* "
                        r"train_time:(\d+)ms step_avg:(\d+\.\d+)ms$", rest, re.M)
@@ -160,7 +166,8 @@ def read_log(path):
                     raise ValueError("judged twice: leave one set of the referee's lines")
                 referee[key] = value
     return Log(path, hashlib.sha256(data).hexdigest(), source, muon, lines[0], versions[1],
-               int(versions[2]), config, float(shape[1]), int(shape[2].replace(",", "")),
+               int(versions[2]), config, float(shape[1]), shape[2], shape[3],
+               int(shape[4].replace(",", "")), progress,
                [(int(a), int(b)) for a, b in rates],
                [(int(a), float(b), int(c), float(d)) for a, b, c, d in evals], referee)
 

@@ -21,14 +21,13 @@ not independent; pairs are. Parameters and FLOPs (training, per token) are as th
 import glob
 import json
 import math
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from check import read_log
 
-SEPARATOR = "=" * 100 + "\n"  # in log.txt, behind each source file
 # Fields of Config by which a script is told from the others; gpt.py has none.
 TELLING = {"graph": "train_sedd", "block_len": "train_block", "schedule": "train_mdlm"}
 # Settings in which seeds of one setting may differ: which run it is, and how a machine runs it. The
@@ -64,18 +63,14 @@ class Run:
 def read_run(folder):
     """Run of a folder; one that is missing, unfinished or damaged is refused."""
     try:
-        *sources, rest = (folder / "log.txt").read_text(encoding="utf-8").split(SEPARATOR)
+        log = read_log(folder / "log.txt")
         records = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
     except OSError as e:
         fail(f"{folder}: no folder of a run: {Path(e.filename).name}: {e.strerror}")
-    except UnicodeDecodeError as e:
-        fail(f"{folder}: damaged logs: {e}")
+    except ValueError as e:
+        fail(f"{folder}: damaged, or not the logs of a training script: {e}")
     try:
-        config = json.loads(rest.splitlines()[1])
-        shape = r"^(\S+M) parameters, (\S+) MFLOP per token, .+ in \w+, (.+): [\d,]+ tokens$"
-        parameters, mflop, data = re.findall(shape, rest, re.M)[-1]
-        counts = re.findall(r"^step:(\d+)/(\d+) ", rest, re.M) or [(0, config["steps"])]
-        step, steps = map(int, counts[-1])
+        config, (step, steps) = log.config, log.progress
         found = [r for r in map(json.loads, records) if METRICS & r.keys()][-1:]
         path = folder / f"{config['split']}_nats.npy"
         if step < steps or not path.exists() or not found or found[0]["step"] < steps:
@@ -87,11 +82,12 @@ def read_run(folder):
         if not (agrees and abs(nats.mean() - found[metric]) < ROUNDING):
             fail(f"{path}: not what log.jsonl says of step {step}: from another run, or damaged")
         judged_on = {k: found[k] for k in ("tokens", "bytes", "seed")}
-        judged_on |= {"data": Path(data).name, "split": config["split"], "seq_len": seq_len}
+        judged_on |= {"data": Path(log.data).name, "split": config["split"], "seq_len": seq_len}
         setting = {k: v for k, v in config.items() if k not in NO_SETTING}
         script = next((TELLING[k] for k in TELLING if k in config), "gpt")
-        setting |= {"script": script, "data": judged_on["data"], "steps": steps, "source": sources}
-        return Run(folder, script, config["seed"], setting, parameters, mflop,
+        setting |= {"script": script, "data": judged_on["data"], "steps": steps,
+                    "source": (log.source, log.muon)}
+        return Run(folder, script, config["seed"], setting, f"{log.millions:.2f}M", log.mflop,
                    steps * config["batch_tokens"], config["init_from"], metric == "val_nll",
                    found["bpb"], nats, judged_on)
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as e:

@@ -17,9 +17,12 @@ import torch
 import gpt
 import train_block
 import train_mdlm
-from records import compare
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "records"))
+
+import compare  # noqa: E402
+
 TEXT = "def name(self):\n    return self.names[0]  # text\n\n" * 200
 TINY = dict(
     seq_len=32, n_layer=1, n_head=2, n_embd=32, steps=2, batch_tokens=128, micro_batch=4,
