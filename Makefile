@@ -1,7 +1,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test bench
+.PHONY: demo test torture bench
 
 # The stamp, not the folder: an installation that was cut short is done again.
 .venv/.installed: requirements.txt
@@ -9,8 +9,8 @@ PY := .venv/bin/python
 	$(PY) -m pip install -q -r requirements.txt
 	touch $@
 
-.venv/.installed-tests: .venv/.installed
-	$(PY) -m pip install -q pytest ruff tokenizers
+.venv/.installed-tests: .venv/.installed Makefile
+	$(PY) -m pip install -q pytest ruff tokenizers hypothesis
 	touch $@
 
 demo: .venv/.installed
@@ -29,6 +29,9 @@ demo: .venv/.installed
 test: .venv/.installed-tests
 	$(PY) -m ruff check --line-length=100 --select=E,F,W,I,B .
 	$(PY) -m pytest -q tests
+
+torture: .venv/.installed-tests
+	$(PY) -m pytest -q --torture tests/test_survive_*.py
 
 bench: .venv/.installed
 	$(PY) tests/bench.py

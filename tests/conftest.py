@@ -1,9 +1,37 @@
-"""Lets the tests import the scripts of the repository's root."""
+"""Lets the tests import the scripts of the repository's root; quick tests and long ones."""
+import os
 import signal
 import sys
 from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 # A job in the background ignores Ctrl-C, and so would the programs that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+for name, n in (("quick", 100), ("torture", 10_000)):
+    settings.register_profile(name, max_examples=n, derandomize=name == "quick", deadline=None,
+                              database=None, suppress_health_check=list(HealthCheck))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--torture", action="store_true", help="the long tests, too; the others with "
+                     "more kills, faults and random cases (make torture)")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "torture: takes minutes or hours, runs with --torture only")
+    # In the environment, since test modules size their cases as they are imported.
+    os.environ["TORTURE"] = str(int(config.getoption("--torture")))
+    settings.load_profile("torture" if config.getoption("--torture") else "quick")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--torture"):
+        skip = pytest.mark.skip(reason="long: make torture")
+        for item in items:
+            if "torture" in item.keywords:
+                item.add_marker(skip)
