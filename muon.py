@@ -173,7 +173,9 @@ class Muon(torch.optim.Optimizer):
         if n_ranks == 1:
             return ortho, None
         gathered = ortho.new_empty(n_ranks * share, *weight.shape)
-        return gathered, dist.all_gather_into_tensor(gathered, ortho, async_op=True)
+        # Renamed in PyTorch 2.13, which warns of the old name.
+        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        return gathered, all_gather(gathered, ortho, async_op=True)
 
     def _apply(self, group, bucket, ortho):
         weights, _, _, *second_moments = map(list, zip(*bucket, strict=True))

@@ -20,6 +20,8 @@ exp(-sigma) at y and at xt_i. exp(u) need not sum to 1. Time input (--cond_dim) 
     python sample.py --ckpt=out/train_sedd-tiny --steps=128                     # text
 """
 
+import contextlib
+import copy
 import dataclasses
 import datetime
 import difflib
@@ -36,6 +38,7 @@ import signal
 import sys
 import time
 import warnings
+import zipfile
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Literal, NamedTuple, get_args
@@ -48,6 +51,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from muon import Muon
+
+try:
+    import fcntl
+except ImportError:  # Windows: run folders are not locked, everything else works
+    fcntl = None
 
 SCRIPT = os.path.splitext(os.path.basename(__file__))[0]
 
@@ -140,6 +148,8 @@ RESUME_FIELDS = (
 POSITIVE = ("seq_len n_layer n_head n_embd mlp_ratio steps batch_tokens micro_batch val_tokens "
             "val_draws max_bad_steps log_every").split()
 BELOW_ONE = "dropout ema momentum muon_beta2 adam_beta1 adam_beta2".split()
+MAX_FLAG, MAX_INT, MAX_FLOAT = 1000, 2**53, 1e100  # characters; beyond any use
+LAYER_BYTES = 100_000  # of a layer without its weights, generously
 
 
 def fail(message):
@@ -172,6 +182,8 @@ def parse_flags(argv):
         if arg in ("--help", "-h"):
             show_help()
             raise SystemExit(0)
+        odd = f"{arg[:40]!a}: longer than {MAX_FLAG}, or of characters that cannot be shown"
+        require(arg.isprintable() and len(arg) <= MAX_FLAG, odd)
         name, equals, text = arg.removeprefix("--").partition("=")
         require(name != "block_size", "--block_size has several meanings; --seq_len is the context")
         near = (difflib.get_close_matches(name, defaults, 1) or ["help"])[0]
@@ -198,8 +210,14 @@ def parse_args(argv):
     require(source or not eval_only, "--eval_only=1 needs a checkpoint: --init_from=PATH")
     base = {"out": os.path.join("out", SCRIPT + (f"-{preset}" if preset else ""))}
     base.update(PRESETS.get(preset, {}))
+    path = os.path.join(flags.get("out", base["out"]), "ckpt.pt")
+    # What torchrun --max-restarts=N starts again goes on from where it was.
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and not eval_only
+    if restarted and os.path.exists(path):
+        resume = flags["resume"] = True
+        flags.pop("init_from", None)
     if resume:
-        source = os.path.join(flags.get("out", base["out"]), "ckpt.pt")
+        source = path
         require(os.path.exists(source), f"--resume=1: no {source}: name the run's folder by --out")
     if source:
         config = load_checkpoint(source)["config"]
@@ -221,7 +239,8 @@ def validate(cfg, world):
         require(type(value) is type(f.default), f"{flag} {type(f.default).__name__} expected")
         require(not choices or value in choices, f"{flag} there are {', '.join(choices)}")
         if not isinstance(value, str):
-            require(0 <= value < math.inf, f"{flag} must be 0 or more")
+            limit = MAX_FLOAT if isinstance(value, float) else MAX_INT
+            require(0 <= value < limit, f"{flag} must be 0 or more, below {limit:.2g}")
             require(value > 0 or f.name not in POSITIVE, f"{flag} must be positive")
             require(value < 1 or f.name not in BELOW_ONE, f"{flag} must be below 1")
     n_head, n_rows = cfg.n_head, cfg.batch_tokens // cfg.seq_len
@@ -230,6 +249,14 @@ def validate(cfg, world):
     require(width > 0, f"--mlp_ratio={cfg.mlp_ratio}: no hidden unit at --n_embd={cfg.n_embd}")
     divides = n_head % (cfg.n_kv_head or n_head) == 0
     require(divides, f"--n_kv_head={cfg.n_kv_head}: must divide --n_head={n_head}")
+    layer = LAYER_BYTES + 4 * cfg.n_embd * (2 * cfg.n_embd + 2 * width + 6 * cfg.cond_dim)
+    size = cfg.n_layer * layer + 8 * cfg.vocab_size * cfg.n_embd  # bytes, at least
+    room = math.inf
+    if hasattr(os, "sysconf"):
+        room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    require(size < room, f"--n_layer={cfg.n_layer} --n_embd={cfg.n_embd} --mlp_ratio="
+            f"{cfg.mlp_ratio} --vocab_size={cfg.vocab_size}: weights of {size / 1e9:.0f} GB, more "
+            f"than the {room / 1e9:.0f} GB of this machine's memory")
     fits = cfg.batch_tokens % (cfg.seq_len * world) == 0
     require(fits, f"--batch_tokens={cfg.batch_tokens}: no multiple of --seq_len={cfg.seq_len}, or "
             f"its rows do not divide by {world} ranks")
@@ -242,10 +269,12 @@ def validate(cfg, world):
 # ----------------------------------------------------------------------------- data
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 GPT2_VOCAB = 50257
+MAX_META, MAX_VOCAB = 2**26, 2**16  # bytes of meta.json; tokens are uint16
 
 
 def open_shard(path, seq_len):
     """The windows of a shard of llm.c's format, (n, seq_len), on disk; its tail is left out."""
+    require(os.path.isfile(path), f"{path}: no such file")  # a pipe would be waited for
     try:
         size, header = os.path.getsize(path), np.fromfile(path, "<i4", HEADER_BYTES // 4)
     except OSError as e:
@@ -293,20 +322,28 @@ def load_tokenizer(folder, dtype):
     path = os.path.join(folder, "meta.json")
     meta = dict(tokenizer="byte", vocab_size=256, bos_id=0, pattern=None, token_bytes=None)
     try:
-        if os.path.exists(path):
+        if os.path.lexists(path):
+            if not os.path.isfile(path) or os.path.getsize(path) > MAX_META:
+                raise ValueError(f"no file, or larger than {MAX_META} bytes")
             with open(path, encoding="utf-8") as f:
                 meta = json.load(f)
         elif dtype != np.uint8:
             meta = gpt2_meta()
+        name, pattern, bos_id = meta["tokenizer"], meta["pattern"], meta["bos_id"]
         table = [text.encode("latin-1") for text in meta["token_bytes"] or map(chr, range(256))]
-        table[meta["bos_id"]] = b""
-        if len(table) != meta["vocab_size"]:
-            raise ValueError(f"{len(table)} tokens, vocab_size {meta['vocab_size']}")
-        return dict(name=str(meta["tokenizer"]), vocab_size=len(table), bos_id=int(meta["bos_id"]),
-                    pattern=meta["pattern"], token_length=torch.tensor([len(b) for b in table]),
+        if type(name) is not str or type(pattern) not in (str, type(None)):
+            raise TypeError("tokenizer or pattern is no text")
+        if type(bos_id) is not int or not 0 <= bos_id < len(table):
+            raise ValueError(f"bos_id {bos_id!s:.40} of {len(table)} tokens")
+        if len(table) != meta["vocab_size"] or len(table) > MAX_VOCAB:
+            raise ValueError(f"{len(table)} tokens, vocab_size {meta['vocab_size']!s:.40}")
+        table[bos_id] = b""
+        return dict(name=name, vocab_size=len(table), bos_id=bos_id, pattern=pattern,
+                    token_length=torch.tensor([len(b) for b in table]),
                     token_bytes=torch.tensor(list(b"".join(table)), dtype=torch.uint8))
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as e:
-        fail(f"{path}: not a description of this data ({type(e).__name__}: {e}); prepare it again")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        fail(f"{path}: not a description of this data ({type(e).__name__}: {e!s:.200}); prepare "
+             "it again")
 
 
 def gpt2_meta():
@@ -878,13 +915,14 @@ def take_rows(noise, rows, device):
 
 
 @torch.no_grad()
-def evaluate(nelbo, cfg, windows, tokenizer, device, rank, world):
+def evaluate(nelbo, cfg, windows, tokenizer, device, rank, world, stopping=bool):
     """nelbo(x0, noise) -> (B,) nats, over the first val_tokens of a split.
 
     The same digits on any number of ranks: the noise of all windows is one draw, batches of them
     are dealt to the ranks in turn, sums are in float64. -> ({METRIC: nats per token, se: standard
     error over pairs of neighbouring windows, whose noise is paired, bpb, ppl, ..}, what they are
-    of {tokens, bytes, draws, seed}, nats (N,))."""
+    of {tokens, bytes, draws, seed}, nats (N,)). None as soon as stopping(), the same on all ranks,
+    says so."""
     n = min(len(windows), max(2, cfg.val_tokens // cfg.seq_len)) // 2 * 2
     size = cfg.micro_batch + cfg.micro_batch % 2
     nats, others = torch.zeros(n, dtype=torch.float64), {}
@@ -892,7 +930,11 @@ def evaluate(nelbo, cfg, windows, tokenizer, device, rank, world):
         gen = torch.Generator().manual_seed(derive_seed(EVAL_SEED, draw))
         noise = draw_noise(cfg, n, gen, bound=True)
         sums = torch.zeros(n, 2, dtype=torch.float64)  # nats and bytes of every window
-        for first in range(rank * size, n, world * size):
+        for first in range(rank * size, n + rank * size, world * size):
+            if stopping():
+                return None
+            if first >= n:
+                continue
             rows = slice(first, min(first + size, n))
             x0 = windows.read(range(rows.start, rows.stop), cfg.vocab_size)
             sums[rows, 0] = nelbo(x0.to(device), take_rows(noise, rows, device)).cpu().double()
@@ -913,66 +955,159 @@ def evaluate(nelbo, cfg, windows, tokenizer, device, rank, world):
 
 
 # ----------------------------------------------------------------------------- checkpoints
-CKPT_FORMAT = 1
+CKPT_FORMAT = 2
 CKPT_TYPES = {"format": int, "script": str, "config": dict, "model": dict, "optimizers": list,
               "tokenizer": dict, "step": int, "tokens_seen": int, "progress": dict}
+MAX_DEPTH = 8  # of a checkpoint's dicts and lists
+# What a run knows beside its weights; its place in the data is step times the rows of a batch.
+PROGRESS = dict(step=0, seconds=0.0, bad=0, skipped=0, evaluated=True, ema_updates=0,
+                shown_step=0, shown_seconds=0.0, loss=0.0)  # last line, losses since then
 
 
 def save_checkpoint(path, state):
     """Write beside, then swap in, keeping the one before: some checkpoint always loads.
     -> what went wrong, or ''."""
-    partial, copy = f"{path}.partial", f"{path}.copy.partial"
+    partial, previous = f"{path}.partial", path.removesuffix(".pt") + "_prev.pt"
     try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)  # somebody may have removed it
         with open(partial, "wb") as f:
             torch.save(state, f)
             f.flush()
             os.fsync(f.fileno())
-        if os.path.exists(path):
-            shutil.copyfile(path, copy)  # path itself stays until it is replaced
-            os.replace(copy, path.removesuffix(".pt") + "_prev.pt")
+        if os.path.exists(path):  # which stays until it is replaced
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(previous)
+            try:
+                os.link(path, previous)
+            except OSError:  # no hard links here
+                shutil.copyfile(path, previous)
         os.replace(partial, path)
     except (OSError, RuntimeError) as e:  # torch.save wraps what the disk says
-        for name in filter(os.path.exists, (partial, copy)):
-            os.remove(name)
+        with contextlib.suppress(OSError):
+            os.remove(partial)
         return str(e.__context__ or e).splitlines()[0]
     return ""
 
 
+def leaves(tree, path="", depth=0):
+    """(path, value) of all that nested dicts and lists hold; refuses what a run never writes."""
+    if depth > MAX_DEPTH:
+        raise ValueError(f"{path:.80}: nested too deeply")
+    if not isinstance(tree, dict | list | tuple) or not tree:
+        yield path, None if isinstance(tree, dict | list | tuple) else tree
+        return
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        if type(key) not in (str, int):
+            raise TypeError(f"{path:.80}: a key of type {type(key).__name__}")
+        yield from leaves(value, f"{path}.{key}" if path else str(key), depth + 1)
+
+
+def first_not_finite(tree):
+    """Path of the first tensor with a NaN or an infinity, or ''."""
+    return next((path for path, x in leaves(tree) if isinstance(x, Tensor)
+                 and x.is_floating_point() and not x.isfinite().all()), "")
+
+
+def check_checkpoint(state, size):
+    """Raise unless this is what a run writes, in every type, and no more than a file of so many
+    bytes can hold: tensors may claim to be huge, lists may hold each other."""
+    if not isinstance(state, dict):
+        raise TypeError(f"a {type(state).__name__}")
+    for name, kind in CKPT_TYPES.items():
+        if type(state.get(name)) is not kind:
+            raise TypeError(f"{name} is {type(state.get(name)).__name__}, not {kind.__name__}")
+    if state["format"] != CKPT_FORMAT:
+        raise ValueError(f"format {state['format']!s:.40} is not known here")
+    n_bytes, n_values = 0, 0
+    for path, x in leaves(state):
+        part, _, name = path.partition(".")
+        tensor = type(x) is Tensor and x.layout == torch.strided and not x.is_meta
+        good = tensor if part in ("tokenizer", "optimizers") else False
+        good |= type(x) in (str, int, float, bool, type(None))
+        if part in ("model", "ema") and name:
+            good = tensor and x.is_floating_point()
+        if not good:
+            raise TypeError(f"{path:.80}: a {type(x).__name__}")
+        n_bytes, n_values = n_bytes + (x.nbytes if tensor else 0), n_values + 1
+        if max(n_bytes, n_values) > size:
+            raise ValueError(f"{path:.80}: more than the file can hold")
+    kinds = [{k: type(x) for k, x in d.items()} for d in (state["progress"], PROGRESS)]
+    if kinds[0] != kinds[1] or min(state["progress"].values()) < 0:
+        raise ValueError("progress is not that of a run")
+    if type(state["tokenizer"].get("vocab_size")) is not int:
+        raise TypeError("tokenizer is not that of a run")
+
+
 def load_checkpoint(path):
     """Read and check a checkpoint; tensors and plain values only, never code."""
+    previous = path.removesuffix(".pt") + "_prev.pt"
+    hint = f"; the one before it is {previous}" * zipfile.is_zipfile(previous)
+    require(os.path.exists(path), f"{path}: no such checkpoint")
+    require(os.path.isfile(path), f"{path}: no file")
     try:
+        with zipfile.ZipFile(path) as f:
+            if any(item.compress_type != zipfile.ZIP_STORED for item in f.infolist()):
+                raise ValueError("compressed")
         with warnings.catch_warnings(action="ignore"):  # torch's, about files of others
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        fail(f"{path}: no such checkpoint")
     except Exception as e:  # the unpickler meets arbitrary bytes
         code = "weights_only" in str(e) or "Unsupported" in str(e)
         what = "holds more than tensors and plain values" if code else "cut short or damaged"
-        fail(f"{path}: no checkpoint of ours: {what} ({type(e).__name__})")
-    ours = isinstance(state, dict) and all(
-        isinstance(state.get(k), kind) for k, kind in CKPT_TYPES.items())
-    require(ours, f"{path}: no checkpoint of ours: entries are missing or of other types")
-    require(state["format"] == CKPT_FORMAT, f"{path}: format {state['format']} is not known here")
+        fail(f"{path}: no checkpoint of ours: {what} ({type(e).__name__}){hint}")
+    try:
+        check_checkpoint(state, os.path.getsize(path))
+    except Exception as e:  # whatever values of any type raise
+        fail(f"{path}: no checkpoint of ours: {e!s:.200}{hint}")
     return state
 
 
-def load_weights(model, weights, path):
-    """Copy a checkpoint's weights, all of them and in their shapes, or refuse."""
+def load_model(cfg, weights, path):
+    """The model of cfg with a checkpoint's weights: all of them, in their shapes and finite. They
+    are compared before any memory is taken."""
     try:
-        model.load_state_dict(weights)
-    except (RuntimeError, TypeError, AttributeError) as e:
-        what = str(e).splitlines()[-1].strip()
-        fail(f"{path}: {what} Another shape: give the flags it was trained with")
+        n_layer = len({name.split(".")[1] for name in weights if name.startswith("layers.")})
+        if cfg.n_layer != n_layer:
+            raise ValueError(f"{n_layer} layers, but --n_layer={cfg.n_layer}.")
+        with torch.device("meta"):
+            model = Model(cfg)
+        model.load_state_dict({k: v.float().clone() for k, v in weights.items()}, assign=True)
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as e:
+        what = (str(e).splitlines() or [""])[-1].strip()
+        fail(f"{path}: {what:.300} Another shape: give the flags it was trained with")
+    name = first_not_finite(weights)
+    require(not name, f"{path}: {name} has numbers that are not finite; take an earlier one")
+    return model
+
+
+def load_optimizers(optimizers, states):
+    """Continue with states of a checkpoint, or raise: of these settings, in these shapes."""
+    varying = ("lr", "momentum")  # set_rates
+    for optimizer, state in zip(optimizers, copy.deepcopy(states), strict=True):
+        groups = [[{k: v for k, v in g.items() if k not in varying} for g in s["param_groups"]]
+                  for s in (optimizer.state_dict(), state)]
+        if groups[0] != groups[1]:
+            raise ValueError("its groups of parameters are others")
+        optimizer.load_state_dict(state)
+        for p, values in optimizer.state.items():
+            wanted = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+            if isinstance(optimizer, Muon):
+                wanted = {"momentum": p.shape, "second_moment": (*p.shape[:-1], 1)}
+                if groups[0][0]["beta2"] is None:
+                    del wanted["second_moment"]
+            if {name: x.shape for name, x in values.items()} != wanted:
+                raise ValueError("its states are others")
+        name = first_not_finite(state)
+        if name:
+            raise ValueError(f"{name} is not finite")
 
 
 def build_model(ckpt, weights="ema", device="cpu", path="checkpoint"):
     """A checkpoint (load_checkpoint) -> (model in eval mode, its Config); weights: ema or raw."""
     unknown = ckpt["config"].keys() - {f.name for f in dataclasses.fields(Config)}
-    require(not unknown, f"{path}: its settings {unknown or ''} are not this script's")
+    require(not unknown, f"{path}: its settings {unknown or ''!s:.200} are not this script's")
     cfg = Config(**ckpt["config"])
     validate(cfg, 1)
-    model = Model(cfg)
-    load_weights(model, (weights == "ema" and ckpt.get("ema")) or ckpt["model"], path)
+    model = load_model(cfg, (weights == "ema" and ckpt.get("ema")) or ckpt["model"], path)
     return model.to(device).eval(), cfg
 
 
@@ -982,7 +1117,11 @@ PEAK_FLOPS = {
     "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
     "L40S": 362e12, "L4": 121e12, "RTX 5090": 209e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 RECOMPILE_LIMIT = 32  # shapes: training, evaluation, and batches whose size varies
-COLLECTIVE_TIMEOUT = 100  # seconds after which a rank that waits for a lost one gives up
+# Seconds after which a rank that waits for another one gives up: while that one may compile or
+# write a checkpoint, and in between.
+START_TIMEOUT, COLLECTIVE_TIMEOUT = 900, 100
+LOST = re.compile("gloo|nccl|socket|connection|pair closure|timed? ?out", re.I)
+END_RETRY, STOP_RETRY, RETRY_EVERY = 600, 15, 1  # seconds to try again to write what would be lost
 
 
 def pick_device(cfg, local_rank):
@@ -1009,28 +1148,55 @@ def pick_dtype(cfg, device):
     return torch.bfloat16 if bf16 else torch.float32, ""
 
 
-def open_logs(cfg, machine, step):
-    """[log.txt, log.jsonl], begun with all that running it again takes, or cut back to a step."""
-    logs = []
-    os.makedirs(cfg.out, exist_ok=True)
+def lock_folder(folder):
+    """Make a run folder and hold it, since two runs would mix. -> what lets it go"""
+    os.makedirs(folder, exist_ok=True)
+    if not fcntl:
+        return bool
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        fail(f"--out={folder}: another run is at work there; wait for it, or give another --out")
+    except OSError:
+        pass  # a file system without locks
+    return functools.partial(os.close, handle)
+
+
+def begin_logs(cfg, machine, step):
+    """log.txt and log.jsonl, with all that running it again takes; of a run that goes on, cut back
+    to a step. Torn lines go, too."""
     for name, pattern in (("log.txt", r"step:(\d+)"), ("log.jsonl", r'\{"step": (\d+)')):
         path, lines = os.path.join(cfg.out, name), []
         if cfg.resume and os.path.exists(path):
-            with open(path, encoding="utf-8") as f:
-                lines = [x for x in f if int((re.match(pattern, x) or [0, 0])[1]) <= step]
+            with open(path, encoding="utf-8", errors="replace", newline="") as f:
+                lines = [x for x in f if x.endswith("\n")
+                         and int((re.match(pattern, x) or [0, 0])[1]) <= step]
         elif name == "log.txt":
             for source in (__file__, inspect.getfile(Muon)):
                 with open(source, encoding="utf-8") as f:
                     lines += [*f, "=" * 100 + "\n"]
             lines += [machine + "\n", json.dumps(dataclasses.asdict(cfg)) + "\n"]
-        with open(f"{path}.partial", "w", encoding="utf-8") as f:
+        with open(f"{path}.partial", "w", encoding="utf-8", newline="") as f:
             f.writelines(lines)
         os.replace(f"{path}.partial", path)
-        logs.append(open(path, "a", encoding="utf-8", buffering=1))  # line by line
-    return logs
 
 
-def main(argv):
+def append(path, line):
+    """Add a whole line, or none."""
+    with open(path, "a", encoding="utf-8") as f:
+        size = f.tell()
+        try:
+            f.write(line + "\n")
+            f.flush()
+        except OSError:
+            os.truncate(path, size)
+            raise
+
+
+def run(argv, ending):
+    """A run or an evaluation, by flags; ending: what is to be called at any end of it."""
     cfg = parse_args(argv)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     validate(cfg, world)
@@ -1051,52 +1217,88 @@ def main(argv):
     # Better a bad token here than at the first evaluation.
     val.read(range(min(len(val), max(2, cfg.val_tokens // cfg.seq_len))), cfg.vocab_size)
     path = os.path.join(cfg.out, "ckpt.pt")
-    free = cfg.resume or cfg.eval_only or not os.path.exists(path)
-    require(free, f"--out={cfg.out} holds a run: --resume=1 continues it, or give another --out")
+    taken = f"--out={cfg.out} holds a run: --resume=1 continues it, or give another --out"
+    require(cfg.resume or cfg.eval_only or not os.path.exists(path), taken)
     device = pick_device(cfg, int(os.environ.get("LOCAL_RANK", 0)))
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     dtype, notice = pick_dtype(cfg, device)
     amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     torch.manual_seed(derive_seed(cfg.seed))
-    model = Model(cfg)
     source = path if cfg.resume else cfg.init_from
-    if source:
+    if not source:
+        model = Model(cfg)
+    else:
         ckpt = load_checkpoint(source)
         fits = ckpt["script"] in ((SCRIPT,) if cfg.resume else INIT_FROM)
         require(fits, f"{source}: a checkpoint of {ckpt['script']}.py")
         n_saved = ckpt["tokenizer"].get("vocab_size")
         require(n_saved == n_ids, f"{source}: of {n_saved} tokens; {folder} has {n_ids}")
         weights = (not cfg.resume and ckpt.get("ema")) or ckpt["model"]
-        load_weights(model, weights, source)
+        model = load_model(cfg, weights, source)
     model.to(device)
     params = list(model.parameters())
+    at = SimpleNamespace(**(ckpt["progress"] if cfg.resume else PROGRESS))
+    shadow = []  # the averaged weights
+    versions = (f"python {sys.version.split()[0]} torch {torch.__version__} numpy "
+                f"{np.__version__} {machine} ranks {world}")
+    logs = ("log.txt", "log.jsonl") if rank == 0 and not cfg.eval_only else ()
+    if logs:
+        try:
+            ending.callback(lock_folder(cfg.out))
+            require(cfg.resume or not os.path.exists(path), taken)  # by a run that has just ended
+            begin_logs(cfg, versions, at.step)
+        except OSError as e:
+            fail(f"--out={cfg.out}: {e.strerror}")
     if world > 1:
         auto = "nccl" if device.type == "cuda" else "gloo"
         backend = auto if cfg.backend == "auto" else cfg.backend
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=COLLECTIVE_TIMEOUT))
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=START_TIMEOUT))
 
-    # What else a resumed run needs; its place in the data is step * n_rows.
-    at = SimpleNamespace(step=0, seconds=0.0, bad=0, skipped=0, evaluated=True, ema_updates=0,
-                         recent=[])  # loss and seconds of the steps since the last line
-    if cfg.resume:
-        vars(at).update(ckpt["progress"])
-    logs, shadow = [], []  # shadow: the averaged weights
-    if rank == 0 and not cfg.eval_only:
-        try:
-            versions = f"python {sys.version.split()[0]} torch {torch.__version__} "
-            versions += f"numpy {np.__version__} {machine} ranks {world}"
-            logs = open_logs(cfg, versions, at.step)
-        except OSError as e:
-            fail(f"--out={cfg.out}: {e.strerror}")
+    complaint = ""
 
     def say(line, *records):
-        """Print on the first rank and keep in the logs of a training run."""
-        if rank == 0:
+        """Print on the first rank and keep in the logs of a training run, as far as they can be
+        written: a run is worth more than its words."""
+        nonlocal complaint
+        if rank > 0:
+            return
+        try:
             print(line, flush=True)
-        for log, text in zip(logs, (line, *map(json.dumps, records)), strict=False):
-            # JSON has no word for NaN.
-            log.write(re.sub(r": -?(NaN|Infinity)", ": null", text) + "\n")
+        except OSError:  # who read this has gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        try:
+            if logs and not os.path.exists(cfg.out):  # somebody removed it
+                os.makedirs(cfg.out)
+                begin_logs(cfg, versions, at.step)
+            for name, text in zip(logs, (line, *map(json.dumps, records)), strict=False):
+                # JSON has no word for NaN.
+                append(os.path.join(cfg.out, name), re.sub(r": -?(NaN|Infinity)", ": null", text))
+            complaint = ""
+        except OSError as e:
+            if complaint != e.strerror:
+                complaint = e.strerror
+                print(f"{SCRIPT}.py: {cfg.out}: {complaint}: lines are missing in its logs, the "
+                      "run goes on", file=sys.stderr, flush=True)
+
+    def wait_at_most(seconds):
+        """For the other ranks, from the next exchange on."""
+        if world > 1:
+            dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds))
+
+    stop = []  # signals received
+    for name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has two of them
+        if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):  # nohup
+            before = signal.signal(number, lambda number, frame: stop.append(number))
+            ending.callback(signal.signal, number, before)
+
+    def stopping():
+        """Has any rank received a signal?"""
+        n_signals = torch.tensor(float(len(stop)), device=device)
+        if world > 1:
+            dist.all_reduce(n_signals)
+        return bool(n_signals)
 
     flops = flops_per_token(cfg, model)
     peak = next((world * f for part, f in PEAK_FLOPS.items() if part in machine), None)
@@ -1122,31 +1324,46 @@ def main(argv):
         except Exception as e:  # whatever a missing or broken tool chain raises
             say(f"running without torch.compile: {str(e).strip().splitlines()[0]}")
 
+    fresh = True  # before the first evaluation, which may compile
+
     def run_evaluation():
-        """Evaluate the averaged weights, where there are any."""
+        """Evaluate the averaged weights, where there are any. -> whether a signal ended it."""
+        nonlocal fresh
+        wait_at_most(START_TIMEOUT if fresh else COLLECTIVE_TIMEOUT)
+        fresh = False
         model.eval()
         swap(params, shadow)
         with amp:
             bound = functools.partial(nelbo, model, cfg=cfg)
-            result, counts, nats = evaluate(bound, cfg, val, tokenizer, device, rank, world)
+            done = evaluate(bound, cfg, val, tokenizer, device, rank, world, stopping)
         swap(params, shadow)
         model.train()
+        at.evaluated = done is not None
+        if not done:
+            return True
+        result, counts, nats = done
         shown = {k: "n/a" if v is None else f"{v:.4f}" for k, v in result.items()}
         shown[METRIC] += f"+-{shown.pop('se')}"
         line = " ".join(f"{k}:{v}" for k, v in shown.items())
         if cfg.eval_only:
             say(f"split:{cfg.split} {line} " + " ".join(f"{k}:{v}" for k, v in counts.items()))
-            return
+            return False
         ms = 1000 * at.seconds
         say(f"step:{at.step}/{cfg.steps} {line} train_time:{ms:.0f}ms "
             f"step_avg:{ms / at.step:.2f}ms", {"step": at.step, **result, **counts})
         if at.step == cfg.steps and rank == 0:
-            np.save(os.path.join(cfg.out, f"{cfg.split}_nats.npy"), nats.numpy())
+            try:
+                np.save(os.path.join(cfg.out, f"{cfg.split}_nats.npy"), nats.numpy())
+            except OSError as e:
+                say(f"{cfg.out}: {cfg.split}_nats.npy not written ({e.strerror})")
+        return False
 
     if cfg.eval_only:
-        run_evaluation()
+        stopped = run_evaluation()
         if world > 1:
             dist.destroy_process_group()
+        if stopped:
+            raise SystemExit(128 + stop[0] if stop else 1)
         return
     # Every .grad is a view of one flat buffer: one all-reduce, one norm, one memset a step.
     sizes = [-(-p.numel() // ALIGN) * ALIGN for p in params]
@@ -1156,14 +1373,16 @@ def main(argv):
     optimizers = make_optimizers(model, cfg)
     if cfg.resume:
         try:
-            for optimizer, state in zip(optimizers, ckpt["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
-            if ckpt["ema"]:
-                shadow = [ckpt["ema"][name].to(device) for name, _ in model.named_parameters()]
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
-            fail(f"{path}: cannot be continued ({type(e).__name__}: {e})")
+            load_optimizers(optimizers, ckpt["optimizers"])
+            for name, p in model.named_parameters() if ckpt["ema"] else ():
+                shadow.append(ckpt["ema"][name].to(device).clone())
+                if shadow[-1].shape != p.shape or not shadow[-1].isfinite().all():
+                    raise ValueError(f"ema.{name} has another shape, or is not finite")
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+            fail(f"{path}: cannot be continued ({type(e).__name__}: {e!s:.200})")
         say(f"resuming {cfg.out} after step {at.step}")
     ckpt = None  # gives its memory back
+    saved = (at.step, at.evaluated) if cfg.resume else None  # what the checkpoint holds
     per_rank = n_rows // world
     micro = min(cfg.micro_batch, per_rank)
 
@@ -1183,18 +1402,46 @@ def main(argv):
             batch.append((x0, take_rows(noise, slice(row, row + micro), device)))
         return batch
 
-    stop = []  # signals received
-    handlers = {s: signal.signal(s, lambda number, frame: stop.append(number))
-                for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    def save(seconds):
+        """Write a checkpoint, on the first rank; at the end, try again for so many seconds."""
+        nonlocal saved
+        saved = at.step, at.evaluated
+        if rank > 0:
+            return
+        named = {name: p.detach() for name, p in model.named_parameters()}
+        state = {
+            "format": CKPT_FORMAT, "script": SCRIPT, "config": dataclasses.asdict(cfg),
+            "tokenizer": tokenizer, "model": named, "step": at.step, "progress": vars(at),
+            "ema": dict(zip(named, shadow, strict=True)) if shadow else None,
+            "optimizers": [o.state_dict() for o in optimizers],
+            "tokens_seen": at.step * cfg.batch_tokens}
+        name = first_not_finite(state)
+        require(not name, f"{name} is not finite: stopped at step {at.step}; {cfg.out} keeps its "
+                "last checkpoint; try a lower --lr")
+        until, signals, said = time.monotonic() + seconds, len(stop), ""
+        while problem := save_checkpoint(path, state):
+            message = f"{path}: step {at.step} not written ({problem}); the one before it stays"
+            if not seconds:
+                return say(message)
+            late = time.monotonic() > until or len(stop) > signals
+            require(not late, f"{message}; make room, then --resume=1")
+            if message != said:
+                say(f"{message}; make room: trying again for {seconds} s")
+            said = message
+            time.sleep(RETRY_EVERY)
+
     model.train()
-    if not at.evaluated:
-        run_evaluation()
-    batch = next_batch(at.step)
+    wait_at_most(START_TIMEOUT)
+    first = at.step
+    stopped = not at.evaluated and run_evaluation()
+    batch = next_batch(at.step) if at.step < cfg.steps and not stopped else []
     start = time.perf_counter()
-    while at.step < cfg.steps:
+    while at.step < cfg.steps and not stopped:
         flat_grad.zero_()
         total = torch.zeros(2, device=device)  # loss; signals
         for i, (x0, noise) in enumerate(batch):
+            if stop:  # this step is dropped on all ranks, and made again after --resume=1
+                break
             if cfg.dropout:
                 torch.manual_seed(derive_seed(cfg.seed, at.step, rank * len(batch) + i))
             with amp:
@@ -1202,14 +1449,18 @@ def main(argv):
             loss.backward()
             total[0] += loss.detach() / world
         total[1] = len(stop)
-        if at.step + 1 < cfg.steps:
+        if at.step + 1 < cfg.steps and not stop:
             batch = next_batch(at.step + 1)  # while the GPU works
+        slow = at.step < first + 3 or saved == (at.step, True)
+        wait_at_most(START_TIMEOUT if slow else COLLECTIVE_TIMEOUT)
         if world > 1:
             dist.all_reduce(flat_grad)
             dist.all_reduce(total)
         flat_grad /= world
         grad_norm = float(flat_grad.norm())
-        loss, stopping = total.tolist()
+        loss, stopped = total.tolist()
+        if stopped:
+            break
         at.step += 1
         if math.isfinite(loss) and math.isfinite(grad_norm):
             if cfg.grad_clip and grad_norm > cfg.grad_clip:
@@ -1226,48 +1477,36 @@ def main(argv):
             at.bad = 0
         else:
             at.bad, at.skipped = at.bad + 1, at.skipped + 1
-            names = [n for n, p in model.named_parameters() if not p.grad.isfinite().all()]
+            named = dict(model.named_parameters())
+            name = first_not_finite({"weight": named, "gradient": {
+                name: p.grad for name, p in named.items()}})
             say(f"step:{at.step}/{cfg.steps} skipped: loss {loss}, gradient norm {grad_norm}, "
-                f"first non-finite gradient: {(names or ['none'])[0]}")
+                f"first tensor that is not finite: {name or 'none'}")
             require(at.bad < cfg.max_bad_steps, f"{at.bad} non-finite steps in a row: stopped at "
                     f"step {at.step}; {cfg.out} keeps its last checkpoint; try a lower --lr, look "
                     "at the data")
-        at.recent.append((loss, time.perf_counter() - start))
-        at.seconds += at.recent[-1][1]
+        at.loss += loss
+        at.seconds += time.perf_counter() - start
         last = at.step == cfg.steps
         if last or at.step % cfg.log_every == 0:
-            mean, seconds = np.mean(at.recent, 0).tolist()
+            n_steps = at.step - at.shown_step
+            mean, seconds = at.loss / n_steps, (at.seconds - at.shown_seconds) / n_steps
             rate, lr = cfg.batch_tokens / seconds, optimizers[0].param_groups[0]["lr"]
-            at.recent = []
+            at.loss, at.shown_step, at.shown_seconds = 0.0, at.step, at.seconds
             say(f"step:{at.step}/{cfg.steps} loss:{mean:.4f} lr:{lr:.2e} tok/s:{rate:.0f} mfu:"
                 + (f"{rate * flops / peak:.3f}" if peak else "n/a")
                 + f" eta:{datetime.timedelta(seconds=int((cfg.steps - at.step) * seconds))}"
                 + (f" skipped:{at.skipped}" if at.skipped else ""),
                 {"step": at.step, "loss": mean, "grad_norm": grad_norm, "lr": lr})
-        due = last or (cfg.eval_every and at.step % cfg.eval_every == 0)
-        at.evaluated = not (due and stopping)  # who is told to stop evaluates after --resume=1
-        if due and not stopping:
-            run_evaluation()
-        due = last or stopping or (cfg.ckpt_every and at.step % cfg.ckpt_every == 0)
-        if due and rank == 0:
-            named = {name: p.detach() for name, p in model.named_parameters()}
-            problem = save_checkpoint(path, {
-                "format": CKPT_FORMAT, "script": SCRIPT, "config": dataclasses.asdict(cfg),
-                "tokenizer": tokenizer, "model": named, "step": at.step, "progress": vars(at),
-                "ema": dict(zip(named, shadow, strict=True)) if shadow else None,
-                "optimizers": [o.state_dict() for o in optimizers],
-                "tokens_seen": at.step * cfg.batch_tokens})
-            message = f"{path}: step {at.step} not written ({problem}); the one before it stays"
-            require(not problem or not (last or stopping), f"{message}; make room, then --resume=1")
-            if problem:
-                say(message)
-        if stopping:
-            break
+        if last or cfg.eval_every and at.step % cfg.eval_every == 0:
+            stopped = run_evaluation()
+        if cfg.ckpt_every and at.step % cfg.ckpt_every == 0 and not (last or stopped):
+            save(0)
         start = time.perf_counter()
 
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    if at.step < cfg.steps:
+    if saved != (at.step, at.evaluated):
+        save(STOP_RETRY if stopped else END_RETRY)
+    if at.step < cfg.steps or not at.evaluated:
         launcher = f"torchrun --nproc_per_node={world}" if world > 1 else "python"
         say(f"stopped after step {at.step}; continue with: {launcher} {SCRIPT}.py --resume=1 "
             f"--out={shlex.quote(cfg.out)}")
@@ -1279,6 +1518,22 @@ def main(argv):
         dist.destroy_process_group()
     if signal.SIGINT in stop:
         raise SystemExit(130)
+
+
+def main(argv):
+    """run(argv), with a line for what may befall any run."""
+    with contextlib.ExitStack() as ending:
+        try:
+            run(argv, ending)
+        except KeyboardInterrupt:  # before a run looks for signals
+            raise SystemExit(130) from None
+        except RuntimeError as e:
+            if not dist.is_initialized() or not LOST.search(str(e)):
+                raise
+            print(f"{SCRIPT}.py: rank {os.environ['RANK']} lost contact with another rank: stopped;"
+                  " --resume=1 continues from the last checkpoint "
+                  f"({str(e).splitlines()[0]:.200})", file=sys.stderr, flush=True)
+            raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

@@ -548,17 +548,19 @@ def test_learns_a_rule(options, tmp_path):
 
 
 # ----------------------------------------------------------------------------- non-finite numbers
-POISON = 200  # a token that the text does not have and whose embedding is not a number
+POISON = 200  # a token that the text does not have
 
 
 @pytest.fixture
-def poisoned(short_run, tmp_path):
+def poisoned(data, tmp_path, monkeypatch):
     """(flags, data folder, writer of its training windows): the batch that holds POISON has no
-    finite loss, the others do not notice."""
-    state = torch.load(short_run[0] / "ckpt.pt", weights_only=True)
-    for weights in (state["model"], state["ema"]):
-        weights["embed.weight"][POISON] = math.nan
-    torch.save(state, tmp_path / "poisoned.pt")
+    finite loss."""
+    loss_fn = train_mdlm.loss_fn
+
+    def planted(model, x0, noise, cfg):
+        return loss_fn(model, x0, noise, cfg) * (math.nan if (x0 == POISON).any() else 1.0)
+
+    monkeypatch.setattr(train_mdlm, "loss_fn", planted)
     write_shard(tmp_path / "val_000000.bin", babble(600))
 
     def write_train(bad_steps, steps):
@@ -567,7 +569,7 @@ def poisoned(short_run, tmp_path):
         write_shard(tmp_path / "train_000001.bin", rows.ravel())
 
     flags = tiny(f"--data={tmp_path}", f"--out={tmp_path / 'run'}", "--shuffle=0",
-                 f"--init_from={tmp_path / 'poisoned.pt'}", "--ckpt_every=1")
+                 "--ckpt_every=1")
     return flags, tmp_path, write_train
 
 
@@ -607,7 +609,8 @@ def test_exploding_learning_rate_stops_the_run(data, tmp_path):
                    f"--out={tmp_path / 'run'}", "--ckpt_every=1", "--eval_every=0")
     assert result.status not in (0, None)
     assert "Traceback" not in result.err and result.err.count("\n") == 1
-    train_mdlm.build_model(checkpoint(tmp_path / "run"))
+    assert "head.weight is not finite" in result.err
+    assert not (tmp_path / "run" / "ckpt.pt").exists()  # nothing was good enough
 
 
 # ----------------------------------------------------------------------------- reading data
