@@ -137,6 +137,7 @@ class Config:
     # <<< objective
 
 
+DEFAULTS = {f.name: f.default for f in dataclasses.fields(Config)}
 # What must agree between a checkpoint and the model that takes its weights.
 SHAPE_FIELDS = (
     "vocab_size n_layer n_head n_kv_head n_embd mlp mlp_ratio cond_dim tied unet value_residual "
@@ -176,7 +177,6 @@ def show_help():
 
 def parse_flags(argv):
     """['--name=value', ..] -> {name: value}, typed; anything else is refused."""
-    defaults = {f.name: f.default for f in dataclasses.fields(Config)}
     flags = {}
     for arg in argv:
         if arg in ("--help", "-h"):
@@ -186,12 +186,12 @@ def parse_flags(argv):
         require(arg.isprintable() and len(arg) <= MAX_FLAG, odd)
         name, equals, text = arg.removeprefix("--").partition("=")
         require(name != "block_size", "--block_size has several meanings; --seq_len is the context")
-        near = (difflib.get_close_matches(name, defaults, 1) or ["help"])[0]
-        known = arg.startswith("--") and name in defaults
+        near = (difflib.get_close_matches(name, DEFAULTS, 1) or ["help"])[0]
+        known = arg.startswith("--") and name in DEFAULTS
         require(known, f"unknown flag {arg}: did you mean --{near}?")
         require(equals, f"--{name} needs a value: --{name}=VALUE")
         require(name not in flags, f"--{name} is given twice")
-        kind = type(defaults[name])
+        kind = type(DEFAULTS[name])
         try:
             flags[name] = ("0", "1").index(text) == 1 if kind is bool else kind(text)
         except ValueError:
@@ -985,7 +985,7 @@ def save_checkpoint(path, state):
     except (OSError, RuntimeError) as e:  # torch.save wraps what the disk says
         with contextlib.suppress(OSError):
             os.remove(partial)
-        return str(e.__context__ or e).splitlines()[0]
+        return str(e if isinstance(e, OSError) else e.__context__ or e).splitlines()[0]
     return ""
 
 
@@ -1022,12 +1022,17 @@ def check_checkpoint(state, size):
     for path, x in leaves(state):
         part, _, name = path.partition(".")
         tensor = type(x) is Tensor and x.layout == torch.strided and not x.is_meta
-        good = tensor if part in ("tokenizer", "optimizers") else False
-        good |= type(x) in (str, int, float, bool, type(None))
+        plain = type(x) in (str, float, bool, type(None)) or type(x) is int and abs(x) < 2**63
         if part in ("model", "ema") and name:
             good = tensor and x.is_floating_point()
+        else:
+            good = plain or tensor and part in ("tokenizer", "optimizers")
+        if part == "optimizers" and tensor:
+            good = x.dtype == torch.float32
+        if part == "config" and name in DEFAULTS:
+            good = type(x) is type(DEFAULTS[name])
         if not good:
-            raise TypeError(f"{path:.80}: a {type(x).__name__}")
+            raise TypeError(f"{path:.80}: a {type(x).__name__} is not expected there")
         n_bytes, n_values = n_bytes + (x.nbytes if tensor else 0), n_values + 1
         if max(n_bytes, n_values) > size:
             raise ValueError(f"{path:.80}: more than the file can hold")
@@ -1174,6 +1179,9 @@ def begin_logs(cfg, machine, step):
                 lines = [x for x in f if x.endswith("\n")
                          and int((re.match(pattern, x) or [0, 0])[1]) <= step]
         elif name == "log.txt":
+            if os.path.exists(path):  # of a run that was lost before its first checkpoint, or not
+                with open(path, "rb") as f:
+                    require(f.read(3) in (b"", b'"' * 3), f"{path}: no run's; give another --out")
             for source in (__file__, inspect.getfile(Muon)):
                 with open(source, encoding="utf-8") as f:
                     lines += [*f, "=" * 100 + "\n"]
@@ -1231,7 +1239,7 @@ def run(argv, ending):
     else:
         ckpt = load_checkpoint(source)
         fits = ckpt["script"] in ((SCRIPT,) if cfg.resume else INIT_FROM)
-        require(fits, f"{source}: a checkpoint of {ckpt['script']}.py")
+        require(fits, f"{source}: a checkpoint of {ckpt['script']!a:.80}")
         n_saved = ckpt["tokenizer"].get("vocab_size")
         require(n_saved == n_ids, f"{source}: of {n_saved} tokens; {folder} has {n_ids}")
         weights = (not cfg.resume and ckpt.get("ema")) or ckpt["model"]
@@ -1240,6 +1248,23 @@ def run(argv, ending):
     params = list(model.parameters())
     at = SimpleNamespace(**(ckpt["progress"] if cfg.resume else PROGRESS))
     shadow = []  # the averaged weights
+    if not cfg.eval_only:
+        # Every .grad is a view of one flat buffer: one all-reduce, one norm, one memset a step.
+        sizes = [-(-p.numel() // ALIGN) * ALIGN for p in params]
+        flat_grad = torch.zeros(sum(sizes), device=device)
+        for p, part in zip(params, flat_grad.split(sizes), strict=True):
+            p.grad = part[:p.numel()].view_as(p)
+        optimizers = make_optimizers(model, cfg)
+        if cfg.resume:
+            try:
+                load_optimizers(optimizers, ckpt["optimizers"])
+                for name, p in model.named_parameters() if ckpt["ema"] else ():
+                    shadow.append(ckpt["ema"][name].to(device).clone())
+                    if shadow[-1].shape != p.shape or not shadow[-1].isfinite().all():
+                        raise ValueError(f"ema.{name} has another shape, or is not finite")
+            except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+                fail(f"{path}: cannot be continued ({type(e).__name__}: {e!s:.200})")
+    ckpt = None  # gives its memory back
     versions = (f"python {sys.version.split()[0]} torch {torch.__version__} numpy "
                 f"{np.__version__} {machine} ranks {world}")
     logs = ("log.txt", "log.jsonl") if rank == 0 and not cfg.eval_only else ()
@@ -1365,23 +1390,8 @@ def run(argv, ending):
         if stopped:
             raise SystemExit(128 + stop[0] if stop else 1)
         return
-    # Every .grad is a view of one flat buffer: one all-reduce, one norm, one memset a step.
-    sizes = [-(-p.numel() // ALIGN) * ALIGN for p in params]
-    flat_grad = torch.zeros(sum(sizes), device=device)
-    for p, part in zip(params, flat_grad.split(sizes), strict=True):
-        p.grad = part[:p.numel()].view_as(p)
-    optimizers = make_optimizers(model, cfg)
     if cfg.resume:
-        try:
-            load_optimizers(optimizers, ckpt["optimizers"])
-            for name, p in model.named_parameters() if ckpt["ema"] else ():
-                shadow.append(ckpt["ema"][name].to(device).clone())
-                if shadow[-1].shape != p.shape or not shadow[-1].isfinite().all():
-                    raise ValueError(f"ema.{name} has another shape, or is not finite")
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
-            fail(f"{path}: cannot be continued ({type(e).__name__}: {e!s:.200})")
         say(f"resuming {cfg.out} after step {at.step}")
-    ckpt = None  # gives its memory back
     saved = (at.step, at.evaluated) if cfg.resume else None  # what the checkpoint holds
     per_rank = n_rows // world
     micro = min(cfg.micro_batch, per_rank)
@@ -1492,11 +1502,11 @@ def run(argv, ending):
             n_steps = at.step - at.shown_step
             mean, seconds = at.loss / n_steps, (at.seconds - at.shown_seconds) / n_steps
             rate, lr = cfg.batch_tokens / seconds, optimizers[0].param_groups[0]["lr"]
+            left = datetime.timedelta(seconds=int(min(1e9, (cfg.steps - at.step) * seconds)))
             at.loss, at.shown_step, at.shown_seconds = 0.0, at.step, at.seconds
             say(f"step:{at.step}/{cfg.steps} loss:{mean:.4f} lr:{lr:.2e} tok/s:{rate:.0f} mfu:"
                 + (f"{rate * flops / peak:.3f}" if peak else "n/a")
-                + f" eta:{datetime.timedelta(seconds=int((cfg.steps - at.step) * seconds))}"
-                + (f" skipped:{at.skipped}" if at.skipped else ""),
+                + f" eta:{left}" + (f" skipped:{at.skipped}" if at.skipped else ""),
                 {"step": at.step, "loss": mean, "grad_norm": grad_norm, "lr": lr})
         if last or cfg.eval_every and at.step % cfg.eval_every == 0:
             stopped = run_evaluation()
