@@ -162,7 +162,9 @@ LAYER_BYTES = 100_000  # of a layer without its weights, generously
 def fail(message):
     """A user's mistake: one line, exit status 2. Before ranks part, only the first one speaks."""
     if dist.is_initialized() or os.environ.get("RANK", "0") == "0":
-        print(f"{SCRIPT}.py: {message}", file=sys.stderr, flush=True)
+        # A stranger's file gets no line and no colour of its own on the terminal.
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+        print(f"{SCRIPT}.py: {line}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
@@ -1147,7 +1149,7 @@ def check_checkpoint(state, size):
         if max(n_bytes, n_values) > size:
             raise ValueError(f"{path:.80}: more than the file can hold")
     kinds = [{k: type(x) for k, x in d.items()} for d in (state["progress"], PROGRESS)]
-    if kinds[0] != kinds[1] or min(state["progress"].values()) < 0:
+    if kinds[0] != kinds[1] or min((state["progress"] | {"loss": 0.0}).values()) < 0:
         raise ValueError("progress is not that of a run")
     if type(state["tokenizer"].get("vocab_size")) is not int:
         raise TypeError("tokenizer is not that of a run")
@@ -1155,10 +1157,11 @@ def check_checkpoint(state, size):
 
 def load_checkpoint(path):
     """Read and check a checkpoint; tensors and plain values only, never code."""
-    previous = path.removesuffix(".pt") + "_prev.pt"
-    hint = f"; the one before it is {previous}" * zipfile.is_zipfile(previous)
     require(os.path.exists(path), f"{path}: no such checkpoint")
-    require(os.path.isfile(path), f"{path}: no file")
+    require(os.path.isfile(path), f"{path}: not a file")  # a pipe would be waited for
+    previous = path.removesuffix(".pt") + "_prev.pt"
+    there = os.path.isfile(previous) and zipfile.is_zipfile(previous)
+    hint = f"; {previous} is the one before it: rename it to go back" * there
     try:
         with zipfile.ZipFile(path) as f:
             if any(item.compress_type != zipfile.ZIP_STORED for item in f.infolist()):
@@ -1218,7 +1221,7 @@ def load_optimizers(optimizers, states):
 
 def build_model(ckpt, weights="ema", device="cpu", path="checkpoint"):
     """A checkpoint (load_checkpoint) -> (model in eval mode, its Config); weights: ema or raw."""
-    unknown = ckpt["config"].keys() - {f.name for f in dataclasses.fields(Config)}
+    unknown = ckpt["config"].keys() - DEFAULTS.keys()
     require(not unknown, f"{path}: its settings {unknown or ''!s:.200} are not this script's")
     cfg = Config(**ckpt["config"])
     validate(cfg, 1)
