@@ -220,7 +220,7 @@ def parse_args(argv):
         config = load_checkpoint(source)["config"]
         saved = {f.name: config[f.name] for f in dataclasses.fields(Config) if f.name in config}
         for name in set(saved) - set(RESUME_FIELDS) if resume else SHAPE_FIELDS:
-            if flags.get(name, saved.get(name)) != saved.get(name):
+            if name in flags and flags[name] != saved.get(name):
                 fail(f"--{name}={flags[name]}: {source} has {saved.get(name)}, which stays")
         if not (resume or eval_only):
             saved = base | {name: saved[name] for name in SHAPE_FIELDS if name in saved}
@@ -889,8 +889,8 @@ def check_checkpoint(state, size):
             good = plain or tensor and part in ("tokenizer", "optimizers")
         if part == "optimizers" and tensor:
             good = x.dtype == torch.float32
-        if part == "config" and name in DEFAULTS:
-            good = type(x) is type(DEFAULTS[name])
+        if part == "config":
+            good = plain and "." not in name and type(x) is type(DEFAULTS.get(name, x))
         if not good:
             raise TypeError(f"{path:.80}: a {type(x).__name__} is not expected there")
         n_bytes, n_values = n_bytes + (x.nbytes if tensor else 0), n_values + 1
