@@ -381,7 +381,7 @@ def test_interrupt(tmp_path):
     run.send_signal(signal.SIGINT)
     error = run.communicate(timeout=30)[1]
     assert run.returncode == 130, "finished before the signal"
-    assert "interrupted; the same command goes on" in error and "Traceback" not in error
+    assert "interrupted by SIGINT; the same command goes on" in error and "Traceback" not in error
     whole_or_absent(tmp_path / "out")
     prepare(*args, f"--out={tmp_path / 'out'}")
     prepare(*args, f"--out={tmp_path / 'whole'}")
