@@ -789,8 +789,9 @@ class Shards:
 
     `state()` describes what is written. A later run given it takes back whatever came after.
     """
-    def __init__(self, folder, tokenizer, shard_tokens, limits, state):
+    def __init__(self, folder, tokenizer, shard_tokens, limits, state, still_ours):
         self.folder, self.tokenizer, self.files = folder, tokenizer, {}
+        self.still_ours = still_ours  # from `alone`
         self.shard_tokens, self.limits = shard_tokens, limits
         self.finished = state["finished"]  # name -> counts and sha256
         self.totals = {split: Counter(c) for split, c in state["totals"].items()}
@@ -839,6 +840,7 @@ class Shards:
         if index > LAST_SHARD:
             fail(f"--shard_tokens={self.shard_tokens}: gives more than {LAST_SHARD} shards; delete "
                  f"{self.folder} and give a larger number")
+        self.still_ours()
         self.current[split] = Counter(index=index, tokens=0, bytes=0, documents=0)
         self.files[split] = new_file(self.path(split))
         write_all(self.files[split], bytes(HEADER_BYTES))
@@ -872,10 +874,11 @@ class Shards:
             write_all(file, header)
             os.fsync(file.fileno())
         if counts["tokens"]:
+            self.still_ours()
             self.finished[path.name] = dict(counts, sha256=sha256(with_tmp(path)))
             replace(with_tmp(path), path)
         else:
-            with_tmp(path).unlink()
+            with_tmp(path).unlink(missing_ok=True)
 
 
 # ---- runs
@@ -918,14 +921,14 @@ def in_order(pool, work, stream, ahead):
         yield position, future.result()
 
 
-def tokenize(cfg, parts, tokenizer, folder, state, check):
+def tokenize(cfg, parts, tokenizer, folder, state, still_ours):
     """The pipeline: this thread reads and writes in order, the workers tokenize."""
     rule, position = state["rule"], state["position"]
     limits = {"train": cfg.max_tokens} if cfg.max_tokens else {}
     if limits and "hash" in rule:  # half the usual share, so that training is seldom full before
         limits["val"] = math.ceil(VAL_FRACTION / 2 * cfg.max_tokens)
     reader = Reader(parts, cfg.text_key, position["counts"])
-    shards = Shards(folder, tokenizer, cfg.shard_tokens, limits, state["shards"])
+    shards = Shards(folder, tokenizer, cfg.shard_tokens, limits, state["shards"], still_ours)
     if shards.totals:
         note(f"{cfg.name}: going on from an earlier run")
     workers = cfg.workers or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity")
@@ -935,13 +938,13 @@ def tokenize(cfg, parts, tokenizer, folder, state, check):
     pool = ThreadPoolExecutor(workers)
     try:
         for position, runs in in_order(pool, tokenizer.encode_batch, stream, 2 * workers):
-            check()
             for split, tokens, counts in runs:
                 shards.write(split, tokens, counts)
             if time.monotonic() - saved > SAVE_SECONDS or len(shards.finished) != finished:
                 for file in shards.files.values():
                     os.fsync(file.fileno())
                 reader.check()  # what is saved was read while the input was as at the start
+                still_ours()
                 state |= {"position": position, "shards": shards.state()}
                 save_state(folder, state)
                 saved, finished = time.monotonic(), len(shards.finished)
@@ -1070,17 +1073,17 @@ def prepare(cfg):
         return
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    with alone(folder) as check:
+    with alone(folder) as still_ours:
         if complete(cfg, folder):  # by a process that has just ended
             return
         try:
-            meta, counts = build(cfg, folder, check)
+            meta, counts = build(cfg, folder, still_ours)
         except BaseException:  # a command that is refused leaves no folder behind
             with contextlib.suppress(OSError):
                 for path in missing:
                     path.rmdir()
             raise
-        check()
+        still_ours()
         write_json(folder / "meta.json", meta)
         for name in (STATE, TOKEN_FILE):
             (folder / name).unlink(missing_ok=True)
@@ -1097,7 +1100,7 @@ def prepare(cfg):
         f"next: python train_mdlm.py --data={folder}")
 
 
-def build(cfg, folder, check):
+def build(cfg, folder, still_ours):
     """Write all but meta.json -> its content, and counts of what was odd in the text."""
     state = read_json(folder / STATE) if os.path.lexists(folder / STATE) else None
     for path in folder.iterdir() if state is None and cfg.name != "finewebedu10B" else ():
@@ -1120,7 +1123,7 @@ def build(cfg, folder, check):
         counts = Counter()
     else:
         save_state(folder, state)  # from here on, the .bin files in the folder are ours
-        totals, finished, counts = tokenize(cfg, parts, tokenizer, folder, state, check)
+        totals, finished, counts = tokenize(cfg, parts, tokenizer, folder, state, still_ours)
     shards = {name: {key: finished[name][key] for key in ("tokens", "bytes", "sha256")}
               for name in sorted(finished)}
     bpe, spelling = tokenizer.bpe, None
