@@ -23,7 +23,6 @@ pre-tokenizer splits anyway, so the tokens are those of the whole (64K character
 place are cut all the same). The same command after Ctrl-C, SIGTERM, kill -9 or a full disk goes on,
 and gives the same bytes. One process at a time works on a folder; inputs must not change meanwhile.
 """
-import base64
 import bisect
 import contextlib
 import dataclasses
@@ -70,7 +69,7 @@ BPE_CHARS = 50_000_000  # a BPE is trained on this much of the training text, fr
 FEW_DOCUMENTS, TAIL = 20, 0.1
 VAL_FRACTION, SCAN_DOCUMENTS = 0.02, 2000  # the hash that gives 2% is found on the first 2,000
 SAVE_SECONDS = 2.0  # the most work that a kill can lose
-STATE, TOKEN_FILE = "state.json", "tokenizer.tiktoken"
+STATE = "state.json"
 SHARD = re.compile(r"(train|val|test)_[0-9]{6}\.bin")
 LAST_SHARD = 99_999
 BOS_TEXT = "<|endoftext|>"
@@ -621,28 +620,21 @@ def train_bpe(name, texts):
 
 
 def make_tokenizer(cfg, parts, state, folder):
-    """The tokenizer of a run; a vocabulary that it trains is kept beside the state."""
+    """The tokenizer of a run; `state` keeps a vocabulary that it has trained."""
     if cfg.tokenizer in ("byte", "gpt2"):
         return Tokenizer("byte") if cfg.tokenizer == "byte" else gpt2_tokenizer()
-    path, size = folder / TOKEN_FILE, int(cfg.tokenizer.partition(":")[2])
-    if os.path.lexists(path):
-        raw = read_small(path)
-    else:
-        by_rank = train_bpe(cfg.tokenizer, training_texts(cfg, parts, state["rule"]))
-        raw = b"".join(base64.b64encode(token) + b" %d\n" % rank
-                       for token, rank in sorted(by_rank.items(), key=lambda item: item[1]))
+    if "vocabulary" not in state:  # bytes as the characters U+0000 to U+00FF
+        ranks = train_bpe(cfg.tokenizer, training_texts(cfg, parts, state["rule"]))
+        state["vocabulary"] = [t.decode("latin-1") for t in sorted(ranks, key=ranks.get)]
     try:
-        tokens = [base64.b64decode(line.split()[0]) for line in raw.splitlines()]
-    except (ValueError, IndexError):
-        tokens = []
-    ranks = {token: rank for rank, token in enumerate(tokens) if token}
-    whole = len(ranks) == len(tokens) == size - 1 and all(bytes([b]) in ranks for b in range(256))
-    if not whole or state.setdefault("vocabulary", digest(raw)) != digest(raw):
-        fail(f"{path}: damaged, or of another run; delete {folder} and start again")
-    tokenizer = bpe_tokenizer(cfg.tokenizer, ranks)
-    save_state(folder, state)  # first, since it says that the vocabulary is ours
-    write_atomically(path, raw)
-    return tokenizer
+        ranks = {t.encode("latin-1"): rank for rank, t in enumerate(state["vocabulary"])}
+    except (AttributeError, TypeError, UnicodeError):
+        ranks = {}
+    size = int(cfg.tokenizer.partition(":")[2]) - 1
+    if (len(ranks) != size or len(state["vocabulary"]) != size or b"" in ranks
+            or not all(bytes([b]) in ranks for b in range(256))):
+        fail(f"{folder / STATE}: damaged; delete {folder} and start again")
+    return bpe_tokenizer(cfg.tokenizer, ranks)
 
 
 def training_texts(cfg, parts, rule):
@@ -698,17 +690,13 @@ def write_json(path, value):
     write_atomically(path, (json.dumps(value) + "\n").encode())
 
 
-def read_small(path):
-    """A file that an earlier run may have written, or anyone."""
+def read_json(path):
+    """What an earlier run, or anyone, has written."""
     about = path.stat()
     if not stat.S_ISREG(about.st_mode) or about.st_size > MAX_JSON:
         fail(f"{path}: not a file that this script wrote; give another --out")
-    return path.read_bytes()
-
-
-def read_json(path):
     try:
-        value = json.loads(read_small(path))
+        value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         fail(f"{path}: cannot be read ({error}); delete {path.parent} and start again")
     return value if isinstance(value, dict) else {}
@@ -718,57 +706,52 @@ def save_state(folder, state):
     write_json(folder / STATE, state | {"sha256": digest(json.dumps(state).encode())})
 
 
-def sound_state(state, n_parts):
-    """Whether a state file is whole, and of a form that leads to no file but those of a run."""
-    def number(value):
-        return type(value) is int and 0 <= value < 1 << 63
-
-    def known(counts, *more):
-        return all(number(counts[key]) for key in ("tokens", "bytes", "documents", *more))
-
+def sound_state(state, n_parts, shard_tokens):
+    """Whether a state file is whole, and of a form that leads to no files but those of a run."""
     try:
         whole = state.pop("sha256") == digest(json.dumps(state).encode())
         rule, position, shards = state["rule"], state["position"], state["shards"]
         finished, totals, current = (shards[key] for key in ("finished", "totals", "current"))
-        summed = {split: Counter(tokens=0) for split in totals}
-        for name, counts in [*finished.items(), *current.items()]:
-            summed[name.partition("_")[0]]["tokens"] += counts["tokens"]
-        return (whole and rule.keys() <= {"tail", "hash"} and all(map(number, rule.values()))
-                and number(position["part"]) and position["part"] <= n_parts
-                and number(position["pieces"]) and all(map(number, position["counts"].values()))
-                and {*totals, *current} <= {"train", "val", "test"}
-                and all(map(SHARD.fullmatch, finished))
-                and all(known(counts) for counts in [*finished.values(), *totals.values()])
-                and all(known(counts, "index") for counts in current.values())
-                and all(isinstance(counts["sha256"], str) for counts in finished.values())
-                and all(totals[split]["tokens"] == summed[split]["tokens"] for split in totals))
-    except (AttributeError, KeyError, TypeError, RecursionError):
+        numbers = [*rule.values(), position["part"], position["pieces"],
+                   *position["counts"].values(), *(c["index"] for c in current.values()),
+                   *(c[key] for table in (finished, totals, current) for c in table.values()
+                     for key in ("tokens", "bytes", "documents"))]
+        rest = Counter({split: c["tokens"] for split, c in totals.items()})
+        for name, c in [*finished.items(), *current.items()]:
+            rest[name.partition("_")[0]] -= c["tokens"]
+        return (whole and all(type(n) is int and 0 <= n < 1 << 63 for n in numbers)
+                and position["part"] <= n_parts and rule.keys() <= {"tail", "hash"}
+                and {*totals, *current} <= {"train", "val", "test"} and not any(rest.values())
+                and all(c["tokens"] < shard_tokens for c in current.values())
+                and all(SHARD.fullmatch(name) and isinstance(c["sha256"], str)
+                        for name, c in finished.items()))
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         return False
 
 
 @contextlib.contextmanager
 def alone(folder):
     """Hold the folder, so that another process is refused -> a check that it is still the same."""
-    handle = os.open(folder, os.O_RDONLY) if fcntl else None
+    if not fcntl:
+        yield lambda: None
+        return
+    handle = os.open(folder, os.O_RDONLY)
 
     def check():
-        if fcntl and not (folder.exists() and os.path.samestat(folder.stat(), os.fstat(handle))):
+        if not folder.exists() or not os.path.samestat(folder.stat(), os.fstat(handle)):
             fail(f"{folder}: deleted or moved in mid-run; the same command makes it again")
 
     try:
-        if fcntl:
+        try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        fail(f"{folder}: another process is at work there; wait for it, or give another --out")
-    except OSError:  # a file system without locks
-        pass
-    try:
+        except BlockingIOError:
+            fail(f"{folder}: another process is at work there; wait for it, or give another --out")
+        except OSError:  # a file system without locks
+            pass
         check()
         yield check
     finally:
-        if fcntl:
-            os.close(handle)
+        os.close(handle)
 
 
 def with_tmp(path):
@@ -1039,9 +1022,9 @@ def settings_of(cfg, parts):
 
 
 def refuse_other(folder, what, was, settings):
-    if not isinstance(was, dict) or not all(
-            isinstance(value, str | int) or isinstance(value, list) and
-            all(isinstance(item, str) for item in value) for value in was.values()):
+    values = was.values() if isinstance(was, dict) else [None]
+    if not all(isinstance(item, str | int)
+               for value in values for item in (value if isinstance(value, list) else [value])):
         fail(f"{folder}: holds {what} that this script did not make; give another --out")
     for key in settings:
         if was.get(key) != settings[key]:
@@ -1059,9 +1042,8 @@ def complete(cfg, folder):
         del settings["inputs"]
     made = read_json(folder / "meta.json").get("settings")
     refuse_other(folder, "a data set", made, settings)
-    for name in (STATE, TOKEN_FILE):  # of a run killed just before its end
-        with contextlib.suppress(OSError):
-            (folder / name).unlink()
+    with contextlib.suppress(OSError):  # of a run killed just before its end
+        (folder / STATE).unlink()
     say(f"{folder} is complete; nothing to do")
     return True
 
@@ -1085,8 +1067,7 @@ def prepare(cfg):
             raise
         still_ours()
         write_json(folder / "meta.json", meta)
-        for name in (STATE, TOKEN_FILE):
-            (folder / name).unlink(missing_ok=True)
+        (folder / STATE).unlink(missing_ok=True)
     for split, total in meta["splits"].items():
         say(f"{split:5} {total['tokens']:13,} tokens {total['bytes']:13,} bytes "
             f"{total['bytes'] / total['tokens']:.3f} bytes/token {total['documents']:,} docs")
@@ -1104,14 +1085,13 @@ def build(cfg, folder, still_ours):
     """Write all but meta.json -> its content, and counts of what was odd in the text."""
     state = read_json(folder / STATE) if os.path.lexists(folder / STATE) else None
     for path in folder.iterdir() if state is None and cfg.name != "finewebedu10B" else ():
-        name = path.name.removesuffix(".tmp")
-        if name == TOKEN_FILE or name.endswith(".bin"):
+        if path.name.endswith((".bin", ".bin.tmp")):
             fail(f"{path}: of another origin; give another --out")
     parts, source = corpus(cfg, folder)
     settings = settings_of(cfg, parts)
     if state is not None:
         refuse_other(folder, "an unfinished run", state.get("settings"), settings)
-        if not sound_state(state, len(parts)):
+        if not sound_state(state, len(parts), cfg.shard_tokens):
             fail(f"{folder / STATE}: damaged; delete {folder} and start again")
     else:
         state = {"settings": settings, "rule": split_rule(parts, cfg.text_key),
