@@ -379,7 +379,7 @@ class Reader:
             if not (read := file.read(BLOCK_BYTES)):
                 break
             raw, end = rest + self.clean(read, path, number == 0), 0
-            for back in range(1, min(4, len(raw))):  # a lead byte whose character may go on
+            for back in range(1, min(3, len(raw)) + 1):  # a lead byte whose character may go on
                 if raw[-back] >= 0xC0:
                     end = back
                 if raw[-back] >= 0xC0 or raw[-back] < 0x80:

@@ -6,7 +6,6 @@ import lzma
 import os
 import random
 import re
-import resource
 import subprocess
 import sys
 import time
@@ -313,12 +312,6 @@ def test_workers_do_not_matter(tmp_path, corpus):
         prepare("files", f"--input={corpus}", f"--out={tmp_path / str(workers)}",
                 "--tokenizer=bpe:500", "--shard_tokens=20_000", f"--workers={workers}")
     assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "5")
-
-
-def whole_or_absent(folder):
-    """No file with a shard's name holds anything but a whole shard."""
-    for path in folder.glob("*.bin"):
-        read_shard(path)
 
 
 def test_kill_between_name_and_state(tmp_path, corpus):

@@ -32,10 +32,10 @@ from test_data import (
     contents,
     read_documents,
     read_meta,
+    read_shard,
     read_split,
     some_texts,
     start,
-    whole_or_absent,
     write_jsonl,
 )
 
@@ -114,6 +114,12 @@ def wholes(tmp_path_factory, mixed, env):
         return made[tokenizer]
 
     return whole
+
+
+def whole_or_absent(folder):
+    """No file with a shard's name holds anything but a whole shard."""
+    for path in folder.glob("*.bin"):
+        read_shard(path)
 
 
 def wait_for_shards(run, out, n=1):
@@ -412,7 +418,8 @@ def encoded(paths, tokenizer, monkeypatch, block, piece):
 
 
 @given(raws=st.lists(raw_text, max_size=4), block=st.integers(4, 40), piece=st.integers(1, 60))
-@settings(max_examples=5000 if TORTURE else 100)
+@settings(max_examples=3000 if TORTURE else 100)
+@example(raws=[b"\xef\xbb\xbf" * 2], block=4, piece=1)
 @example(raws=[BOS.encode() * 3, BOS[:-1].encode(), b">", b""], block=13, piece=13)
 @example(raws=[b"ab\xe2\0\x82\xac"], block=4, piece=60)
 def test_any_bytes_as_text(scratch, tokenizers, raws, block, piece):
@@ -452,7 +459,7 @@ ODD_LINES = [b"[" * 100_000, b'{"text":' * 100_000, BIG_NUMBER,
 
 
 @given(lines=st.lists(json_line | mangled | st.sampled_from(ODD_LINES), max_size=4))
-@settings(max_examples=10_000 if TORTURE else 100)
+@settings(max_examples=5000 if TORTURE else 100)
 @example(lines=[BIG_NUMBER])
 @example(lines=[b'\xef\xbb\xbf{"text": "\xef\xbb\xbfkept"}', b'{"text": "\\u0000\\ud83da"}'])
 @example(lines=ODD_LINES[:1])
@@ -557,10 +564,8 @@ def test_bombs(tmp_path, form):
     end, memory = measured("files", f"--input={path}", f"--out={tmp_path / 'out'}")
     print(f"{size} MB of NUL as {form}: {memory:.0f} MB")
     assert memory < 300
-    if form.startswith("jsonl"):
-        assert_refused(end, "line 1: longer than 32 MiB", "store such a text as .txt")
-    else:
-        assert_refused(end, "no text for train")
+    said = "store such a text as .txt" if form.startswith("jsonl") else "no text for train"
+    assert end.status == 2 and said in end.err.splitlines()[-1]  # behind lines of progress
     assert not (tmp_path / "out/meta.json").exists()
 
 
@@ -587,7 +592,7 @@ def test_memory_of_long_lines(tmp_path, tokenizer):
         for _ in range(3):
             file.write('{"text": "' + "\\ud83d\\ude42" * 2_790_000 + '"}\n')
             file.write(json.dumps({"text": "\U0001f642" * 8_380_000}, ensure_ascii=False) + "\n")
-    for name, most in (("a.txt", 400), ("b.jsonl", 900)):
+    for name, most in (("a.txt", 200), ("b.jsonl", 500)):
         began = time.monotonic()
         end, memory = measured("files", f"--input={tmp_path / name}", f"--tokenizer={tokenizer}",
                                f"--out={tmp_path / name}.out", "--workers=2")
@@ -717,7 +722,7 @@ def restore(folder, before):
 
 
 @given(data=st.data())
-@settings(max_examples=4000 if TORTURE else 100)
+@settings(max_examples=2000 if TORTURE else 60)
 def test_damaged_state(unfinished, data):
     """Damaged by chance, it is refused; made up on purpose, it leads to nothing outside."""
     args, folder = unfinished
@@ -737,12 +742,16 @@ def test_damaged_state(unfinished, data):
     else:
         new = data.draw(damaged(raw) | JSON_BYTES)
     path.write_bytes(new)
+    refused = False
     try:
         refused = refused_or_done(args, folder, {**before, str(path): new})
         if not refused and not made_up:
             assert new.split() == raw.split() or json.loads(new) == json.loads(raw)
     finally:
-        restore(folder, before)
+        if refused:
+            path.write_bytes(raw)
+        else:
+            restore(folder, before)
 
 
 def test_mended_it_goes_on(unfinished):
@@ -904,7 +913,7 @@ def test_any_arguments(argv):
 @given(more=arguments, inputs=st.lists(words, min_size=1, max_size=3),
        out=st.sampled_from(["out", "new", "a.txt", "a.txt/x", "deep/er", "[x]", "x" * 300,
                             "donn\u00e9es"]))
-@settings(max_examples=3000 if TORTURE else 100)
+@settings(max_examples=3000 if TORTURE else 60)
 def test_any_command(scratch, more, inputs, out):
     """What is refused writes nothing; what is not makes a complete folder."""
     folder = scratch / "here"
