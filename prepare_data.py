@@ -706,7 +706,7 @@ def save_state(folder, state):
     write_json(folder / STATE, state | {"sha256": digest(json.dumps(state).encode())})
 
 
-def sound_state(state, n_parts, shard_tokens):
+def sound_state(state, parts, shard_tokens):
     """Whether a state file is whole, and of a form that leads to no files but those of a run."""
     try:
         whole = state.pop("sha256") == digest(json.dumps(state).encode())
@@ -720,7 +720,8 @@ def sound_state(state, n_parts, shard_tokens):
         for name, c in [*finished.items(), *current.items()]:
             rest[name.partition("_")[0]] -= c["tokens"]
         return (whole and all(type(n) is int and 0 <= n < 1 << 63 for n in numbers)
-                and position["part"] <= n_parts and rule.keys() <= {"tail", "hash"}
+                and position["part"] <= len(parts) and rule.keys() <= {"tail", "hash"}
+                and len(rule) == any(part.split is None for part in parts)
                 and {*totals, *current} <= {"train", "val", "test"} and not any(rest.values())
                 and all(c["tokens"] < shard_tokens for c in current.values())
                 and all(SHARD.fullmatch(name) and isinstance(c["sha256"], str)
@@ -1091,7 +1092,7 @@ def build(cfg, folder, still_ours):
     settings = settings_of(cfg, parts)
     if state is not None:
         refuse_other(folder, "an unfinished run", state.get("settings"), settings)
-        if not sound_state(state, len(parts), cfg.shard_tokens):
+        if not sound_state(state, parts, cfg.shard_tokens):
             fail(f"{folder / STATE}: damaged; delete {folder} and start again")
     else:
         state = {"settings": settings, "rule": split_rule(parts, cfg.text_key),
