@@ -13,16 +13,16 @@ the corpus). Other flags: --out=FOLDER (data/NAME), --test_input, --max_tokens (
 
 A shard is the llm.c format: 256 little-endian int32 ([0] 20240520, [1] 1, [2] tokens, [3] bytes
 per token, [4] vocab size), then uint8 or uint16 tokens. meta.json, written last, makes a folder
-complete. A document starts with bos_id. NUL is removed and bytes that are not UTF-8 become U+FFFD,
-under every tokenizer alike, counted and reported.
+complete. A document starts with bos_id, which stands nowhere else: text that spells <|endoftext|>
+stays text. NUL and a byte order mark at the start of a file are removed, bytes that are not UTF-8
+become U+FFFD, under every tokenizer alike; all of this is counted and reported. Line ends stay.
 
 Validation is the source's own, or --val_input, or the documents of lowest hash up to 2% of the
 text; a corpus of fewer than 20 documents gives its last 10%. Long documents are cut where the
 pre-tokenizer splits anyway, so the tokens are those of the whole (64K characters without such a
-place are cut all the same). The same command after Ctrl-C or kill -9 goes on, and gives the same
-bytes.
+place are cut all the same). The same command after Ctrl-C, SIGTERM, kill -9 or a full disk goes on,
+and gives the same bytes. One process at a time works on a folder; inputs must not change meanwhile.
 """
-import base64
 import bisect
 import contextlib
 import dataclasses
@@ -39,6 +39,8 @@ import lzma
 import math
 import os
 import re
+import signal
+import stat
 import sys
 import sysconfig
 import time
@@ -61,12 +63,15 @@ PIECE_CHARS = 1 << 19  # longest text tokenized in one go, and size of a batch o
 CUT_CHARS = 1 << 16  # how far back from there a safe place to cut is looked for
 HASH_CHARS = 1 << 16  # a document's split depends on its start, since the rest may not be read yet
 MAX_LINE = 1 << 25  # longest .jsonl line in bytes: it is parsed whole
+MAX_JSON = 1 << 26  # longest file of our own that is read back, in bytes
+MAX_WORKERS = 256
 BPE_CHARS = 50_000_000  # a BPE is trained on this much of the training text, from the start
 FEW_DOCUMENTS, TAIL = 20, 0.1
 VAL_FRACTION, SCAN_DOCUMENTS = 0.02, 2000  # the hash that gives 2% is found on the first 2,000
 SAVE_SECONDS = 2.0  # the most work that a kill can lose
-STATE, LOCK, TOKEN_FILE = "state.json", ".lock", "tokenizer.tiktoken"
-OURS = re.compile(r"(train|val|test)_\d{6}\.bin(\.tmp)?")
+STATE = "state.json"
+SHARD = re.compile(r"(train|val|test)_[0-9]{6}\.bin")
+LAST_SHARD = 99_999
 BOS_TEXT = "<|endoftext|>"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
@@ -94,13 +99,30 @@ class Config:
     out: str = ""  # folder to write; "" = data/NAME
     max_tokens: int = 0  # training tokens to keep; 0 = all
     shard_tokens: int = 100_000_000  # tokens in a shard
-    workers: int = 0  # tokenizing threads; 0 = one a core
+    workers: int = 0  # tokenizing threads, at most 256; 0 = one a core
     text_key: str = "text"  # field of a .jsonl line
+
+
+def say(text, stream=None, end="\n"):
+    """Print; a reader that goes away (| head) or a full disk there does not stop a run."""
+    stream = stream or sys.stdout
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, end=end,
+              flush=True)
+    except OSError:  # what follows goes nowhere, the rest of the buffer at exit included
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
+
+
+def note(text, end="\n"):
+    say(text, sys.stderr, end)
 
 
 def fail(message):
     """A user's mistake: one line, exit status 2."""
-    print(f"prepare_data.py: {message}", file=sys.stderr)
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message[:2000])
+    note(f"prepare_data.py: {line}")
     raise SystemExit(2)
 
 
@@ -116,6 +138,9 @@ def parse(argv):
     values, last = {}, None
     for arg in argv:
         flag, equals, value = arg.partition("=")
+        if not arg or not arg.isprintable():
+            fail(f"{arg or 'an argument'}: empty, or with characters that do not print; give the "
+                 "folder of files so named")
         if not arg.startswith("-"):
             if last and isinstance(default[last], tuple):  # --input=A B C
                 values[last] += (arg,)
@@ -134,9 +159,10 @@ def parse(argv):
         if last in values:
             fail(f"{flag}: given twice")
         if isinstance(default[last], int):
-            if not re.fullmatch(r"[0-9_]*[1-9][0-9_]*", value):
-                fail(f"{flag}={value}: not a whole number above 0")
-            value = int(value.replace("_", ""))
+            number = value if re.fullmatch("[0-9]+(_[0-9]+)*", value) and len(value) < 99 else 0
+            value = int(number)
+            if not 0 < value < 10**18:
+                fail(f"{arg}: not a whole number above 0 (and below 10^18)")
         values[last] = (value,) if isinstance(default[last], tuple) else value
     if "name" not in values:
         fail(f"no source given; one of {', '.join(NAMES)}")
@@ -152,7 +178,7 @@ def parse(argv):
             fail("--tokenizer: finewebedu10B is published in gpt2 tokens; the text is finewebedu")
         if values.keys() - {"name", "tokenizer", "out", "max_tokens"}:
             fail("finewebedu10B: only --out and --max_tokens apply; its shards stay as published")
-    bpe = re.fullmatch(r"bpe:(\d+)", cfg.tokenizer)
+    bpe = re.fullmatch(r"bpe:([1-9][0-9]{0,9})", cfg.tokenizer)
     if not bpe and cfg.tokenizer not in ("byte", "gpt2"):
         fail(f"--tokenizer={cfg.tokenizer}: unknown; byte, gpt2 or bpe:N, as in bpe:8192")
     if bpe and not 257 <= int(bpe[1]) <= 65536:
@@ -160,6 +186,8 @@ def parse(argv):
              "to 65536 (tokens are uint16)")
     if cfg.shard_tokens >= 2**31:
         fail(f"--shard_tokens={cfg.shard_tokens}: a shard's header counts to {2**31 - 1}")
+    if cfg.workers > MAX_WORKERS:
+        fail(f"--workers={cfg.workers}: at most {MAX_WORKERS}; one a core is best")
     return cfg
 
 
@@ -180,7 +208,7 @@ class Part:
     kind: str  # text (the file is one document), jsonl, or hub (a parquet file on the hub)
     split: str | None  # None: decided by the corpus's rule
     size: int  # bytes as stored
-    stamp: str  # tells a changed file: its time, or the hub's revision
+    stamp: str  # tells a changed file: its time in ns, or the hub's revision
 
 
 def local_part(path, split=None):
@@ -188,19 +216,21 @@ def local_part(path, split=None):
     if name.endswith((".json", ".parquet", ".zip", ".bin", ".zst", ".bz2", ".tar", ".tgz", ".pdf")):
         fail(f"{path}: cannot be read; give .txt or .jsonl, plain or as .gz or .xz")
     try:
-        with path.open("rb"):
-            stat = path.stat()
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode):  # a pipe could not be read twice
+            fail(f"{path}: not a regular file; write the text to one")
+        path.open("rb").close()
     except OSError as error:
         fail(f"{path}: {error.strerror}")
     kind = "jsonl" if name.endswith((".jsonl", ".ndjson")) else "text"
-    return Part(str(path), kind, split, stat.st_size, str(stat.st_mtime_ns))
+    return Part(str(path), kind, split, about.st_size, str(about.st_mtime_ns))
 
 
 def local_parts(flag, given, split=None):
     """Paths, folders and globs in the order given, the files of a folder by name."""
     found = []
     for item in given:
-        path = Path(item).expanduser()
+        path = Path(os.path.expanduser(item))
         if path.is_dir():
             files = sorted(p for p in path.rglob("[!.]*") if p.is_file()
                            and re.search(r"\.(txt|jsonl)(\.gz|\.xz)?$", p.name.lower()))
@@ -281,12 +311,20 @@ class Reader:
     def __init__(self, parts, text_key, counts=None):
         self.parts, self.text_key, self.file, self.index = parts, text_key, None, 0
         self.before = list(itertools.accumulate((p.size for p in parts), initial=0))
-        self.counts = Counter(counts)  # invalid, nul, empty; tail_bytes: where the tail rule stands
+        self.counts = Counter(counts)  # what was odd; tail_bytes: where the tail rule stands
 
     def fraction(self):
         """Share of the stored bytes that have been read."""
         here = self.file.tell() if self.file and not self.file.closed else 0
         return (self.before[self.index] + here) / max(1, self.before[-1])
+
+    def check(self, path=None):
+        """The file at hand is the one that the run began with, or else shards would mix texts."""
+        if path or self.file and not self.file.closed:
+            about, part = os.stat(path or self.file.fileno()), self.parts[self.index]
+            if (about.st_size, str(about.st_mtime_ns)) != (part.size, part.stamp):
+                fail(f"{part.path}: changed in mid-run; start again with another --out once "
+                     "nothing writes to it")
 
     def read(self, index):
         part, self.index, self.file = self.parts[index], index, None
@@ -296,6 +334,7 @@ class Reader:
             return
         try:
             with open(part.path, "rb") as self.file:
+                self.check()
                 packed = Path(part.path).suffix.lower()
                 file = (gzip.GzipFile(fileobj=self.file) if packed == ".gz" else
                         lzma.LZMAFile(self.file) if packed == ".xz" else self.file)
@@ -303,15 +342,29 @@ class Reader:
                     yield from self.whole(self.lines(part.path, io.BufferedReader(file)), part.path)
                 else:
                     yield from self.blocks(part.path, file)
-        except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+                self.check()
+        except (EOFError, OSError, MemoryError, lzma.LZMAError, zlib.error) as error:
+            with contextlib.suppress(OSError):
+                self.check(part.path)
             reason = getattr(error, "strerror", None) or f"damaged or cut short ({error})"
+            if isinstance(error, MemoryError):  # the header of an .xz names what it takes to read
+                reason = "takes more memory than there is"
             fail(f"{part.path}: {reason}; mend or replace the file")
 
-    def decode(self, raw):
-        """-> text, its bytes in UTF-8; NUL goes, since it marks documents among byte tokens."""
+    def clean(self, raw, path, start):
+        """Bytes less NUL, which marks documents among byte tokens, and less a byte order mark."""
+        if start and raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            fail(f"{path}: UTF-16; convert it to UTF-8")
+        if start and raw.startswith(b"\xef\xbb\xbf"):
+            self.counts["bom"] += 1
+            raw = raw[3:]
         if b"\0" in raw:
             self.counts["nul"] += raw.count(b"\0")
             raw = raw.replace(b"\0", b"")
+        return raw
+
+    def decode(self, raw):
+        """-> text, its bytes in UTF-8."""
         try:
             return raw.decode(), len(raw)
         except UnicodeDecodeError:
@@ -322,11 +375,11 @@ class Reader:
     def blocks(self, path, file):
         """A file as one document, in blocks that end between characters."""
         first, rest = True, b""
-        while read := file.read(BLOCK_BYTES):
-            if first and read[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                fail(f"{path}: UTF-16; convert it to UTF-8")
-            raw, end = rest + read, 0
-            for back in range(1, min(4, len(raw))):  # a lead byte whose character may go on
+        for number in itertools.count():
+            if not (read := file.read(BLOCK_BYTES)):
+                break
+            raw, end = rest + self.clean(read, path, number == 0), 0
+            for back in range(1, min(3, len(raw)) + 1):  # a lead byte whose character may go on
                 if raw[-back] >= 0xC0:
                     end = back
                 if raw[-back] >= 0xC0 or raw[-back] < 0x80:
@@ -351,10 +404,11 @@ class Reader:
                 return
             if len(line) > MAX_LINE:
                 fail(f"{where}: longer than {MAX_LINE >> 20} MiB; store such a text as .txt")
+            line = self.clean(line, path, number == 1)
             if not line.strip():
                 continue
-            try:
-                row = json.loads(self.decode(line)[0])
+            try:  # a number may have more digits than Python turns into an int
+                row = json.loads(self.decode(line)[0], parse_int=float)
             except (ValueError, RecursionError) as error:
                 fail(f"{where}: not JSON ({error}); mend or remove the line")
             if not isinstance(row, dict) or not isinstance(row.get(self.text_key), str):
@@ -381,8 +435,11 @@ class Reader:
 
     def route(self, index, rule):
         """Blocks of a part as (split, first, text), by its own split or by the corpus's rule."""
-        split = self.parts[index].split
+        split, end = self.parts[index].split, ""
         for first, text, size in self.read(index):
+            here = text if first else end + text  # a spelling may begin in the block before
+            self.counts["spelled"] += here.count(BOS_TEXT)
+            end = here[1 - len(BOS_TEXT):]
             if self.parts[index].split is None and "hash" in rule and first:
                 split = "val" if document_hash(text) <= rule["hash"] else "train"
             elif self.parts[index].split is None and "tail" in rule:
@@ -562,30 +619,35 @@ def train_bpe(name, texts):
     return ranks
 
 
-def make_tokenizer(cfg, parts, rule, path, resumed):
-    """The tokenizer of a run; `path` keeps its vocabulary until the run is complete."""
-    if cfg.tokenizer == "byte":
-        return Tokenizer("byte")
-    if cfg.tokenizer == "gpt2":
-        tokenizer = gpt2_tokenizer()
-    elif resumed:
-        pairs = (line.split() for line in path.read_bytes().splitlines())
-        return bpe_tokenizer(cfg.tokenizer, {base64.b64decode(t): int(rank) for t, rank in pairs})
-    else:
-        print(f"{cfg.name}: training {cfg.tokenizer}", file=sys.stderr)
-        reader = Reader(parts, cfg.text_key)
-        blocks = itertools.chain.from_iterable(reader.route(index, rule)
-                                               for index, part in enumerate(parts)
-                                               if part.split in (None, "train"))
-        # short texts: the trainer holds 256 at a time, each with much besides
-        texts = (text for split, _, text in pieces(blocks, 1 << 14) if split == "train")
-        read = itertools.accumulate(texts, lambda seen, text: (seen[0] + len(text), text),
-                                    initial=(0, ""))
-        sample = (text for _, text in itertools.takewhile(lambda seen: seen[0] <= BPE_CHARS, read))
-        tokenizer = bpe_tokenizer(cfg.tokenizer, train_bpe(cfg.tokenizer, sample))
-    by_rank = sorted(tokenizer.ranks.items(), key=lambda item: item[1])
-    write_atomically(path, b"".join(base64.b64encode(t) + b" %d\n" % rank for t, rank in by_rank))
-    return tokenizer
+def make_tokenizer(cfg, parts, state, folder):
+    """The tokenizer of a run; `state` keeps a vocabulary that it has trained."""
+    if cfg.tokenizer in ("byte", "gpt2"):
+        return Tokenizer("byte") if cfg.tokenizer == "byte" else gpt2_tokenizer()
+    if "vocabulary" not in state:  # bytes as the characters U+0000 to U+00FF
+        ranks = train_bpe(cfg.tokenizer, training_texts(cfg, parts, state["rule"]))
+        state["vocabulary"] = [t.decode("latin-1") for t in sorted(ranks, key=ranks.get)]
+    try:
+        ranks = {t.encode("latin-1"): rank for rank, t in enumerate(state["vocabulary"])}
+    except (AttributeError, TypeError, UnicodeError):
+        ranks = {}
+    size = int(cfg.tokenizer.partition(":")[2]) - 1
+    if (len(ranks) != size or len(state["vocabulary"]) != size or b"" in ranks
+            or not all(bytes([b]) in ranks for b in range(256))):
+        fail(f"{folder / STATE}: damaged; delete {folder} and start again")
+    return bpe_tokenizer(cfg.tokenizer, ranks)
+
+
+def training_texts(cfg, parts, rule):
+    """What a BPE is trained on, in short texts: the trainer holds 256, each with much besides."""
+    note(f"{cfg.name}: training {cfg.tokenizer}")
+    reader = Reader(parts, cfg.text_key)
+    blocks = itertools.chain.from_iterable(reader.route(index, rule)
+                                           for index, part in enumerate(parts)
+                                           if part.split in (None, "train"))
+    texts = (text for split, _, text in pieces(blocks, 1 << 14) if split == "train")
+    read = itertools.accumulate(texts, lambda seen, text: (seen[0] + len(text), text),
+                                initial=(0, ""))
+    return (text for _, text in itertools.takewhile(lambda seen: seen[0] <= BPE_CHARS, read))
 
 
 # ---- files
@@ -606,12 +668,22 @@ def replace(temporary, path):
         os.close(folder)
 
 
+def new_file(path):
+    """An empty file under a temporary name; what has that name goes: a link is not followed."""
+    with_tmp(path).unlink(missing_ok=True)
+    return with_tmp(path).open("x+b", buffering=0)
+
+
 def write_atomically(path, data):
-    temporary = with_tmp(path)
-    with temporary.open("wb", buffering=0) as file:
-        write_all(file, data)
-        os.fsync(file.fileno())
-    replace(temporary, path)
+    try:
+        with new_file(path) as file:
+            write_all(file, data)
+            os.fsync(file.fileno())
+        replace(with_tmp(path), path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            with_tmp(path).unlink()
+        raise
 
 
 def write_json(path, value):
@@ -619,14 +691,76 @@ def write_json(path, value):
 
 
 def read_json(path):
+    """What an earlier run, or anyone, has written."""
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode) or about.st_size > MAX_JSON:
+        fail(f"{path}: not a file that this script wrote; give another --out")
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         fail(f"{path}: cannot be read ({error}); delete {path.parent} and start again")
+    return value if isinstance(value, dict) else {}
+
+
+def save_state(folder, state):
+    write_json(folder / STATE, state | {"sha256": digest(json.dumps(state).encode())})
+
+
+def sound_state(state, parts, shard_tokens):
+    """Whether a state file is whole, and of a form that leads to no files but those of a run."""
+    try:
+        whole = state.pop("sha256") == digest(json.dumps(state).encode())
+        rule, position, shards = state["rule"], state["position"], state["shards"]
+        finished, totals, current = (shards[key] for key in ("finished", "totals", "current"))
+        numbers = [*rule.values(), position["part"], position["pieces"],
+                   *position["counts"].values(), *(c["index"] for c in current.values()),
+                   *(c[key] for table in (finished, totals, current) for c in table.values()
+                     for key in ("tokens", "bytes", "documents"))]
+        rest = Counter({split: c["tokens"] for split, c in totals.items()})
+        for name, c in [*finished.items(), *current.items()]:
+            rest[name.partition("_")[0]] -= c["tokens"]
+        return (whole and all(type(n) is int and 0 <= n < 1 << 63 for n in numbers)
+                and position["part"] <= len(parts) and rule.keys() <= {"tail", "hash"}
+                and len(rule) == any(part.split is None for part in parts)
+                and {*totals, *current} <= {"train", "val", "test"} and not any(rest.values())
+                and all(c["tokens"] < shard_tokens for c in current.values())
+                and all(SHARD.fullmatch(name) and isinstance(c["sha256"], str)
+                        for name, c in finished.items()))
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        return False
+
+
+@contextlib.contextmanager
+def alone(folder):
+    """Hold the folder, so that another process is refused -> a check that it is still the same."""
+    if not fcntl:
+        yield lambda: None
+        return
+    handle = os.open(folder, os.O_RDONLY)
+
+    def check():
+        if not folder.exists() or not os.path.samestat(folder.stat(), os.fstat(handle)):
+            fail(f"{folder}: deleted or moved in mid-run; the same command makes it again")
+
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"{folder}: another process is at work there; wait for it, or give another --out")
+        except OSError:  # a file system without locks
+            pass
+        check()
+        yield check
+    finally:
+        os.close(handle)
 
 
 def with_tmp(path):
     return path.with_name(path.name + ".tmp")
+
+
+def digest(raw):
+    return hashlib.sha256(raw).hexdigest()
 
 
 def sha256(path):
@@ -639,15 +773,17 @@ class Shards:
 
     `state()` describes what is written. A later run given it takes back whatever came after.
     """
-    def __init__(self, folder, tokenizer, shard_tokens, limits, state):
+    def __init__(self, folder, tokenizer, shard_tokens, limits, state, still_ours):
         self.folder, self.tokenizer, self.files = folder, tokenizer, {}
+        self.still_ours = still_ours  # from `alone`
         self.shard_tokens, self.limits = shard_tokens, limits
         self.finished = state["finished"]  # name -> counts and sha256
         self.totals = {split: Counter(c) for split, c in state["totals"].items()}
         self.current = {split: Counter(c) for split, c in state["current"].items()}  # and index
         for path in list(folder.iterdir()):
-            if OURS.fullmatch(path.name) and path.name not in self.finished:
-                split, index = path.name[:-4].removesuffix(".bin").split("_")
+            name = path.name.removesuffix(".tmp")
+            if SHARD.fullmatch(name) and path.name not in self.finished:
+                split, index = name.removesuffix(".bin").split("_")
                 if int(index) != self.current.get(split, {}).get("index"):
                     path.unlink()
                 elif path.suffix == ".bin":  # became whole after the state was saved
@@ -655,10 +791,12 @@ class Shards:
         for name, counts in self.finished.items():
             self.check(folder / name, counts)
         for split, counts in self.current.items():
+            if not counts["tokens"]:
+                self.start(split, counts["index"])
+                continue
             path = with_tmp(self.path(split))
-            if counts["tokens"]:
-                self.check(path, counts, at_least=True)
-            self.files[split] = path.open("r+b" if counts["tokens"] else "w+b", buffering=0)
+            self.check(path, counts, unfinished=True)
+            self.files[split] = path.open("r+b", buffering=0)
             self.files[split].truncate(self.size(counts))
             self.files[split].seek(self.size(counts))
 
@@ -668,9 +806,11 @@ class Shards:
     def size(self, counts):
         return HEADER_BYTES + counts["tokens"] * self.tokenizer.dtype.itemsize
 
-    def check(self, path, counts, at_least=False):
-        size = path.stat().st_size if path.exists() else -1
-        if size < self.size(counts) or size > self.size(counts) and not at_least:
+    def check(self, path, counts, unfinished=False):
+        """Whole shards may be links to another disk; one that is written to may not."""
+        about = path.stat(follow_symlinks=not unfinished) if path.exists() else None
+        size = about.st_size if about and stat.S_ISREG(about.st_mode) else -1
+        if size < self.size(counts) or size > self.size(counts) and not unfinished:
             fail(f"{path}: changed since it was written; delete {self.folder} and start again")
 
     def path(self, split):
@@ -681,8 +821,12 @@ class Shards:
         return self.limits.get(split, sys.maxsize) - self.totals.get(split, Counter())["tokens"]
 
     def start(self, split, index):
+        if index > LAST_SHARD:
+            fail(f"--shard_tokens={self.shard_tokens}: gives more than {LAST_SHARD} shards; delete "
+                 f"{self.folder} and give a larger number")
+        self.still_ours()
         self.current[split] = Counter(index=index, tokens=0, bytes=0, documents=0)
-        self.files[split] = with_tmp(self.path(split)).open("w+b", buffering=0)
+        self.files[split] = new_file(self.path(split))
         write_all(self.files[split], bytes(HEADER_BYTES))
 
     def write(self, split, tokens, counts):
@@ -714,10 +858,11 @@ class Shards:
             write_all(file, header)
             os.fsync(file.fileno())
         if counts["tokens"]:
+            self.still_ours()
             self.finished[path.name] = dict(counts, sha256=sha256(with_tmp(path)))
             replace(with_tmp(path), path)
         else:
-            with_tmp(path).unlink()
+            with_tmp(path).unlink(missing_ok=True)
 
 
 # ---- runs
@@ -727,7 +872,7 @@ class Progress:
     """A bar on a terminal, otherwise a line every ten seconds; on stderr."""
     def __init__(self, name):
         self.name, self.began, self.first = name, time.monotonic(), None
-        self.terminal = sys.stderr.isatty()
+        self.terminal = bool(sys.stderr) and sys.stderr.isatty()
         self.next = self.began + 10 * (not self.terminal)
 
     def show(self, share, tokens):
@@ -741,12 +886,11 @@ class Progress:
         line = (f"{self.name}: {bar * self.terminal}{share:.1%} {tokens / 1e6:,.1f}M tokens "
                 f"{(tokens - self.first[1]) / 1e6 / max(passed, 1e-9):.2f}M/s "
                 f"eta {f'{(1 - share) / gained * passed:,.0f}s' if gained else '?'}")
-        print(f"\r{line}\x1b[K" if self.terminal else line, file=sys.stderr, flush=True,
-              end="" if self.terminal else "\n")
+        note(f"\r{line}\x1b[K" if self.terminal else line, end="" if self.terminal else "\n")
 
     def close(self):
         if self.terminal and self.first:
-            print(file=sys.stderr)
+            note("")
 
 
 def in_order(pool, work, stream, ahead):
@@ -761,14 +905,16 @@ def in_order(pool, work, stream, ahead):
         yield position, future.result()
 
 
-def tokenize(cfg, parts, tokenizer, folder, state):
+def tokenize(cfg, parts, tokenizer, folder, state, still_ours):
     """The pipeline: this thread reads and writes in order, the workers tokenize."""
     rule, position = state["rule"], state["position"]
     limits = {"train": cfg.max_tokens} if cfg.max_tokens else {}
     if limits and "hash" in rule:  # half the usual share, so that training is seldom full before
         limits["val"] = math.ceil(VAL_FRACTION / 2 * cfg.max_tokens)
     reader = Reader(parts, cfg.text_key, position["counts"])
-    shards = Shards(folder, tokenizer, cfg.shard_tokens, limits, state["shards"])
+    shards = Shards(folder, tokenizer, cfg.shard_tokens, limits, state["shards"], still_ours)
+    if shards.totals:
+        note(f"{cfg.name}: going on from an earlier run")
     workers = cfg.workers or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity")
                                  else range(os.cpu_count() or 1))
     stream = batches(reader, rule, position, lambda split: shards.room(split) > 0)
@@ -781,8 +927,10 @@ def tokenize(cfg, parts, tokenizer, folder, state):
             if time.monotonic() - saved > SAVE_SECONDS or len(shards.finished) != finished:
                 for file in shards.files.values():
                     os.fsync(file.fileno())
+                reader.check()  # what is saved was read while the input was as at the start
+                still_ours()
                 state |= {"position": position, "shards": shards.state()}
-                write_json(folder / STATE, state)
+                save_state(folder, state)
                 saved, finished = time.monotonic(), len(shards.finished)
             tokens = sum(total["tokens"] for total in shards.totals.values())
             progress.show(max(reader.fraction(), tokens / (cfg.max_tokens or sys.maxsize)), tokens)
@@ -806,15 +954,17 @@ def adopt(folder, names, tokenizer):
     totals, finished = {}, {}
     for name in names:
         path, split = folder / name, "train" if "train" in name else "val"
-        header, counts = np.fromfile(path, "<i4", 256), Counter()
-        if header.size < 256 or tuple(header[:2]) != (MAGIC, VERSION):
-            fail(f"{path}: not a token shard; delete it and run the same command again")
-        if path.stat().st_size != HEADER_BYTES + 2 * int(header[2]):
+        header = np.fromfile(path, "<i4", 256) if path.is_file() else np.zeros(0, "<i4")
+        counts = Counter()
+        if (header.size < 256 or tuple(header[:2]) != (MAGIC, VERSION) or header[3] not in (0, 2)
+                or header[4] not in (0, tokenizer.vocab_size)):
+            fail(f"{path}: not a shard of GPT-2 tokens; delete it and run the same command again")
+        if header[2] < 1 or path.stat().st_size != HEADER_BYTES + 2 * int(header[2]):
             fail(f"{path}: not the size of its {header[2]} tokens; delete it and run again")
         for start in range(0, int(header[2]), BLOCK_BYTES):
             tokens = np.fromfile(path, "<u2", min(BLOCK_BYTES, int(header[2]) - start),
                                  offset=HEADER_BYTES + 2 * start)
-            if tokens.max() >= tokenizer.vocab_size:
+            if tokens.max(initial=0) >= tokenizer.vocab_size:
                 fail(f"{path}: token {tokens.max()} is not GPT-2's; delete it and run again")
             counts.update(tokenizer.count(tokens))
         finished[name] = dict(counts, sha256=sha256(path))
@@ -832,7 +982,7 @@ def fetch_published(cfg, folder):
             fail(f"{path}: of another origin; give another --out")
         names.add(path.name)
     for number, name in enumerate(names := sorted(names, key=lambda n: ("train" in n, n)), 1):
-        print(f"{cfg.name}: {name}, {number} of {len(names)}", file=sys.stderr)
+        note(f"{cfg.name}: {name}, {number} of {len(names)}")
         with hub_errors(cfg.name):
             hub.hf_hub_download(PUBLISHED, name, repo_type="dataset", local_dir=folder)
     return names
@@ -873,6 +1023,10 @@ def settings_of(cfg, parts):
 
 
 def refuse_other(folder, what, was, settings):
+    values = was.values() if isinstance(was, dict) else [None]
+    if not all(isinstance(item, str | int)
+               for value in values for item in (value if isinstance(value, list) else [value])):
+        fail(f"{folder}: holds {what} that this script did not make; give another --out")
     for key in settings:
         if was.get(key) != settings[key]:
             other = {"inputs": "from other input files", "name": f"from {was.get('name')}"}.get(
@@ -880,69 +1034,77 @@ def refuse_other(folder, what, was, settings):
             fail(f"{folder}: holds {what} made {other}; give another --out, or delete that folder")
 
 
+def complete(cfg, folder):
+    """Whether there is nothing to do; another data set is refused."""
+    if not (folder / "meta.json").exists():
+        return False
+    settings = settings_of(cfg, corpus(cfg, folder)[0] if cfg.name == "files" else [])
+    if cfg.name != "files":  # neither the network nor a newer Python is asked
+        del settings["inputs"]
+    made = read_json(folder / "meta.json").get("settings")
+    refuse_other(folder, "a data set", made, settings)
+    with contextlib.suppress(OSError):  # of a run killed just before its end
+        (folder / STATE).unlink()
+    say(f"{folder} is complete; nothing to do")
+    return True
+
+
 def prepare(cfg):
     """Make the folder complete, from whatever state it is in."""
     folder, began = Path(cfg.out), time.monotonic()
-    if (folder / "meta.json").exists():
-        settings = settings_of(cfg, corpus(cfg, folder)[0] if cfg.name == "files" else [])
-        if cfg.name != "files":  # neither the network nor a newer Python is asked
-            del settings["inputs"]
-        made = read_json(folder / "meta.json").get("settings", {})
-        refuse_other(folder, "a data set", made, settings)
-        for name in (STATE, TOKEN_FILE, LOCK):  # of a run killed just before its end
-            (folder / name).unlink(missing_ok=True)
-        print(f"{folder} is complete; nothing to do")
+    if complete(cfg, folder):
         return
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as lock:
+    with alone(folder) as still_ours:
+        if complete(cfg, folder):  # by a process that has just ended
+            return
         try:
-            if fcntl:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            fail(f"{folder}: another process is at work there; wait for it, or give another --out")
-        try:
-            meta, counts = build(cfg, folder)
-        except SystemExit:
-            if [path.name for path in folder.iterdir()] == [LOCK]:  # refused before it began
-                (folder / LOCK).unlink()
-                folder.rmdir()
+            meta, counts = build(cfg, folder, still_ours)
+        except BaseException:  # a command that is refused leaves no folder behind
+            with contextlib.suppress(OSError):
+                for path in missing:
+                    path.rmdir()
             raise
+        still_ours()
         write_json(folder / "meta.json", meta)
-        for name in (STATE, TOKEN_FILE, LOCK):
-            (folder / name).unlink(missing_ok=True)
+        (folder / STATE).unlink(missing_ok=True)
     for split, total in meta["splits"].items():
-        print(f"{split:5} {total['tokens']:13,} tokens {total['bytes']:13,} bytes "
-              f"{total['bytes'] / total['tokens']:.3f} bytes/token {total['documents']:,} docs")
+        say(f"{split:5} {total['tokens']:13,} tokens {total['bytes']:13,} bytes "
+            f"{total['bytes'] / total['tokens']:.3f} bytes/token {total['documents']:,} docs")
     for key, text in (("invalid", "sequences that are not UTF-8 became U+FFFD"),
-                      ("nul", "NUL characters removed"), ("empty", "empty documents skipped")):
-        if counts[key]:
-            print(f"{counts[key]:,} {text}")
-    print(f"{folder} is complete after {time.monotonic() - began:.1f}s; "
-          f"next: python train_mdlm.py --data={folder}")
+                      ("nul", "NUL characters removed"), ("bom", "byte order marks removed"),
+                      ("spelled", f"spellings of {BOS_TEXT} in the text are plain text"),
+                      ("empty", "empty documents skipped")):
+        if counts[key] and (key != "spelled" or meta["token_bytes"]):
+            say(f"{counts[key]:,} {text}")
+    say(f"{folder} is complete after {time.monotonic() - began:.1f}s; "
+        f"next: python train_mdlm.py --data={folder}")
 
 
-def build(cfg, folder):
+def build(cfg, folder, still_ours):
     """Write all but meta.json -> its content, and counts of what was odd in the text."""
-    state = read_json(folder / STATE) if (folder / STATE).exists() else None
-    if state is None and any(folder.glob("*.bin")) and cfg.name != "finewebedu10B":
-        fail(f"{folder}: holds .bin files of another origin; give another --out")
+    state = read_json(folder / STATE) if os.path.lexists(folder / STATE) else None
+    for path in folder.iterdir() if state is None and cfg.name != "finewebedu10B" else ():
+        if path.name.endswith((".bin", ".bin.tmp")):
+            fail(f"{path}: of another origin; give another --out")
     parts, source = corpus(cfg, folder)
     settings = settings_of(cfg, parts)
-    resumed = state is not None
-    if resumed:
-        refuse_other(folder, "an unfinished run", state["settings"], settings)
-        print(f"{cfg.name}: going on from an earlier run", file=sys.stderr)
+    if state is not None:
+        refuse_other(folder, "an unfinished run", state.get("settings"), settings)
+        if not sound_state(state, parts, cfg.shard_tokens):
+            fail(f"{folder / STATE}: damaged; delete {folder} and start again")
     else:
         state = {"settings": settings, "rule": split_rule(parts, cfg.text_key),
                  "position": {"part": 0, "pieces": 0, "counts": {}},
                  "shards": {"finished": {}, "totals": {}, "current": {}}}
-    tokenizer = make_tokenizer(cfg, parts, state["rule"], folder / TOKEN_FILE, resumed)
+    tokenizer = make_tokenizer(cfg, parts, state, folder)
     if cfg.name == "finewebedu10B":
         totals, finished = adopt(folder, fetch_published(cfg, folder), tokenizer)
         counts = Counter()
     else:
-        write_json(folder / STATE, state)  # from here on, the .bin files in the folder are ours
-        totals, finished, counts = tokenize(cfg, parts, tokenizer, folder, state)
+        save_state(folder, state)  # from here on, the .bin files in the folder are ours
+        totals, finished, counts = tokenize(cfg, parts, tokenizer, folder, state, still_ours)
     shards = {name: {key: finished[name][key] for key in ("tokens", "bytes", "sha256")}
               for name in sorted(finished)}
     bpe, spelling = tokenizer.bpe, None
@@ -956,16 +1118,29 @@ def build(cfg, folder):
             "settings": settings}, counts
 
 
+def stop(number, frame):
+    raise KeyboardInterrupt(number)
+
+
 def main(argv):
     if argv[:1] in (["-h"], ["--help"]):
-        print(__doc__.strip())
+        say(__doc__.strip())
         return
     cfg = parse(argv)
+    stops = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1")
+             if hasattr(signal, name)]
+    for number in stops:
+        if signal.getsignal(number) == signal.SIG_DFL:  # under nohup, SIGHUP is ignored
+            signal.signal(number, stop)
     try:
         prepare(cfg)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as error:
+        number = error.args[0] if error.args else signal.SIGINT
+        for another in (signal.SIGINT, *stops):  # while threads end their batch
+            signal.signal(another, signal.SIG_IGN)
+        note(f"prepare_data.py: interrupted by {signal.Signals(number).name}; the same command "
+             "goes on from here")
+        raise SystemExit(128 + number) from None
     except OSError as error:
         fail(f"{error.filename or cfg.out}: {error.strerror or error}; once mended, the same "
              "command goes on from here")

@@ -6,8 +6,6 @@ import lzma
 import os
 import random
 import re
-import resource
-import signal
 import subprocess
 import sys
 import time
@@ -316,44 +314,6 @@ def test_workers_do_not_matter(tmp_path, corpus):
     assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "5")
 
 
-def whole_or_absent(folder):
-    """No file with a shard's name holds anything but a whole shard."""
-    for path in folder.glob("*.bin"):
-        read_shard(path)
-
-
-@pytest.mark.parametrize("tokenizer", ["byte", "bpe:300"])
-def test_kill_and_go_on(tmp_path, tokenizer):
-    if tokenizer != "byte":
-        pytest.importorskip("tokenizers")
-    texts = some_texts(4000, seed=2)
-    write_jsonl(tmp_path / "a.jsonl", texts[:2000])
-    (tmp_path / "b.txt").write_text("\n".join(texts * 3))
-    lines = write_jsonl(tmp_path / "c", texts).read_bytes()
-    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(lines))
-    args = ["files", f"--input={tmp_path}/a.jsonl", tmp_path / "b.txt", tmp_path / "c.jsonl.gz",
-            "--shard_tokens=70_000", f"--tokenizer={tokenizer}"]
-    prepare(*args, f"--out={tmp_path / 'whole'}")
-    rng, out, kills = random.Random(), tmp_path / "killed", 0
-    deadline = time.monotonic() + 8
-    while time.monotonic() < deadline:
-        before = len(list(out.glob("*.bin")))
-        run = start(*args, f"--out={out}", "--workers=2")
-        # a while into the work, which begins once new shards appear
-        while run.poll() is None and len(list(out.glob("*.bin"))) <= before:
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.06))
-        run.kill()
-        whole_or_absent(out)
-        if run.wait() == 0:
-            break
-        kills += 1
-    assert kills, "never killed in time"
-    run = start(*args, f"--out={out}")
-    assert run.wait(30) == 0, run.stderr.read()
-    assert contents(out) == contents(tmp_path / "whole")
-
-
 def test_kill_between_name_and_state(tmp_path, corpus):
     """Every state of the folder that a kill can leave, by replaying an older state file."""
     args = ["files", f"--input={corpus}", f"--out={tmp_path / 'out'}", "--shard_tokens=100_000"]
@@ -369,34 +329,6 @@ def test_kill_between_name_and_state(tmp_path, corpus):
         state.write_bytes(min(states, key=len))
     prepare(*args)
     prepare(*args[:2], *args[3:], f"--out={tmp_path / 'whole'}")
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-
-
-def test_interrupt(tmp_path):
-    (tmp_path / "a.txt").write_text("\n".join(some_texts(3000)) * 20)
-    args = ["files", f"--input={tmp_path}/a.txt", "--shard_tokens=400_000"]
-    run = start(*args, f"--out={tmp_path / 'out'}")
-    while run.poll() is None and not list((tmp_path / "out").glob("*.bin")):
-        time.sleep(0.002)
-    run.send_signal(signal.SIGINT)
-    error = run.communicate(timeout=30)[1]
-    assert run.returncode == 130, "finished before the signal"
-    assert "interrupted; the same command goes on" in error and "Traceback" not in error
-    whole_or_absent(tmp_path / "out")
-    prepare(*args, f"--out={tmp_path / 'out'}")
-    prepare(*args, f"--out={tmp_path / 'whole'}")
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-
-
-def test_full_disk(tmp_path, corpus):
-    """A write that fails midway (here: a limit on the size of a file) ends in one line."""
-    args = ["files", f"--input={corpus}", f"--out={tmp_path / 'out'}"]
-    run = start(*args, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000,) * 2))
-    error = run.communicate(timeout=30)[1].strip()
-    assert run.returncode == 2 and len(error.splitlines()) == 1 and "File too large" in error
-    assert not list((tmp_path / "out").glob("*.bin"))
-    prepare(*args)
-    prepare("files", f"--input={corpus}", f"--out={tmp_path / 'whole'}")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
