@@ -323,6 +323,8 @@ def load_tokenizer(folder, dtype):
     -> {name, vocab_size, bos_id, pattern, token_bytes: uint8 (all bytes, id after id),
     token_length: int64 (V,), bytes of every id}. BOS stands for no text, so its length is 0."""
     path = os.path.join(folder, "meta.json")
+    unfinished = os.path.exists(os.path.join(folder, "state.json")) and not os.path.lexists(path)
+    require(not unfinished, f"--data={folder}: not finished; run prepare_data.py there once more")
     meta = dict(tokenizer="byte", vocab_size=256, bos_id=0, pattern=None, token_bytes=None)
     try:
         if os.path.lexists(path):

@@ -829,6 +829,10 @@ def meta(text):
     return change
 
 
+def unfinished(folder):
+    (folder / "state.json").write_text("{}")
+
+
 def short_table(folder):
     write_meta(folder, byte_table(256), token_bytes=["a"] * 255)
 
@@ -854,6 +858,7 @@ def foreign_table(folder):
     (meta('{"tokenizer": "byte"}'), ["meta.json"]),
     (meta('{"tokenizer": "byte", "vocab_size": "many", "bos_id": 0, "byte_length": []}'),
      ["meta.json"]),
+    (unfinished, ["not finished", "prepare_data.py"]),
     (short_table, ["meta.json"]),
     (foreign_table, ["meta.json"]),
 ], ids=lambda x: getattr(x, "__name__", None))
