@@ -144,6 +144,7 @@ RESUME_FIELDS = (
 POSITIVE = ("seq_len n_layer n_head n_embd mlp_ratio steps batch_tokens micro_batch val_tokens "
             "val_draws max_bad_steps log_every").split()
 BELOW_ONE = "dropout ema momentum muon_beta2 adam_beta1 adam_beta2".split()
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # set by torchrun
 MAX_FLAG, MAX_INT, MAX_FLOAT = 1000, 2**53, 1e100  # characters; beyond any use
 LAYER_BYTES = 100_000  # of a layer without its weights, generously
 
@@ -209,7 +210,7 @@ def parse_args(argv):
     base.update(PRESETS.get(preset, {}))
     path = os.path.join(flags.get("out", base["out"]), "ckpt.pt")
     # What torchrun --max-restarts=N starts again goes on from where it was.
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and not eval_only
+    restarted = os.environ.get(RESTARTS, "0") != "0" and not eval_only
     if restarted and os.path.exists(path):
         resume = flags["resume"] = True
         flags.pop("init_from", None)
@@ -1141,7 +1142,11 @@ def run(argv, ending):
     if world > 1:
         auto = "nccl" if device.type == "cuda" else "gloo"
         backend = auto if cfg.backend == "auto" else cfg.backend
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=START_TIMEOUT))
+        # torchrun --max-restarts keeps one store for all attempts, with addresses of the dead.
+        limit = datetime.timedelta(seconds=START_TIMEOUT)
+        store, *_ = next(dist.rendezvous("env://", timeout=limit))
+        store = dist.PrefixStore("attempt" + os.environ.get(RESTARTS, "0"), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
 
     complaint = ""
 
