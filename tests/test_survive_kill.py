@@ -1,0 +1,207 @@
+"""Runs that are killed, lose a rank or go on with another number of them.
+
+Real processes and real SIGKILLs: a run that was killed and resumed, however often, must end in the
+very bits of one that was left alone. Runs that are killed at random moments are started as a user
+starts them; others are forked off this process, which has imported torch already.
+"""
+import multiprocessing
+import os
+import random
+import re
+import signal
+import socket
+import sys
+import time
+
+import pytest
+from runs import (
+    LAUNCH_LIMIT,
+    SEQ_LEN,
+    TORTURE,
+    Result,
+    assert_same_state,
+    checkpoint,
+    children,
+    finish,
+    launch,
+    log,
+    make_data,
+    tiny,
+    torchrun,
+    wait_for,
+)
+
+import gpt
+import train_block
+import train_mdlm
+import train_sedd
+
+SCRIPTS = {"mdlm": train_mdlm, "gpt": gpt, "block": train_block, "sedd": train_sedd}
+EVERY, CKPT_EVERY = 5, 3  # steps between evaluations, and between checkpoints
+FLAGS = tiny("--n_layer=2", "--micro_batch=2", "--dropout=0.1", "--ema=0.9", "--lr=0.005",
+             f"--eval_every={EVERY}", f"--ckpt_every={CKPT_EVERY}")
+FORKED = []  # like runs.LAUNCHED, of processes forked off this one
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_fork_outlives_its_test():
+    yield
+    for process in FORKED:
+        process.kill()
+
+
+# ----------------------------------------------------------------------------- forked ranks
+def be_a_rank(script, flags, environment, output):
+    """What a forked process does: the command line of a script, its output into a file."""
+    with open(output, "wb") as f:
+        os.dup2(f.fileno(), 1)
+        os.dup2(f.fileno(), 2)
+    sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
+    os.environ.update(environment)
+    script.main(list(map(str, flags)))
+
+
+def fork(target, *arguments):
+    process = multiprocessing.get_context("fork").Process(target=target, args=arguments)
+    process.start()
+    FORKED.append(process)
+    return process
+
+
+class Ranks:
+    """A run of some ranks without a launcher: nobody ends a rank because another one died."""
+
+    def __init__(self, script, world, folder, *flags):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        self.outputs = [folder.with_name(f"{folder.name}.rank{rank}") for rank in range(world)]
+        self.processes = [
+            fork(be_a_rank, script, (*flags, f"--out={folder}"), dict(
+                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+                MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)), output)
+            for rank, output in enumerate(self.outputs)]
+
+    def wait_for(self, pattern, rank=0):
+        until(lambda: re.search(pattern, self.printed(rank)) or not self.alive(rank))
+        assert re.search(pattern, self.printed(rank)), self.printed(rank)
+
+    def alive(self, rank):
+        return self.processes[rank].is_alive()
+
+    def printed(self, rank):
+        path = self.outputs[rank]
+        return path.read_text() if path.exists() else ""
+
+    def finish(self, rank):
+        """Output and errors of a forked process are one stream."""
+        self.processes[rank].join(LAUNCH_LIMIT)
+        assert not self.alive(rank), self.printed(rank)
+        return Result(self.processes[rank].exitcode, self.printed(rank), "")
+
+
+def until(condition, seconds=LAUNCH_LIMIT):
+    """Wait for a condition, looking often: some last for a millisecond."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.0005)
+
+
+def run_whole(script, world, folder, *flags):
+    """A run that nobody disturbs, or what is left of one. -> the first rank's output"""
+    ranks = Ranks(script, world, folder, *flags)
+    results = [ranks.finish(rank) for rank in range(world)]
+    assert [r.status for r in results] == [0] * world, results
+    return results[0].out
+
+
+def go_on(out, flags):
+    """The flags that continue a run; before its first checkpoint those that began it."""
+    return ("--resume=1",) if (out / "ckpt.pt").exists() else flags
+
+
+def assert_same_run(out, whole):
+    assert_same_state(checkpoint(out), checkpoint(whole))
+    assert log(out) == log(whole)
+    assert {p.name for p in out.iterdir()} == {p.name for p in whole.iterdir()}
+
+
+# ----------------------------------------------------------------------------- killed
+# The moments of a kill: in the write of a checkpoint, in a step, in an evaluation, while the logs
+# are rewritten for a run that goes on, and anywhere in the seconds of its start.
+MOMENTS = ("write", "step", "evaluation", "rewrite", "start")
+KILLED_AT = MOMENTS * 4 if TORTURE else MOMENTS[:1]
+WIDE = ("--n_embd=128", f"--steps={200 if TORTURE else 20}")  # so that a write takes a while
+KILLED = [(name, ranks) for name in (SCRIPTS if TORTURE else ["block"]) for ranks in (1, 2)]
+
+
+def read_to(process, pattern):
+    """Read the output of a process to a line that matches, or to its end."""
+    return any(re.search(pattern, line) for line in process.stdout)
+
+
+def strike(process, out, moment, rng):
+    """Kill every process of a run at a moment of it."""
+    def ended():
+        return process.poll() is not None
+
+    if moment == "start":
+        time.sleep(rng.uniform(0, 4))
+    elif moment == "rewrite":
+        logs = [out / "log.txt", out / "log.jsonl"]
+        before = [x.stat().st_ino if x.exists() else None for x in logs]
+        until(lambda: list(out.glob("log.*.partial")) or ended()
+              or all(x.exists() for x in logs) and before[1] != logs[1].stat().st_ino)
+        time.sleep(rng.uniform(0, 0.001))
+    elif moment == "write":
+        read_to(process, r"step:\d+/\d+ loss")
+        until(lambda: list(out.glob("*.partial")) or ended())
+        time.sleep(rng.uniform(0, 0.01))
+    else:
+        last_digits = "05" if moment == "evaluation" else "0-9"
+        for _ in range(rng.randint(1, 2)):
+            read_to(process, rf"step:\d*[{last_digits}]/\d+ loss")
+        time.sleep(rng.uniform(0, 0.03))
+    for number in (process.pid, *children(process.pid)):
+        os.kill(number, signal.SIGKILL)
+
+
+def steps_logged(out):
+    return [x["step"] for x in log(out) if "loss" in x] if (out / "log.jsonl").exists() else []
+
+
+def assert_sound(out, last):
+    """What a kill must leave: a checkpoint that loads, not older than before, if there was one;
+    and every step once in the log. -> the step of the checkpoint, -1 without one"""
+    step = checkpoint(out)["step"] if (out / "ckpt.pt").exists() else -1
+    assert step >= last
+    if (out / "ckpt_prev.pt").exists():
+        assert -1 < checkpoint(out, "ckpt_prev.pt")["step"] <= step
+    logged = steps_logged(out)
+    assert logged == list(range(1, len(logged) + 1)) and len(logged) >= step
+    return step
+
+
+@pytest.mark.parametrize("name, ranks", KILLED)
+def test_killed_run_ends_as_one_left_alone(name, ranks, data, tmp_path):
+    script, out, whole = SCRIPTS[name], tmp_path / "out", tmp_path / "whole"
+    flags, step = (*tiny(*FLAGS, *WIDE), f"--data={data}"), -1
+    rng = random.Random(f"{name} {ranks}")
+    for moment in KILLED_AT:
+        command = (*go_on(out, flags), f"--out={out}")
+        process = (launch(script.__file__, *command) if ranks == 1 else
+                   torchrun(*command, script=script.__file__, ranks=ranks))
+        strike(process, out, moment, rng)
+        result = finish(process)
+        assert result.status == -signal.SIGKILL, result  # not over before it was killed
+        assert "Traceback" not in result.err, result.err
+        step = assert_sound(out, step)
+    run_whole(script, ranks, out, *go_on(out, flags))
+    run_whole(script, ranks, whole, *flags)
+    assert_same_run(out, whole)
