@@ -4,10 +4,12 @@ Real processes and real SIGKILLs: a run that was killed and resumed, however oft
 very bits of one that was left alone. Runs that are killed at random moments are started as a user
 starts them; others are forked off this process, which has imported torch already.
 """
+import itertools
 import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -16,9 +18,9 @@ import time
 import pytest
 from runs import (
     LAUNCH_LIMIT,
-    SEQ_LEN,
     TORTURE,
     Result,
+    assert_refused,
     assert_same_state,
     checkpoint,
     children,
@@ -28,7 +30,7 @@ from runs import (
     make_data,
     tiny,
     torchrun,
-    wait_for,
+    train,
 )
 
 import gpt
@@ -205,3 +207,181 @@ def test_killed_run_ends_as_one_left_alone(name, ranks, data, tmp_path):
     run_whole(script, ranks, out, *go_on(out, flags))
     run_whole(script, ranks, whole, *flags)
     assert_same_run(out, whole)
+
+
+# ----------------------------------------------------------------------------- file by file
+SHORT = ("--steps=5", "--eval_every=2", "--ckpt_every=2")
+
+
+def die_at_file(n, folder, *arguments):
+    """What a forked process does: a rank that kills itself as it is about to touch a path of the
+    run's folder for the n-th time (open, rename, link, remove, ..)."""
+    touched = itertools.count(1)
+
+    def hook(event, arguments):
+        paths = [x for x in arguments if isinstance(x, str)]
+        if any(x == str(folder) or x.startswith(f"{folder}/") for x in paths):
+            if next(touched) == n:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    be_a_rank(*arguments)
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["new", "resumed"])
+@pytest.mark.parametrize("name", SCRIPTS if TORTURE else ["mdlm"])
+def test_run_killed_at_any_file_operation(name, begun, data, tmp_path):
+    """Random moments hardly ever fall between two calls that must not be parted."""
+    script, whole, start = SCRIPTS[name], tmp_path / "whole", tmp_path / "start"
+    flags = (*tiny(*FLAGS, *SHORT), f"--data={data}")
+    run_whole(script, 1, whole, *flags)
+    if begun:  # killed after step 4, which has an evaluation that its checkpoint lacks
+        ranks = Ranks(script, 1, start, *tiny(*flags, "--ckpt_every=3"))
+        ranks.wait_for("step:4/")
+        ranks.processes[0].kill()
+        ranks.finish(0)
+    for n in itertools.count(1, 1 if TORTURE else 9):
+        out, output = tmp_path / str(n), tmp_path / f"{n}.output"
+        if start.exists():
+            shutil.copytree(start, out)
+        command = (*go_on(out, flags), f"--out={out}")
+        process = fork(die_at_file, n, out, script, command, {}, output)
+        process.join(LAUNCH_LIMIT)
+        if process.exitcode == 0:  # it has no n-th one
+            break
+        assert process.exitcode == -signal.SIGKILL, output.read_text()
+        assert_sound(out, 3 if begun else -1)
+        run_whole(script, 1, out, *go_on(out, flags))
+        assert_same_run(out, whole)
+    assert n > 9
+
+
+# ----------------------------------------------------------------------------- other ranks
+CONSTANT_RATE = ("--cooldown=0", "--momentum_warmup=0")  # a step then does not depend on --steps
+
+
+GENTLE = ("--optimizer=adamw",
+          *(f"--{name}=0.001" for name in "lr embed_lr head_lr scalar_lr".split()))
+
+
+def gap(a, b):
+    """Largest distance of a parameter of two checkpoints, relative to its norm."""
+    return max(float((x - b[part][name]).norm() / x.norm())
+               for part in ("model", "ema") for name, x in a[part].items())
+
+
+@pytest.mark.parametrize("optimizer", [GENTLE, ()] if TORTURE else [GENTLE],
+                         ids=lambda flags: "adamw" if flags else "muon")
+@pytest.mark.parametrize("name", SCRIPTS if TORTURE else ["sedd"])
+def test_run_of_two_ranks_goes_on_with_one_and_with_four(name, optimizer, data, tmp_path):
+    """Losses can agree so well only if batches, noise and dropout are the same. Muon makes every
+    singular value of a step equal, those of rounding errors too, so its weights part sooner."""
+    script = SCRIPTS[name]
+    flags = (*tiny(*FLAGS, *CONSTANT_RATE, *optimizer, "--eval_every=3"), f"--data={data}")
+    run_whole(script, 2, tmp_path / "saved", *flags, "--steps=6")
+    run_whole(script, 1, tmp_path / "alone", *flags, "--steps=12")
+    expected = checkpoint(tmp_path / "alone")
+    for world in (1, 2, 4):
+        out = tmp_path / str(world)
+        shutil.copytree(tmp_path / "saved", out)
+        run_whole(script, world, out, "--resume=1", "--steps=12")
+        for a, b in zip(log(out), log(tmp_path / "alone"), strict=True):
+            assert a == pytest.approx(b, rel=2e-4), world
+        state = checkpoint(out)
+        assert state["step"] == 12 and state["tokens_seen"] == expected["tokens_seen"]
+        if optimizer:
+            assert gap(state, expected) < 5e-4
+
+
+# ----------------------------------------------------------------------------- a rank is lost
+# Checkpoints far apart: the steps after one are given more time, as slow disks need it.
+LOSING = ("--steps=60", "--ckpt_every=20")
+LOST = "rank {} lost contact with another rank at step (\\d+) .*: stopped; --resume=1 continues"
+
+
+def assert_says_that_a_rank_is_lost(rank, result):
+    assert result.status == 1, result
+    assert re.search(LOST.format(rank), result.out), result.out
+    assert "Traceback" not in result.out, result.out
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_rank_that_dies_stops_the_other(lost, data, tmp_path):
+    flags = (*tiny(*FLAGS, *LOSING), f"--data={data}")
+    ranks = Ranks(train_mdlm, 2, tmp_path / "out", *flags)
+    ranks.wait_for("step:27/")
+    ranks.processes[lost].kill()
+    assert_says_that_a_rank_is_lost(1 - lost, ranks.finish(1 - lost))
+    assert assert_sound(tmp_path / "out", 20) == 20
+    run_whole(train_mdlm, 2, tmp_path / "out", "--resume=1")
+    run_whole(train_mdlm, 2, tmp_path / "whole", *flags)
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
+
+
+@pytest.mark.torture
+def test_rank_that_hangs_stops_the_other(data, tmp_path):
+    """Within LAUNCH_LIMIT, two minutes; and it stops itself when it comes back."""
+    flags = (*tiny(*FLAGS, *LOSING), f"--data={data}")
+    runs = [Ranks(train_mdlm, 2, tmp_path / f"out{hung}", *flags) for hung in (0, 1)]
+    for hung, ranks in enumerate(runs):
+        ranks.wait_for("step:27/")
+        os.kill(ranks.processes[hung].pid, signal.SIGSTOP)
+    run_whole(train_mdlm, 2, tmp_path / "whole", *flags)
+    for hung, ranks in enumerate(runs):
+        out = tmp_path / f"out{hung}"
+        assert_says_that_a_rank_is_lost(1 - hung, ranks.finish(1 - hung))
+        assert assert_sound(out, 20) == 20
+        os.kill(ranks.processes[hung].pid, signal.SIGCONT)
+        assert_says_that_a_rank_is_lost(hung, ranks.finish(hung))
+        assert assert_sound(out, 20) == 20
+        run_whole(train_mdlm, 2, out, "--resume=1")
+        assert_same_run(out, tmp_path / "whole")
+
+
+def kill_worker(process, which):
+    os.kill(sorted(children(process.pid))[which], signal.SIGKILL)
+
+
+@pytest.mark.parametrize("name", SCRIPTS if TORTURE else ["gpt"])
+def test_torchrun_restarts_a_run_that_lost_a_rank(name, data, tmp_path):
+    script, flags = SCRIPTS[name], (*tiny(*FLAGS, "--steps=60"), f"--data={data}")
+    process = torchrun(*flags, f"--out={tmp_path / 'out'}", script=script.__file__,
+                       options=("--max-restarts=2",))
+    if TORTURE:  # once more, before there is anything to go on from
+        read_to(process, "step:1/")
+        kill_worker(process, 0)
+    read_to(process, "step:7/")
+    kill_worker(process, 1)
+    result = finish(process)
+    assert result.status == 0, result.err
+    assert "resuming" in result.out
+    run_whole(script, 2, tmp_path / "whole", *flags)
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
+
+
+@pytest.mark.torture
+def test_torchrun_ends_a_run_that_lost_a_rank(data, tmp_path):
+    flags = (*tiny(*FLAGS, "--steps=60"), f"--data={data}")
+    process = torchrun(*flags, f"--out={tmp_path / 'out'}")
+    read_to(process, "step:7/")
+    kill_worker(process, 1)
+    result = finish(process)
+    assert result.status == 1
+    assert re.search(LOST.format(0), result.err) or "SIGTERM" in result.err, result.err
+    assert_sound(tmp_path / "out", 3)
+    run_whole(train_mdlm, 2, tmp_path / "out", "--resume=1")
+    run_whole(train_mdlm, 2, tmp_path / "whole", *flags)
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
+
+
+@pytest.mark.torture
+def test_workers_of_a_killed_launcher_keep_their_folder(data, tmp_path):
+    """They go on to the end; meanwhile another run is refused, which would write the same files."""
+    out, flags = tmp_path / "out", (*tiny(*FLAGS, "--steps=200"), f"--data={data}")
+    process = torchrun(*flags, f"--out={out}")
+    read_to(process, "step:7/")
+    process.kill()
+    assert_refused(train("--resume=1", f"--out={out}"), "--out", "another run")
+    finish(process)  # their ends of the pipes close when the workers end
+    run_whole(train_mdlm, 2, tmp_path / "whole", *flags)
+    assert_same_run(out, tmp_path / "whole")
