@@ -78,7 +78,7 @@ def fork(target, *arguments):
 class Ranks:
     """A run of some ranks without a launcher: nobody ends a rank because another one died."""
 
-    def __init__(self, script, world, folder, *flags):
+    def __init__(self, script, world, folder, *flags, **environment):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
@@ -86,7 +86,7 @@ class Ranks:
         self.processes = [
             fork(be_a_rank, script, (*flags, f"--out={folder}"), dict(
                 RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
-                MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)), output)
+                MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **environment), output)
             for rank, output in enumerate(self.outputs)]
 
     def wait_for(self, pattern, rank=0):
@@ -115,9 +115,9 @@ def until(condition, seconds=LAUNCH_LIMIT):
         time.sleep(0.0005)
 
 
-def run_whole(script, world, folder, *flags):
+def run_whole(script, world, folder, *flags, **environment):
     """A run that nobody disturbs, or what is left of one. -> the first rank's output"""
-    ranks = Ranks(script, world, folder, *flags)
+    ranks = Ranks(script, world, folder, *flags, **environment)
     results = [ranks.finish(rank) for rank in range(world)]
     assert [r.status for r in results] == [0] * world, results
     return results[0].out
@@ -313,7 +313,10 @@ def test_rank_that_dies_stops_the_other(lost, data, tmp_path):
     ranks.processes[lost].kill()
     assert_says_that_a_rank_is_lost(1 - lost, ranks.finish(1 - lost))
     assert assert_sound(tmp_path / "out", 20) == 20
-    run_whole(train_mdlm, 2, tmp_path / "out", "--resume=1")
+    if lost:
+        run_whole(train_mdlm, 2, tmp_path / "out", "--resume=1")
+    else:  # as torchrun --max-restarts does it: the same command, and a count
+        run_whole(train_mdlm, 2, tmp_path / "out", *flags, TORCHELASTIC_RESTART_COUNT="1")
     run_whole(train_mdlm, 2, tmp_path / "whole", *flags)
     assert_same_run(tmp_path / "out", tmp_path / "whole")
 
@@ -342,14 +345,14 @@ def kill_worker(process, which):
     os.kill(sorted(children(process.pid))[which], signal.SIGKILL)
 
 
-@pytest.mark.parametrize("name", SCRIPTS if TORTURE else ["gpt"])
+@pytest.mark.torture
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_torchrun_restarts_a_run_that_lost_a_rank(name, data, tmp_path):
     script, flags = SCRIPTS[name], (*tiny(*FLAGS, "--steps=60"), f"--data={data}")
     process = torchrun(*flags, f"--out={tmp_path / 'out'}", script=script.__file__,
                        options=("--max-restarts=2",))
-    if TORTURE:  # once more, before there is anything to go on from
-        read_to(process, "step:1/")
-        kill_worker(process, 0)
+    read_to(process, " parameters, ")  # once before there is anything to go on from
+    kill_worker(process, 0)
     read_to(process, "step:7/")
     kill_worker(process, 1)
     result = finish(process)
