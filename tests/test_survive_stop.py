@@ -225,6 +225,24 @@ def test_launcher_passes_a_signal_on(name, options, data, tmp_path):
     assert_continues(tmp_path / "out", result, flags, tmp_path)
 
 
+@pytest.mark.torture
+@pytest.mark.parametrize("long, target", [("step", "launcher"), ("evaluation", "launcher"),
+                                          ("evaluation", "1")])
+def test_ranks_break_off_what_is_long(long, target, data, large_data, tmp_path):
+    """torchrun kills workers that take more than 30 seconds."""
+    folder = large_data if long == "step" else data
+    process = torchrun(*tiny(*FLAGS, *LONG[long], "--steps=7"), f"--data={folder}",
+                       f"--out={tmp_path / 'out'}")
+    before = wait_for(process, " parameters, " if long == "step" else "step:5/7 loss")
+    until(lambda: all(minds(n, "TERM") for n in children(process.pid)))
+    time.sleep(0.5)
+    send_to(process, target, "TERM")
+    result = finish(process, before)
+    assert stopped_at(tmp_path / "out", result) == (0 if long == "step" else 5)
+    assert "Unable to shutdown" not in result.err, result.err
+    assert result.status == (1 if target == "launcher" else 0), result
+
+
 # ----------------------------------------------------------------------------- SLURM
 # Stand-ins: srun passes a signal to every process of its step, scontrol keeps what it was asked.
 STAND_INS = {
