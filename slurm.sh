@@ -31,8 +31,9 @@ if [ -e "$out/ckpt.pt" ]; then command+=(--resume=1); fi
 # srun passes a signal on to torchrun, which must be told to care, and that to the ranks.
 trap 'warned=1; if [ -n "$run" ]; then kill -USR1 "$run"; fi' USR1
 trap : TERM    # cancelled or preempted: SLURM tells the ranks itself; wait until they have saved
-# On several nodes, instead of --standalone: --nnodes="$SLURM_NNODES" --rdzv_id="$SLURM_JOB_ID"
-#   --rdzv_backend=c10d --rdzv_endpoint="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+# On several nodes, which must share the folders, --standalone becomes --nnodes="$SLURM_NNODES"
+#   --rdzv_id="$SLURM_JOB_ID" --rdzv_backend=c10d
+#   --rdzv_endpoint="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 srun torchrun --standalone --nproc_per_node="${SLURM_GPUS_ON_NODE:-1}" \
     --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1 "${command[@]}" &
 run=$!
