@@ -19,6 +19,7 @@
 
 # source .venv/bin/activate    # whatever makes torchrun known
 
+out='' run='' warned=''    # sbatch passes on the variables of the shell it was called from
 for flag in "$@"; do case $flag in --out=*) out=${flag#--out=} ;; esac; done
 if [ -z "$out" ]; then echo "usage: sbatch slurm.sh SCRIPT.py --out=FOLDER ..." >&2; exit 2; fi
 command=()

@@ -139,7 +139,7 @@ def assert_same_run(out, whole):
 # are rewritten for a run that goes on, and anywhere in the seconds of its start.
 MOMENTS = ("write", "step", "evaluation", "rewrite", "start")
 KILLED_AT = MOMENTS * 4 if TORTURE else MOMENTS[:1]
-WIDE = ("--n_embd=128", f"--steps={200 if TORTURE else 20}")  # so that a write takes a while
+WIDE = ("--n_embd=128", f"--steps={200 if TORTURE else 40}")  # so that a write takes a while
 KILLED = [(name, ranks) for name in (SCRIPTS if TORTURE else ["block"]) for ranks in (1, 2)]
 
 
@@ -295,7 +295,7 @@ def test_run_of_two_ranks_goes_on_with_one_and_with_four(name, optimizer, data, 
 
 # ----------------------------------------------------------------------------- a rank is lost
 # Checkpoints far apart: the steps after one are given more time, as slow disks need it.
-LOSING = ("--steps=60", "--ckpt_every=20")
+LOSING = ("--steps=80", "--ckpt_every=20")
 LOST = "rank {} lost contact with another rank at step (\\d+) .*: stopped; --resume=1 continues"
 
 
@@ -348,7 +348,7 @@ def kill_worker(process, which):
 @pytest.mark.torture
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_torchrun_restarts_a_run_that_lost_a_rank(name, data, tmp_path):
-    script, flags = SCRIPTS[name], (*tiny(*FLAGS, "--steps=60"), f"--data={data}")
+    script, flags = SCRIPTS[name], (*tiny(*FLAGS, "--steps=200"), f"--data={data}")
     process = torchrun(*flags, f"--out={tmp_path / 'out'}", script=script.__file__,
                        options=("--max-restarts=2",))
     read_to(process, " parameters, ")  # once before there is anything to go on from
@@ -364,7 +364,7 @@ def test_torchrun_restarts_a_run_that_lost_a_rank(name, data, tmp_path):
 
 @pytest.mark.torture
 def test_torchrun_ends_a_run_that_lost_a_rank(data, tmp_path):
-    flags = (*tiny(*FLAGS, "--steps=60"), f"--data={data}")
+    flags = (*tiny(*FLAGS, "--steps=200"), f"--data={data}")
     process = torchrun(*flags, f"--out={tmp_path / 'out'}")
     read_to(process, "step:7/")
     kill_worker(process, 1)

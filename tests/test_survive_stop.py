@@ -38,7 +38,15 @@ from runs import (
     wait_for,
     write_shard,
 )
-from test_survive_kill import FLAGS, assert_same_run, assert_sound, go_on, run_whole, until
+from test_survive_kill import (
+    CONSTANT_RATE,
+    FLAGS,
+    assert_same_run,
+    assert_sound,
+    go_on,
+    run_whole,
+    until,
+)
 
 import train_block
 import train_mdlm
@@ -48,6 +56,9 @@ LONG = {
     "step": (f"--batch_tokens={ROWS * SEQ_LEN}", "--ckpt_every=0"),
     "evaluation": ("--val_draws=100000", "--ckpt_every=0"),
 }
+# Runs that end when they are told to; with a constant rate a step does not depend on --steps.
+ENDLESS = tiny(*FLAGS, *CONSTANT_RATE, "--steps=1000000")
+MORE = 6  # steps that a stopped run then does: an evaluation and two checkpoints
 STATUS = {"TERM": 0, "USR1": 0, "HUP": 0, "INT": 130}
 
 
@@ -146,8 +157,7 @@ IGNORE_HUP = ("import os, signal, sys\n"
 @pytest.mark.torture
 def test_hangup_is_ignored_under_nohup(data, tmp_path):
     out = tmp_path / "out"
-    process = launch("-c", IGNORE_HUP, SCRIPT, *FLAGS, f"--data={data}", f"--out={out}",
-                     "--steps=100000")
+    process = launch("-c", IGNORE_HUP, SCRIPT, *ENDLESS, f"--data={data}", f"--out={out}")
     before = wait_for(process, "step:7/")
     send(process, "HUP")
     before += wait_for(process, "step:30/")
@@ -189,12 +199,12 @@ def send_to(process, target, name):
 
 
 def assert_continues(out, result, flags, tmp_path):
-    """A stopped run of two ranks ends as one left alone."""
-    stopped_at(out, result)
+    """A stopped run of two ranks goes on as one left alone."""
+    steps = f"--steps={stopped_at(out, result) + MORE}"
     assert "continue with: torchrun --nproc_per_node=2 train_mdlm.py" in result.out
     assert not (out / "ckpt_prev.pt").exists()  # written once
-    run_whole(train_mdlm, 2, out, "--resume=1")
-    run_whole(train_mdlm, 2, tmp_path / "whole", *flags)
+    run_whole(train_mdlm, 2, out, "--resume=1", steps)
+    run_whole(train_mdlm, 2, tmp_path / "whole", *tiny(*flags, steps))
     assert_same_state(checkpoint(out), checkpoint(tmp_path / "whole"))
     assert log(out) == log(tmp_path / "whole")
 
@@ -203,7 +213,7 @@ def assert_continues(out, result, flags, tmp_path):
 @pytest.mark.parametrize("target", ["0", "1", "all"])
 @pytest.mark.parametrize("name", STATUS)
 def test_workers_agree_on_the_step(name, target, data, tmp_path):
-    flags = (*tiny(*FLAGS, "--ckpt_every=0", "--steps=200"), f"--data={data}")
+    flags = (*tiny(*ENDLESS, "--ckpt_every=0"), f"--data={data}")
     process = torchrun(*flags, f"--out={tmp_path / 'out'}")
     before = wait_for(process, "step:7/")
     send_to(process, target, name)
@@ -216,10 +226,10 @@ def test_workers_agree_on_the_step(name, target, data, tmp_path):
 @pytest.mark.torture
 @pytest.mark.parametrize("name, options", LAUNCHER_STATUS)
 def test_launcher_passes_a_signal_on(name, options, data, tmp_path):
-    flags = (*tiny(*FLAGS, "--ckpt_every=0", "--steps=200"), f"--data={data}")
+    flags = (*tiny(*ENDLESS, "--ckpt_every=0"), f"--data={data}")
     process = torchrun(*flags, f"--out={tmp_path / 'out'}", options=options)
     before = wait_for(process, "step:7/")
-    send(process, name)
+    send_to(process, "launcher", name)
     result = finish(process, before)
     assert result.status == LAUNCHER_STATUS[name, options], result
     assert_continues(tmp_path / "out", result, flags, tmp_path)
@@ -280,11 +290,11 @@ def sbatch(tmp_path):
 
 def test_batch_script_queues_itself_again_until_done(sbatch, data, tmp_path):
     begin, calls = sbatch
-    out, ranks = tmp_path / "out", 2 if TORTURE else 1
-    flags = (*tiny(*FLAGS, "--steps=60"), f"--data={data}")
+    out, ranks, step = tmp_path / "out", 2 if TORTURE else 1, 0
+    flags = (*ENDLESS, f"--data={data}")
     # Where the warning comes: seconds after the start, before torchrun or ranks have handlers, or
     # at a step.
-    moments = [0.5, 2.0, "step:7/", 3.0, "step:20/"] if TORTURE else ["step:7/"]
+    moments = [0.5, 2.0, "step:7/", 3.0, "loss"] if TORTURE else ["step:7/"]
     for n, moment in enumerate(moments, 1):
         process, before = begin("train_block.py", *flags, f"--out={out}", ranks=ranks), ""
         if isinstance(moment, str):
@@ -296,7 +306,8 @@ def test_batch_script_queues_itself_again_until_done(sbatch, data, tmp_path):
         assert result.status == 0, result
         assert calls() == ["requeue 71"] * n
         if before:
-            stopped_at(out, result)
+            step = stopped_at(out, result)
+    flags = tiny(*flags, f"--steps={step + MORE}")
     result = finish(begin("train_block.py", *flags, f"--out={out}", ranks=ranks))
     assert result.status == 0, result
     assert "resuming" in result.out and "done:" in result.out
@@ -325,19 +336,19 @@ def test_batch_script_goes_on_from_a_checkpoint_of_another_run(sbatch, data, tmp
     """--init_from belongs to the first start alone; a finished run is not queued again, though the
     warning came in its last steps."""
     begin, calls = sbatch
-    flags = (*tiny(*FLAGS, "--steps=20"), f"--data={data}")
-    run_whole(train_block, 2, tmp_path / "first", *flags)
+    flags, out = (*ENDLESS, f"--data={data}"), tmp_path / "out"
+    run_whole(train_block, 2, tmp_path / "first", *tiny(*flags, "--steps=20"))
     flags = (*flags, f"--init_from={tmp_path / 'first' / 'ckpt.pt'}")
-    process = begin("train_block.py", *flags, f"--out={tmp_path / 'out'}")
+    process = begin("train_block.py", *flags, f"--out={out}")
     before = wait_for(process, "step:7/")
     process.send_signal(signal.SIGUSR1)
-    stopped_at(tmp_path / "out", finish(process, before))
+    flags = tiny(*flags, f"--steps={stopped_at(out, finish(process, before)) + MORE}")
     assert calls() == ["requeue 71"]
-    process = begin("train_block.py", *flags, f"--out={tmp_path / 'out'}")
+    process = begin("train_block.py", *flags, f"--out={out}")
     before = wait_for(process, "done:")
     process.send_signal(signal.SIGUSR1)
     result = finish(process, before)
     assert result.status == 0 and "resuming" in before, result
     assert calls() == ["requeue 71"]
     run_whole(train_block, 2, tmp_path / "whole", *flags)
-    assert_same_run(tmp_path / "out", tmp_path / "whole")
+    assert_same_run(out, tmp_path / "whole")
