@@ -39,6 +39,7 @@ from runs import (
     tree,
     wait_for,
 )
+from runs import one_thread as one_thread  # a fixture
 
 import gpt
 import train_block

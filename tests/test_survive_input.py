@@ -42,6 +42,7 @@ from runs import (
     write_meta,
     write_shard,
 )
+from runs import one_thread as one_thread  # a fixture
 
 import gpt
 import train_block
