@@ -87,8 +87,9 @@ def usage(pid):
     return memory / 1024, handles
 
 
-def soak(script, flags, seconds, every):
-    """Run a script for that long with samples taken -> Soaked. flags must name --out."""
+def soak(script, flags, seconds, every, checkpoints=2):
+    """Run a script for that long with samples taken, until there are so many checkpoints at least
+    -> Soaked. flags must name --out."""
     out = Path(next(x.partition("=")[2] for x in flags if x.startswith("--out=")))
     found, written = Soaked(), None
     with tempfile.TemporaryFile("w+") as err:
@@ -98,7 +99,8 @@ def soak(script, flags, seconds, every):
             while not (out / "ckpt.pt").exists() and process.poll() is None:
                 time.sleep(0.1)
             start = time.monotonic()
-            while time.monotonic() < start + seconds and process.poll() is None:
+            while process.poll() is None and (time.monotonic() < start + seconds
+                                              or found.checkpoints < checkpoints):
                 memory, handles = usage(process.pid)
                 found.seconds.append(time.monotonic() - start)
                 found.memory.append(memory)

@@ -767,7 +767,7 @@ script.loss_fn = loss_fn
 if __name__ == "__main__":
     script.main(sys.argv[1:])
 """
-LEAKS = {"memory": "kept.append(bytearray(100_000))", "handles": "kept.append(open('/dev/null'))"}
+LEAKS = {"memory": "kept.append(bytearray(b'x') * 100_000)", "handles": "kept.append(open('/dev/null'))"}
 
 
 def test_slope_of_a_line_with_noise():
@@ -785,7 +785,8 @@ def test_soak_tells_a_leak(data, tmp_path):
     def leaking(kind):
         fork = tmp_path / f"leak_{kind}.py"
         fork.write_text(LEAK.format(root=str(ROOT), action=LEAKS[kind]))
-        return soak.soak(fork, flags + [f"--out={tmp_path / kind}"], seconds=4, every=0.1)
+        return soak.soak(fork, flags + [f"--out={tmp_path / kind}"], seconds=3, every=0.1,
+                         checkpoints=8)
 
     with ThreadPoolExecutor() as pool:
         for kind, found in zip(LEAKS, pool.map(leaking, LEAKS), strict=True):
