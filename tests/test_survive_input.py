@@ -53,6 +53,7 @@ SCRIPTS = {s.SCRIPT: s for s in (train_mdlm, gpt, train_block, train_sedd)}
 each_script = pytest.mark.parametrize("name", SCRIPTS)
 LIMIT = 30  # seconds for a case that takes a twentieth
 GRACE = 1.5  # seconds after which a run that goes on and on is told to stop
+BOMB = 512 if TORTURE else 64  # MB in a file of a few hundred KB
 SPARE = 4 << 30  # bytes of address space that a case may take
 LARGE = 10**30
 MARK = "placeholder"
@@ -671,12 +672,12 @@ def craft(kind, good, path):
                 if entry != inside:
                     z.writestr(entry, content)
             with z.open(inside, "w", force_zip64=True) as f:
-                for _ in range(256):
+                for _ in range(BOMB):
                     f.write(bytes(1 << 20))
     elif kind == "bomb in the pickle":
         entries = entries_of(good)
         inside = next(k for k in entries if k.endswith("data.pkl"))
-        archive(path, entries | {inside: entries[inside][:-1] + b"N0" * (64 << 20) + b"."},
+        archive(path, entries | {inside: entries[inside][:-1] + b"N0" * (BOMB << 18) + b"."},
                 zipfile.ZIP_DEFLATED)
     elif kind == "words":
         archive(path, {"a/data.pkl": b"These are words.", "a/version": b"3"})
