@@ -72,6 +72,7 @@ import codecs
 import contextlib
 import dataclasses
 import difflib
+import functools
 import importlib.util
 import itertools
 import math
@@ -817,6 +818,11 @@ def load_script(path):
     return script
 
 
+@functools.cache
+def own_script(name):
+    return load_script(HERE / f"{name}.py")
+
+
 def read_checkpoint(module, path):
     """load_checkpoint, which opens a file twice: again if a run has just put another in its place.
     """
@@ -851,7 +857,7 @@ def load(path=None, script=None, weights="ema", device="auto", dtype="auto"):
     check(weights in ("ema", "raw"), "weights", weights, "ema or raw")
     check(dtype in DTYPES, "dtype", dtype, near_miss(str(dtype), DTYPES))
     path = newest_checkpoint() if path is None else find_checkpoint(path)
-    module = load_script(HERE / f"{SCRIPTS[0]}.py" if script is None else Path(script))
+    module = own_script(SCRIPTS[0]) if script is None else load_script(Path(script))
     ckpt = read_checkpoint(module, path)  # the same text in every script
     name = ckpt["script"]
     if script is None and name not in SCRIPTS:
@@ -859,7 +865,7 @@ def load(path=None, script=None, weights="ema", device="auto", dtype="auto"):
     if name in SCRIPTS and Path(script or name).stem in {*SCRIPTS} - {name}:
         raise SampleError(f"--script={script}: {path} was written by {name}.py: drop --script")
     if script is None and name != SCRIPTS[0]:
-        module = load_script(HERE / f"{name}.py")
+        module = own_script(name)
     return LM(module, ckpt, path, weights, device, dtype)
 
 
