@@ -87,7 +87,7 @@ import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
-if __name__ == "__main__":  # until main() looks after it: an interrupt ends without a traceback
+if __name__ == "__main__":  # an interrupt of the import below is no reason for a traceback
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -107,6 +107,7 @@ TABLE_BYTES = 2**26  # of all tokens of a checkpoint
 SPACE_RUN = 500_000  # white-space characters in a row; tiktoken's regex gives up at twice that
 LINE = 500  # characters of a message: it may quote a flag or a stranger's checkpoint
 BATCH_NUMBERS = 2**27  # logits, or attention scores of a layer, in one forward pass
+MAX_ROWS = 512  # samples at once, so that the first of many are soon there
 DOCUMENT_BREAK = "\n\n---\n\n"  # how a document's beginning is shown
 BLANK = re.compile("_{3,}")
 DTYPES = ("auto", "fp32", "bf16")
@@ -588,7 +589,7 @@ class LM:
 
         Sample i depends on (seed, i) alone. watch(tokens (B,T), nfe) sees every pass.
         """
-        rows = self.batch_rows(min(len(known), self.cfg.seq_len))
+        rows = min(MAX_ROWS, self.batch_rows(min(len(known), self.cfg.seq_len)))
         if self.block_len:  # which draws the noise of all passes of a block at once
             numbers = 2 * (sampler.steps or self.block_len) * self.block_len
             many = f"at most {BATCH_NUMBERS // (2 * self.block_len)} in a block of {self.block_len}"
@@ -1330,24 +1331,20 @@ def run(opts):
 
 
 def main(argv):
+    message = ""
     try:
         run(parse_args(argv))
         sys.stdout.flush()
+        return
     except SampleError as error:
-        status = 2
-        print(f"sample.py: {one_line(str(error))}", file=sys.stderr)
-    except KeyboardInterrupt as stop:
-        status = 128 + (stop.args[0] if stop.args else signal.SIGINT)
-        with contextlib.suppress(OSError):  # the terminal may have gone
-            if sys.stdout.isatty():
-                print("\x1b[0m", flush=True)  # amid a picture
+        message, status = one_line(str(error)), 2
     except BrokenPipeError:  # as in "sample.py | head"
         status = 141
     except (OSError, MemoryError, torch.OutOfMemoryError) as error:
-        status = 2
-        print(f"sample.py: {one_line(str(error)) or 'out of memory'}", file=sys.stderr)
-    else:
-        return
+        message, status = one_line(str(error)) or "out of memory", 2
+    with contextlib.suppress(OSError):  # stderr may be full or gone, too
+        if message:
+            print(f"sample.py: {message}", file=sys.stderr, flush=True)
     try:
         sys.stdout.flush()
     except OSError:  # what cannot be written is not tried again at the exit
@@ -1355,10 +1352,13 @@ def main(argv):
     raise SystemExit(status)
 
 
-def interrupt(number, frame):
-    """Of SIGTERM and the closing of the terminal, too: leave it as it was found."""
-    signal.signal(number, signal.SIG_IGN)  # it is at work
-    raise KeyboardInterrupt(number)
+def leave(number, frame):
+    """Of a signal: at once, wherever the program is; a terminal gets no colour left on."""
+    signal.signal(number, signal.SIG_DFL)
+    with contextlib.suppress(OSError):
+        if sys.stdout.isatty():
+            os.write(sys.stdout.fileno(), b"\x1b[0m\n")
+    os._exit(128 + number)
 
 
 if __name__ == "__main__":
@@ -1368,5 +1368,5 @@ if __name__ == "__main__":
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
         if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-            signal.signal(number, interrupt)
+            signal.signal(number, leave)
     main(sys.argv[1:])
