@@ -84,6 +84,7 @@ import sys
 import time
 import typing
 import unicodedata
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -747,10 +748,11 @@ class LM:
 def strangers(path):
     """Whatever goes wrong inside is the fault of a checkpoint: it may hold anything."""
     try:
-        yield
+        with warnings.catch_warnings(action="ignore"):
+            yield
     except SampleError as error:
-        text = str(error)
-        raise SampleError(text if str(path) in text else f"{path}: {text}") from None
+        named = str(error).startswith(f"{path}:")
+        raise SampleError(error if named else f"{path}: {error}") from None
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise SampleError(f"{path}: no checkpoint of ours: {reason}") from None
@@ -772,6 +774,8 @@ def newest_checkpoint():
 def find_checkpoint(name):
     """The file behind PATH, a run folder, or hf:OWNER/REPO/FILE, which is downloaded once."""
     name = str(name)
+    if "\0" in name:
+        raise SampleError(f"{name}: no path has a NUL byte")
     if not name.startswith("hf:"):
         return Path(name, "ckpt.pt") if os.path.isdir(name) else Path(name)
     parts = name[3:].split("/")
