@@ -246,15 +246,15 @@ ADDED = ("", "extra", "layers.0.q.weight2", 3, None, b"x", (1,), "bos_id", "seq_
 
 
 def places(state):
-    """Paths to every dict, list and leaf; the optimizers' are many and read by no sampler."""
+    """Paths to every dict, list and leaf; an optimizer's are many and read by no sampler."""
     found = []
 
     def visit(x, path):
         found.append(path)
         if path[:1] == ("optimizers",) and len(path) > 1:
             return
-        for key, inner in x.items() if isinstance(x, dict) else enumerate(x) if isinstance(
-                x, list | tuple) else ():
+        items = x.items() if isinstance(x, dict) else enumerate(x) if isinstance(x, list) else ()
+        for key, inner in items:
             visit(inner, (*path, key))
 
     visit(state, ())
