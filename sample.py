@@ -466,7 +466,7 @@ class LM:
         self.is_ar = script.METRIC == "val_nll"
         self.name, self.step = ckpt["script"], ckpt["step"]
         with strangers(path):
-            self.model, self.cfg = script.build_model(ckpt, weights, path=path)
+            self.model, self.cfg = script.build_model(ckpt, weights, path=str(path))
             if self.cfg.seq_len > MAX_LENGTH:
                 raise SampleError(f"its seq_len {self.cfg.seq_len} is above {MAX_LENGTH}")
             self.tokenizer = Tokenizer(ckpt["tokenizer"], self.cfg.vocab_size)
@@ -755,7 +755,7 @@ def strangers(path):
         raise SampleError(error if named else f"{path}: {error}") from None
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        raise SampleError(f"{path}: no checkpoint of ours: {reason}") from None
+        raise SampleError(f"{path}: cannot be used ({reason})") from None
 
 
 def newest_checkpoint():
@@ -835,7 +835,7 @@ def read_checkpoint(module, path):
         with strangers(path):
             before = stamp(path)
             try:
-                ckpt = module.load_checkpoint(path)
+                ckpt = module.load_checkpoint(str(path))
             except SampleError:
                 if before == stamp(path):
                     raise

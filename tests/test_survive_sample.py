@@ -109,6 +109,7 @@ def survived(result):
         assert not result.err, result
     else:
         assert_refused(result)
+        assert "cannot be used" not in result.err, result  # the last resort: nobody had checked
         assert re.fullmatch(r"sample\.py: [^\x00-\x1f\x7f-\x9f]{1,600}\n", result.err), result
     return result
 
@@ -299,7 +300,7 @@ def change(state, kind, where, what):
         inner[key] = OTHERS[what % len(OTHERS)]
 
 
-@settings(max_examples=7000 if TORTURE else 150)
+@settings(max_examples=7000 if TORTURE else 100)
 @given(hostile(), st.sampled_from(COMMANDS))
 def test_a_strangers_checkpoint(states, arena, case, how):
     name, changes = case
@@ -507,7 +508,7 @@ def damaged(data, kind, spots):
     return bytes(data)
 
 
-@settings(max_examples=4000 if TORTURE else 100)
+@settings(max_examples=4000 if TORTURE else 60)
 @given(st.sampled_from(sorted(MODELS)), damage(), st.sampled_from(COMMANDS))
 def test_damaged_bytes(paths, arena, name, what, how):
     (arena / "bad.pt").write_bytes(damaged(paths[name].read_bytes(), *what))
@@ -590,7 +591,7 @@ def test_a_race_of_many_samples(paths):
     assert racer.n_rows == 500 and len(racer.first) == 4 and len(racer.frames) < 500
 
 
-@settings(max_examples=2000 if TORTURE else 100)
+@settings(max_examples=2000 if TORTURE else 60)
 @given(st.sampled_from(sorted(MODELS)), st.sampled_from(("prompt", "score", "infill", "filled")),
        st.text(st.characters(), max_size=40))
 @example("gpt", "prompt", "<|endoftext|>")
@@ -690,10 +691,10 @@ def test_a_signal_in_a_terminal(paths, number, mode):
         assert out.endswith("\x1b[0m\r\n"), out[-200:]  # nor a colour left on
 
 
-@pytest.mark.parametrize("seed", range(20 if TORTURE else 2))
+@pytest.mark.parametrize("seed", range(20 if TORTURE else 1))
 def test_an_interrupt_at_any_moment(paths, seed):
     """While modules are imported, the checkpoint is read, or at work."""
-    delay = random.Random(seed).uniform(0.2, 5) if TORTURE else (0.5, 2.5)[seed]
+    delay = random.Random(seed).uniform(0.5, 5)
     out, status = in_terminal([f"--ckpt={paths['mdlm']}", *LONG], None, signal.SIGINT, delay)
     assert status in (130, -2) and "Traceback" not in out, (status, out)
 
@@ -762,7 +763,7 @@ while True:
 
 def test_a_checkpoint_that_is_replaced_meanwhile(states, arena, tmp_path):
     """The old one or the new one, whole; of other sizes, as when a run begins its average."""
-    sizes = {"a": {}, "b": {"progress": {**states["mdlm"]["progress"], "more": "x" * 50_000}}}
+    sizes = {"a": {}, "b": {"more": "x" * 50_000}}
     for step, (name, more) in enumerate(sizes.items(), 1):
         state = copy.deepcopy(states["mdlm"])
         for part in filter(state.get, ("model", "ema")):
