@@ -54,8 +54,11 @@ Racing
                        take them, and the end of a document stops none
 Scoring
   --score=TEXT|FILE    no sampling: the bound in nats and bits per byte, with its standard error;
-                       gpt: the exact value
+                       gpt: the exact value. Up to 16 MiB
   --draws=N            independent noise draws (default 8)
+
+A terminal is shown control characters as escapes (\\x1b); a pipe or file gets the text as it is.
+Checkpoints may come from strangers: nothing in them is run.
 
 From Python:
     lm = sample.load("out/demo/ckpt.pt")
@@ -66,20 +69,28 @@ From Python:
 
 import bisect
 import codecs
+import contextlib
 import dataclasses
 import difflib
+import functools
 import importlib.util
 import itertools
 import math
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 import typing
 import unicodedata
+import warnings
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":  # an interrupt of the import below is no reason for a traceback
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 
@@ -90,14 +101,33 @@ NEEDED = ("METRIC", "load_checkpoint", "build_model", "pick_device", "pick_dtype
 DEFAULT_BLANK = 16  # tokens
 DEFAULT_DRAWS = 8  # of noise, for a score
 DEFAULT_LENGTH = 256  # new tokens
+MAX_LENGTH = 2**20  # tokens of a sample or a context; more would only fill the memory
+MAX_STEPS = 10**6  # passes, and noise draws
+SCORE_BYTES = 2**24  # of a text to score, which takes about a hundred times that of memory
+TABLE_BYTES = 2**26  # of all tokens of a checkpoint
+SPACE_RUN = 500_000  # white-space characters in a row; tiktoken's regex gives up at twice that
+LINE = 500  # characters of a message: it may quote a flag or a stranger's checkpoint
 BATCH_NUMBERS = 2**27  # logits, or attention scores of a layer, in one forward pass
+MAX_ROWS = 512  # samples at once, so that the first of many are soon there
 DOCUMENT_BREAK = "\n\n---\n\n"  # how a document's beginning is shown
 BLANK = re.compile("_{3,}")
 DTYPES = ("auto", "fp32", "bf16")
+# How GPT-2 cuts text into words, as prepare_data.py and tiktoken's releases write it. Another
+# pattern may be anything: one that takes for ever, or that tiktoken panics on.
+PATTERNS = (
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+)
+SURROGATES = re.compile("[\ud800-\udfff]")  # what argv makes of bytes that are not UTF-8
 
 
 class SampleError(ValueError):
     """A mistake of the user's, in one line that names the flag or file and the remedy."""
+
+
+def refuse(message):
+    raise SampleError(message)
 
 
 def near_miss(word, words):
@@ -112,12 +142,8 @@ class Tokenizer:
     """Text <-> tokens from the table that a checkpoint carries; nothing is looked up elsewhere."""
 
     def __init__(self, saved, mask_id):
-        self.name = saved["name"]
-        self.bos_id = saved["bos_id"]
         self.mask_id = mask_id
-        ends = saved["token_length"].cumsum(0).tolist()
-        data = saved["token_bytes"].numpy().tobytes()
-        self.table = [data[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+        self.name, self.bos_id, self.table = self.read(saved)
         self.table += [b""] * (mask_id - len(self.table))  # a model may have spare ids
         self.encoding = None
         if self.name != "byte":
@@ -126,12 +152,7 @@ class Tokenizer:
             except ImportError:
                 need = f"the {self.name} tokenizer needs tiktoken: pip install tiktoken"
                 raise SampleError(need) from None
-            if not any(self.table):
-                raise SampleError(
-                    "the checkpoint was trained without the bytes of its tokens, so its samples"
-                    " cannot be read: prepare the data with prepare_data.py and train again"
-                )
-            ranks = {word: i for i, word in enumerate(self.table) if word and i != self.bos_id}
+            ranks = {word: i for i, word in enumerate(self.table) if word}
             self.encoding = tiktoken.Encoding(
                 self.name,
                 pat_str=saved["pattern"],
@@ -139,11 +160,54 @@ class Tokenizer:
                 special_tokens={"<|endoftext|>": self.bos_id},
             )
 
+    def read(self, saved):
+        """(name, bos_id, bytes of every token) of what a checkpoint carries, which is checked."""
+
+        def need(ok, what):
+            if not ok:
+                raise SampleError(f"no tokenizer of ours in the checkpoint: {what}")
+
+        name, n, bos_id = (saved.get(key) for key in ("name", "vocab_size", "bos_id"))
+        need(isinstance(name, str) and re.fullmatch(r"[\w:.-]{1,64}", name, re.A), "no name")
+        need(type(n) is type(bos_id) is int and 0 <= bos_id < n, f"bos_id {bos_id} of {n} tokens")
+        need(n <= self.mask_id, f"{n} tokens, of which the model knows {self.mask_id}")
+        for key, dtype in (("token_length", torch.int64), ("token_bytes", torch.uint8)):
+            x = saved.get(key)
+            plain = isinstance(x, torch.Tensor) and x.layout is torch.strided and x.is_cpu
+            need(plain and x.ndim == 1 and x.dtype is dtype, f"{key} is no row of {dtype}")
+        need(len(saved["token_length"]) == n, "not one token_length for every token")
+        lengths, size = saved["token_length"].tolist(), len(saved["token_bytes"])
+        whole = min(lengths) >= 0 and sum(lengths) == size <= TABLE_BYTES
+        need(whole, f"its tokens have {sum(lengths)} bytes, of which there are {size}")
+        data = saved["token_bytes"].numpy().tobytes()
+        ends = list(itertools.accumulate(lengths))
+        table = [data[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+        need(not table[bos_id], f"bos_id {bos_id} stands for text")
+        single = [bytes([i]) for i in range(256)]
+        if name == "byte":
+            same = [a == b for a, b in zip(table, single, strict=False)]
+            need(n == 256 and same.count(False) == 1, "its bytes are not in order")
+            return name, bos_id, table
+        if not any(table):
+            raise SampleError(
+                "the checkpoint was trained without the bytes of its tokens, so its samples"
+                " cannot be read: prepare the data with prepare_data.py and train again"
+            )
+        words = {word for word in table if word}
+        need(len(words) == n - table.count(b""), "two of its tokens are the same")
+        need(words.issuperset(single), "some single byte is no token")
+        need(saved.get("pattern") in PATTERNS, "its pattern is not the one of prepare_data.py")
+        return name, bos_id, table
+
     def encode(self, text):
         """Tokens of a text; never bos_id, which no user's text may forge."""
+        text = SURROGATES.sub("\ufffd", text)
         if self.encoding is not None:
+            runs = re.finditer(r"\s+", text) if len(text) > SPACE_RUN else ()
+            if any(len(run[0]) > SPACE_RUN for run in runs):
+                raise SampleError(f"the text has over {SPACE_RUN} spaces in a row: remove some")
             return self.encoding.encode_ordinary(text)
-        tokens = list(text.encode("utf-8", "replace"))
+        tokens = list(text.encode())
         if self.bos_id in tokens:
             raise SampleError("the text holds a NUL byte, which begins a document here: remove it")
         return tokens
@@ -283,7 +347,8 @@ def make_warp(temperature=1.0, top_k=None, top_p=None):
             likeliest = log_probs.argmax(-1, keepdim=True)
             return torch.full_like(log_probs, -math.inf).scatter(-1, likeliest, 0.0)
         # From the largest one, which then stays finite however low the temperature is.
-        log_probs = ((log_probs - log_probs.amax(-1, True)) / temperature).log_softmax(-1)
+        heat = min(max(temperature, 1e-30), 1e30)  # float32 knows no 1e-320
+        log_probs = ((log_probs - log_probs.amax(-1, True)) / heat).log_softmax(-1)
         if top_k is None and top_p is None:
             return log_probs
         ranked, index = log_probs.sort(dim=-1, descending=True, stable=True)
@@ -291,8 +356,9 @@ def make_warp(temperature=1.0, top_k=None, top_p=None):
             ranked[..., top_k:] = -math.inf
             ranked = ranked.log_softmax(-1)
         if top_p is not None:
-            before = ranked.exp().cumsum(-1) - ranked.exp()
-            ranked = ranked.masked_fill(before >= top_p, -math.inf)
+            cut = ranked.exp().cumsum(-1) - ranked.exp() >= top_p
+            cut[..., 0] = False  # nor 1e-320
+            ranked = ranked.masked_fill(cut, -math.inf)
         return torch.empty_like(log_probs).scatter(-1, index, ranked).log_softmax(-1)
 
     return warp
@@ -325,6 +391,7 @@ class Sampler:
         order, steps, threshold, remask = self.order, self.steps, self.threshold, self.remask
         check(order is None or order in ORDERS, "order", order, near_miss(str(order), ORDERS))
         check(steps is None or steps >= 1, "steps", steps, "at least 1")
+        check(steps is None or steps <= MAX_STEPS, "steps", steps, f"at most {MAX_STEPS}")
         check(threshold is None or 0 <= threshold <= 1, "threshold", threshold, "from 0 to 1")
         check(0 <= self.temperature < math.inf, "temperature", self.temperature, "0 or more")
         check(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "at least 1")
@@ -397,15 +464,15 @@ class LM:
         self.script = script
         # Only what writes from left to right knows the likelihood itself.
         self.is_ar = script.METRIC == "val_nll"
-        self.model, self.cfg = script.build_model(ckpt, weights, path=path)
+        self.name, self.step = ckpt["script"], ckpt["step"]
+        with strangers(path):
+            self.model, self.cfg = script.build_model(ckpt, weights, path=str(path))
+            if self.cfg.seq_len > MAX_LENGTH:
+                raise SampleError(f"its seq_len {self.cfg.seq_len} is above {MAX_LENGTH}")
+            self.tokenizer = Tokenizer(ckpt["tokenizer"], self.cfg.vocab_size)
         self.block_len = getattr(self.cfg, "block_len", None)  # of what writes block after block
         self.graph = getattr(self.cfg, "graph", None)  # of what draws by its score
         self.stops = True  # at the end of a document, where the script can
-        try:
-            self.tokenizer = Tokenizer(ckpt["tokenizer"], self.cfg.vocab_size)
-        except (KeyError, TypeError, AttributeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise SampleError(f"--ckpt={path}: no tokenizer of ours in it ({reason})") from None
         self.device = script.pick_device(dataclasses.replace(self.cfg, device=device), 0)
         if dtype == "auto":
             wanted = self.cfg.dtype if self.device.type == "cuda" else "fp32"
@@ -416,12 +483,11 @@ class LM:
         check(dtype == "auto" or not refused, "dtype", dtype, f"not on this {self.device.type}")
         self.model.to(self.device)
         self.where = f"{str(self.dtype).removeprefix('torch.')} on {self.device.type}"
-        self.name = ckpt["script"]
         averaged = weights == "ema" and ckpt.get("ema")
         n = sum(p.numel() for p in self.model.parameters())
-        self.summary = printable(
+        self.summary = one_line(
             f"{path}: {self.name}, {n / 1e6:.2f}M parameters,"
-            f" {'ema' if averaged else 'raw'} weights of step {ckpt['step']},"
+            f" {'ema' if averaged else 'raw'} weights of step {self.step},"
             f" {self.tokenizer.name} tokens, context {self.cfg.seq_len}"
         )
 
@@ -470,7 +536,7 @@ class LM:
     def canvas_for_prompt(self, prompt, length=None):
         """(known (T,), is_known (T,)) of a prompt and what is to follow it."""
         tokens = self.tokenizer.encode(prompt)
-        limit = math.inf if self.block_len else self.cfg.seq_len
+        limit = MAX_LENGTH if self.block_len else self.cfg.seq_len
         if len(tokens) >= limit:
             raise SampleError(
                 f"--prompt: {len(tokens)} tokens fill the model's context of {limit}: shorten it"
@@ -478,7 +544,8 @@ class LM:
         if length is None:
             length = min(limit, len(tokens) + DEFAULT_LENGTH)
         check(length >= 1, "length", length, "at least 1")
-        check(length <= limit, "length", length, f"{self.name} goes up to {limit} (its seq_len)")
+        context = "" if self.block_len else " (its seq_len)"
+        check(length <= limit, "length", length, f"{self.name} goes up to {limit}{context}")
         room = f"the prompt alone has {len(tokens)} tokens: raise it or shorten the prompt"
         check(length > len(tokens), "length", length, room)
         return self.canvas([tokens, length - len(tokens)])
@@ -523,7 +590,12 @@ class LM:
 
         Sample i depends on (seed, i) alone. watch(tokens (B,T), nfe) sees every pass.
         """
-        rows = self.batch_rows(min(len(known), self.cfg.seq_len))
+        rows = min(MAX_ROWS, self.batch_rows(min(len(known), self.cfg.seq_len)))
+        if self.block_len:  # which draws the noise of all passes of a block at once
+            numbers = 2 * (sampler.steps or self.block_len) * self.block_len
+            many = f"at most {BATCH_NUMBERS // (2 * self.block_len)} in a block of {self.block_len}"
+            check(numbers <= BATCH_NUMBERS, "steps", sampler.steps, many)
+            rows = min(rows, BATCH_NUMBERS // numbers)
         # The refining pass has a stream of its own: both hand out one seed a row.
         gens = [torch.Generator().manual_seed(s) for s in (seed, seed ^ 2**62)]
         for first in range(0, n, rows):
@@ -635,7 +707,10 @@ class LM:
         else:
             draws, twice = DEFAULT_DRAWS if draws is None else draws, 2
             check(draws >= 2, "draws", draws, "at least 2, for a standard error")
+            check(draws <= MAX_STEPS, "draws", draws, f"at most {MAX_STEPS}")
         check_counts(1, seed)
+        if len(text) > SCORE_BYTES:
+            raise SampleError(f"--score: a text of over {SCORE_BYTES} bytes: score it in parts")
         tokens = self.tokenizer.encode(text)
         if not tokens:
             raise SampleError("--score: the text is empty")
@@ -669,40 +744,65 @@ class LM:
 # Loading
 
 
+@contextlib.contextmanager
+def strangers(path):
+    """Whatever goes wrong inside is the fault of a checkpoint: it may hold anything."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    except SampleError as error:
+        named = str(error).startswith(f"{path}:")
+        raise SampleError(error if named else f"{path}: {error}") from None
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise SampleError(f"{path}: cannot be used ({reason})") from None
+
+
 def newest_checkpoint():
-    found = sorted(Path("out").glob("*/ckpt.pt"), key=lambda path: path.stat().st_mtime)
-    if not found:
+    times = {}
+    for path in Path("out").glob("*/ckpt.pt"):
+        with contextlib.suppress(OSError):  # a run folder may go at any time
+            times[path] = path.stat().st_mtime
+    if not times:
         raise SampleError(
             "out/*/ckpt.pt: no checkpoint here: pass --ckpt=PATH, or train one:"
             " python train_mdlm.py --preset=tiny"
         )
-    return found[-1]
+    return max(times, key=times.get)
 
 
 def find_checkpoint(name):
     """The file behind PATH, a run folder, or hf:OWNER/REPO/FILE, which is downloaded once."""
     name = str(name)
+    if "\0" in name:
+        raise SampleError(f"{name}: no path has a NUL byte")
     if not name.startswith("hf:"):
-        path = Path(name)
-        return path / "ckpt.pt" if path.is_dir() else path
-    parts = name[3:].split("/", 2)
-    if len(parts) < 3 or not all(parts):
-        raise SampleError(f"--ckpt={name}: write hf:OWNER/REPO/FILE")
+        return Path(name, "ckpt.pt") if os.path.isdir(name) else Path(name)
+    parts = name[3:].split("/")
+    plain = all(re.fullmatch(r"\w[\w.-]*", part, re.A) and ".." not in part for part in parts)
+    if len(parts) < 3 or not plain:
+        raise SampleError(f"{name}: write hf:OWNER/REPO/FILE")
     try:
-        import huggingface_hub
+        import huggingface_hub as hub
+        import huggingface_hub.utils  # not loaded with the rest
     except ImportError:
-        raise SampleError(f"--ckpt={name} needs: pip install huggingface_hub") from None
-    huggingface_hub.utils.logging.set_verbosity_error()  # it would report every retry
+        raise SampleError(f"{name} needs: pip install huggingface_hub") from None
+    hub.utils.logging.set_verbosity_error()  # it would report every retry
+    repo, file = "/".join(parts[:2]), "/".join(parts[2:])
     try:
-        return Path(huggingface_hub.hf_hub_download("/".join(parts[:2]), parts[2]))
+        hub.get_hf_file_metadata(hub.hf_hub_url(repo, file))  # once: a download tries many times
+        return Path(hub.hf_hub_download(repo, file))
     except Exception as error:  # its errors share no base class across versions
+        cached = hub.try_to_load_from_cache(repo, file)
+        if isinstance(cached, str):
+            return Path(cached)
         reason = str(error).strip().partition("\n")[0]
-        raise SampleError(f"--ckpt={name}: could not be downloaded: {reason}") from None
+        raise SampleError(f"{name}: could not be downloaded: {reason}") from None
 
 
 def load_script(path):
     """Import a training script from its file."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise SampleError(f"--script={path}: no such file")
     spec = importlib.util.spec_from_file_location(f"sampled_{path.stem}", path)
     if spec is None:
@@ -712,14 +812,45 @@ def load_script(path):
     sys.path[:0] = [str(path.resolve().parent), str(HERE)]  # it imports muon
     try:
         spec.loader.exec_module(script)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise SampleError(f"--script={path}: {type(error).__name__}: {error}") from error
     finally:
         del sys.path[:2]
     for name in NEEDED:
         if not hasattr(script, name):
             raise SampleError(f"--script={path}: not a training script: it has no {name}")
+    script.fail = refuse  # what it refuses is said in this program's name
     return script
+
+
+@functools.cache
+def own_script(name):
+    return load_script(HERE / f"{name}.py")
+
+
+def read_checkpoint(module, path):
+    """load_checkpoint, which opens a file twice: again if a run has just put another in its place.
+    """
+    while True:
+        with strangers(path):
+            before = stamp(path)
+            try:
+                ckpt = module.load_checkpoint(str(path))
+            except SampleError:
+                if before == stamp(path):
+                    raise
+            else:
+                if before == stamp(path):
+                    return ckpt
+
+
+def stamp(path):
+    """Changes with the file behind a path."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def load(path=None, script=None, weights="ema", device="auto", dtype="auto"):
@@ -731,15 +862,15 @@ def load(path=None, script=None, weights="ema", device="auto", dtype="auto"):
     check(weights in ("ema", "raw"), "weights", weights, "ema or raw")
     check(dtype in DTYPES, "dtype", dtype, near_miss(str(dtype), DTYPES))
     path = newest_checkpoint() if path is None else find_checkpoint(path)
-    module = load_script(HERE / f"{SCRIPTS[0]}.py" if script is None else Path(script))
-    ckpt = module.load_checkpoint(path)  # the same text in every script
+    module = own_script(SCRIPTS[0]) if script is None else load_script(Path(script))
+    ckpt = read_checkpoint(module, path)  # the same text in every script
     name = ckpt["script"]
     if script is None and name not in SCRIPTS:
-        raise SampleError(f"--ckpt={path}: written by {name!r}: pass that file as --script=PATH")
+        raise SampleError(f"{path}: written by {name!r}: pass that file as --script=PATH")
     if name in SCRIPTS and Path(script or name).stem in {*SCRIPTS} - {name}:
         raise SampleError(f"--script={script}: {path} was written by {name}.py: drop --script")
     if script is None and name != SCRIPTS[0]:
-        module = load_script(HERE / f"{name}.py")
+        module = own_script(name)
     return LM(module, ckpt, path, weights, device, dtype)
 
 
@@ -760,8 +891,27 @@ def styled(text, kind):
 
 def printable(text):
     """Text that cannot steer a terminal: a model of bytes writes escape codes, too."""
-    text = text.replace("\t", "    ").replace("\r", "")
-    return "".join(c if c == "\n" or unicodedata.category(c)[0] != "C" else "\ufffd" for c in text)
+    text = text.replace("\t", "    ").replace("\r\n", "\n")
+    return "".join(c if c == "\n" or not is_control(c) else escape(c) for c in text)
+
+
+def is_control(char):
+    return unicodedata.category(char)[0] == "C" or char in "\u2028\u2029"
+
+
+def escape(char):
+    return char.encode("unicode_escape").decode()
+
+
+def one_line(text):
+    """For a message: a flag, a path or a checkpoint may hold anything."""
+    text = printable(text).replace("\n", "\\n")
+    return text if len(text) <= LINE else f"{text[:LINE]} .."
+
+
+def for_stdout(text):
+    """Text as stdout gets it."""
+    return printable(text) if sys.stdout.isatty() else text
 
 
 def lines_of(spans, width):
@@ -818,7 +968,8 @@ class Watch:
             self.due = [share for share in self.due if share > done]
             row = tokens[0].tolist()
             row = row[: self.shown(row)]
-            print(f"[{done:.0%} after {nfe} passes] {self.tokenizer.decode(row)}", flush=True)
+            text = for_stdout(self.tokenizer.decode(row))
+            print(f"[{done:.0%} after {nfe} passes] {text}", flush=True)
 
     def n_left(self, tokens, nfe):
         """How many tokens of a batch are still to come."""
@@ -888,7 +1039,8 @@ class Racer(Watch):
         self.how = lm.check_able(self.how)
         self.passes = lm.passes(self.how, length)
         self.n_new = self.is_known.count(False)  # tokens a sample
-        self.rows, self.nfe = [], 0  # samples and passes of the batches before
+        self.n_rows = self.nfe = 0  # samples and passes of the batches before
+        self.first, self.bits = None, 0.0  # tokens of the first sample, entropy of all
         row = torch.where(self.given, self.known, lm.tokenizer.mask_id)
         self.frames = [Frame(0.0, 0, 0, row.int())]
 
@@ -900,16 +1052,18 @@ class Racer(Watch):
             pass
         self.seconds, self.since = 0.0, time.perf_counter()
         for batch in self.lm.batches(self.known, self.given, **how, watch=self):
-            self.rows += batch.tokens
+            self.first = self.first or batch.tokens[0]
+            self.bits += sum(entropy_bits(row[-self.n_new :]) for row in batch.tokens)
+            self.n_rows += len(batch.tokens)
             self.nfe += batch.nfe
+            self.since = time.perf_counter()
         self.erase()
 
     def __call__(self, tokens, nfe):
         n_left = self.n_left(tokens, nfe)  # waits for the device
         self.seconds += time.perf_counter() - self.since
-        n_before = len(self.rows)
-        row = self.frames[-1].row if n_before else tokens[0].int().cpu()
-        n_written = (n_before + len(tokens)) * self.n_new - n_left
+        row = self.frames[-1].row if self.n_rows else tokens[0].int().cpu()
+        n_written = (self.n_rows + len(tokens)) * self.n_new - n_left
         if len(self.frames) > 1 and self.seconds - self.frames[-2].seconds < FRAME:
             del self.frames[-1]  # too soon behind the one before it to be seen
         self.frames.append(Frame(self.seconds, self.nfe + nfe, n_written, row))
@@ -956,7 +1110,7 @@ def load_racers(opts):
     """The models of --ckpt and --race; what would make a race of unlike things is refused."""
     paths = [newest_checkpoint() if opts.ckpt is None else opts.ckpt, *opts.race.split(",")]
     check(all(paths), "race", opts.race, "a checkpoint, or several with commas between")
-    files = [find_checkpoint(path).resolve() for path in paths]
+    files = [os.path.realpath(find_checkpoint(path)) for path in paths]
     twice = "the same checkpoint twice, as --ckpt is the newest unless it is given: name another"
     check(len({*files}) == len(files), "race", opts.race, twice)
     scripts = [opts.script, *[None] * (len(paths) - 1)]
@@ -991,13 +1145,13 @@ def print_race(lms, opts):
         replay(racers)
     else:
         for racer in racers:
-            text = racer.tokenizer.decode(racer.rows[0])
-            print(f"--- {racer.lm.name}\n{printable(text) if is_terminal(sys.stdout) else text}\n")
+            text = for_stdout(racer.tokenizer.decode(racer.first))
+            print(f"--- {racer.lm.name}\n{text}\n")
     width = max(len(lm.name) for lm in lms)
     print(f"{'':{width}}  passes  seconds  tokens/s  entropy")
     for racer in racers:
         (seconds, nfe, n, _), lm = racer.frames[-1], racer.lm
-        entropy = sum(entropy_bits(row[-racer.n_new :]) for row in racer.rows) / opts.n
+        entropy = racer.bits / opts.n
         print(
             f"{lm.name:{width}}  {nfe:6}  {seconds:7.2f}  {n / seconds:8.0f}"
             f"  {entropy:.2f} bits, {lm.describe(racer.how)}"
@@ -1080,10 +1234,24 @@ def blank_lengths(text):
     return lengths if len(lengths) > 1 else lengths[0]
 
 
+def read_text(path):
+    """(text of a file, what it is)"""
+    check(os.path.isfile(path), "score", path, "neither a text nor a regular file")
+    try:
+        with open(path, "rb") as file:
+            data = file.read(SCORE_BYTES + 1)
+    except OSError as error:
+        raise SampleError(f"--score={path}: {error.strerror}") from None
+    check(len(data) <= SCORE_BYTES, "score", path, f"over {SCORE_BYTES} bytes: score it in parts")
+    text = data.decode("utf-8", "replace")
+    changed = "" if text.encode() == data else ", what is no UTF-8 in it replaced"
+    return text, f"file {path}{changed}"
+
+
 def print_score(lm, opts):
     text, what = opts.score, "the text given"
-    if os.path.isfile(text):
-        text, what = Path(text).read_text(encoding="utf-8", errors="replace"), f"file {text}"
+    if os.path.exists(text):
+        text, what = read_text(text)
     live = is_terminal(sys.stderr)
 
     def watch(share):
@@ -1102,7 +1270,7 @@ def print_score(lm, opts):
             f" {score.bits_per_byte:.4f} +- {score.bits_stderr:.4f} bits per byte"
         )
         what += f" {opts.draws or DEFAULT_DRAWS} noise draws, seed {opts.seed}"
-    print(f"{lm.summary}\n{value} ({what}, {lm.where})")
+    print(f"{lm.summary}\n{value} ({one_line(what)}, {lm.where})")
 
 
 def print_samples(lm, opts):
@@ -1121,7 +1289,7 @@ def print_samples(lm, opts):
     watch = Watch(lm.tokenizer, is_known, opts.watch)
     watch.passes = lm.passes(opts, len(known))
     given = is_known.tolist()
-    nfe, seconds, entropies, n_new = 0, 0.0, [], 0
+    nfe, seconds, bits, n_done, n_new = 0, 0.0, 0.0, 0, 0
     for batch in lm.batches(known, is_known, opts, n=opts.n, seed=opts.seed, watch=watch):
         watch.erase()
         watch.begin()
@@ -1129,20 +1297,21 @@ def print_samples(lm, opts):
         seconds += batch.seconds
         for row in batch.tokens:
             new = [token for token, old in zip(row, given, strict=False) if not old]
-            entropies.append(entropy_bits(new))
+            bits += entropy_bits(new)
+            n_done += 1
             n_new += len(new)
             if opts.n > 1:
-                note(f"--- sample {len(entropies)} of {opts.n}")
+                note(f"--- sample {n_done} of {opts.n}")
             if fancy:
                 kinds = ["known" if old else None for old in given[: len(row)]]
                 for text, kind in lm.tokenizer.spans(row, kinds):
                     print(styled(printable(text), kind), end="")
                 print("\n")
             else:
-                print(lm.tokenizer.decode(row) + "\n", flush=True)
+                print(for_stdout(lm.tokenizer.decode(row)) + "\n", flush=True)
     note(
         f"NFE {nfe}, {n_new / seconds:.0f} tokens/s, {lm.where}, {lm.describe(opts)},"
-        f" entropy {sum(entropies) / len(entropies):.2f} bits"
+        f" entropy {bits / n_done:.2f} bits"
     )
 
 
@@ -1166,19 +1335,42 @@ def run(opts):
 
 
 def main(argv):
+    message = ""
     try:
         run(parse_args(argv))
+        sys.stdout.flush()
+        return
     except SampleError as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        raise SystemExit(130) from None
+        message, status = one_line(str(error)), 2
     except BrokenPipeError:  # as in "sample.py | head"
+        status = 141
+    except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+        message, status = one_line(str(error)) or "out of memory", 2
+    with contextlib.suppress(OSError):  # stderr may be full or gone, too
+        if message:
+            print(f"sample.py: {message}", file=sys.stderr, flush=True)
+    try:
+        sys.stdout.flush()
+    except OSError:  # what cannot be written is not tried again at the exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None
+    raise SystemExit(status)
+
+
+def leave(number, frame):
+    """Of a signal: at once, wherever the program is; a terminal gets no colour left on."""
+    signal.signal(number, signal.SIG_DFL)
+    with contextlib.suppress(OSError):
+        if sys.stdout.isatty():
+            os.write(sys.stdout.fileno(), b"\x1b[0m\n")
+    os._exit(128 + number)
 
 
 if __name__ == "__main__":
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed by >&-
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, leave)
     main(sys.argv[1:])
