@@ -1309,11 +1309,12 @@ def begin_logs(cfg, machine, step):
 
 def append(path, line):
     """Add a whole line, or none."""
-    with open(path, "a", encoding="utf-8") as f:
+    rest = f"{line}\n".encode()
+    with open(path, "ab", buffering=0) as f:  # a buffer would write what is left when closed
         size = f.tell()
         try:
-            f.write(line + "\n")
-            f.flush()
+            while rest:
+                rest = rest[f.write(rest):]
         except OSError:
             os.truncate(path, size)
             raise
