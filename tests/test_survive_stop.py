@@ -51,7 +51,7 @@ from test_survive_kill import (
 import train_block
 import train_mdlm
 
-ROWS = 8192  # of the batch of a long step
+ROWS = 2048  # of the batch of a long step
 LONG = {
     "step": (f"--batch_tokens={ROWS * SEQ_LEN}", "--ckpt_every=0"),
     "evaluation": ("--val_draws=100000", "--ckpt_every=0"),
