@@ -788,8 +788,8 @@ def test_soak_tells_a_leak(data, tmp_path):
     def leaking(kind):
         fork = tmp_path / f"leak_{kind}.py"
         fork.write_text(LEAK.format(root=str(ROOT), action=LEAKS[kind]))
-        return soak.soak(fork, flags + [f"--out={tmp_path / kind}"], seconds=3, every=0.1,
-                         checkpoints=8)
+        return soak.soak(fork, flags + [f"--out={tmp_path / kind}"], seconds=2, every=0.1,
+                         checkpoints=6)
 
     with ThreadPoolExecutor() as pool:
         for kind, found in zip(LEAKS, pool.map(leaking, LEAKS), strict=True):
