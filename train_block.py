@@ -1191,7 +1191,8 @@ def load_model(cfg, weights, path):
             raise ValueError(f"{n_layer} layers, but --n_layer={cfg.n_layer}.")
         with torch.device("meta"):
             model = Model(cfg)
-        model.load_state_dict({k: v.float().clone() for k, v in weights.items()}, assign=True)
+        copies = {name: x.float().contiguous().clone() for name, x in weights.items()}
+        model.load_state_dict(copies, assign=True)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as e:
         what = (str(e).splitlines() or [""])[-1].strip()
         fail(f"{path}: {what:.300} Another shape: give the flags it was trained with")
@@ -1376,7 +1377,7 @@ def run(argv, ending):
             try:
                 load_optimizers(optimizers, ckpt["optimizers"])
                 for name, p in model.named_parameters() if ckpt["ema"] else ():
-                    shadow.append(ckpt["ema"][name].to(device).clone())
+                    shadow.append(ckpt["ema"][name].to(device).contiguous().clone())
                     if shadow[-1].shape != p.shape or not shadow[-1].isfinite().all():
                         raise ValueError(f"ema.{name} has another shape, or is not finite")
             except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
