@@ -559,6 +559,8 @@ def put(state, path, change):
     *way, last = path
     for key in way:
         state = state[key]
+    if not isinstance(state, dict | list):
+        raise KeyError(last)
     what, name = change
     if what == "drop":
         del state[last]
