@@ -594,8 +594,8 @@ class LM:
         if self.block_len:  # which draws the noise of all passes of a block at once
             numbers = 2 * (sampler.steps or self.block_len) * self.block_len
             many = f"at most {BATCH_NUMBERS // (2 * self.block_len)} in a block of {self.block_len}"
-            check(numbers <= BATCH_NUMBERS, "steps", sampler.steps, many)
-            rows = min(rows, BATCH_NUMBERS // numbers)
+            check(not sampler.steps or numbers <= BATCH_NUMBERS, "steps", sampler.steps, many)
+            rows = max(1, min(rows, BATCH_NUMBERS // numbers))
         # The refining pass has a stream of its own: both hand out one seed a row.
         gens = [torch.Generator().manual_seed(s) for s in (seed, seed ^ 2**62)]
         for first in range(0, n, rows):

@@ -229,7 +229,7 @@ OTHERS = (
 CHANGES = {  # of a value that stays of its kind
     int: (lambda x: x + 1, lambda x: x - 1, lambda x: 2 * x, lambda x: x * 10**6, lambda x: -x),
     float: (lambda x: x * 2, lambda x: -x, lambda x: x + 1, lambda x: x * 1e300, int),
-    str: (lambda x: x + "\n", lambda x: x * 1000, lambda x: x[1:], lambda x: x.encode()),
+    str: (lambda x: x + "\n", lambda x: (x * 1000)[:10**5], lambda x: x[1:], lambda x: x.encode()),
     bool: (lambda x: not x, int),
     torch.Tensor: (
         lambda x: x[:-1], lambda x: x[None], lambda x: torch.cat((x, x)), torch.flatten,
@@ -775,7 +775,7 @@ def test_a_checkpoint_that_is_replaced_meanwhile(states, arena, tmp_path):
     try:
         process.stdout.readline()
         seen = collections.Counter()
-        for _ in range(1000 if TORTURE else 20):
+        for _ in range(200 if TORTURE else 20):
             lm = sample.load(tmp_path / "ckpt.pt", device="cpu")
             assert {x.mean().item() for x in lm.model.parameters()} == {float(lm.step)}
             seen[lm.step] += 1
