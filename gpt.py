@@ -910,7 +910,7 @@ def load_checkpoint(path):
     """Read and check a checkpoint; tensors and plain values only, never code."""
     require(os.path.exists(path), f"{path}: no such checkpoint")
     require(os.path.isfile(path), f"{path}: not a file")  # a pipe would be waited for
-    previous = path.removesuffix(".pt") + "_prev.pt"
+    previous = os.fspath(path).removesuffix(".pt") + "_prev.pt"
     there = os.path.isfile(previous) and zipfile.is_zipfile(previous)
     hint = f"; {previous} is the one before it: rename it to go back" * there
     try:
@@ -1105,7 +1105,7 @@ def run(argv, ending):
     else:
         ckpt = load_checkpoint(source)
         fits = ckpt["script"] in ((SCRIPT,) if cfg.resume else INIT_FROM)
-        require(fits, f"{source}: a checkpoint of {ckpt['script']!a:.80}")
+        require(fits, f"{source}: a checkpoint of {ckpt['script']:.80}.py")
         n_saved = ckpt["tokenizer"].get("vocab_size")
         require(n_saved == n_ids, f"{source}: of {n_saved} tokens; {folder} has {n_ids}")
         weights = (not cfg.resume and ckpt.get("ema")) or ckpt["model"]
