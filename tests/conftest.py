@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# One thread each: the tests' processes share the cores, and forks of a process with a pool of OpenMP
-# threads wait for ever for those that they do not have.
+# One thread each: the tests' processes share the cores, and the fork of a process with a pool of
+# OpenMP threads waits for ever for those that it does not have.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 # A job in the background ignores Ctrl-C, and so would the programs that tests start and interrupt.
