@@ -828,31 +828,6 @@ def own_script(name):
     return load_script(HERE / f"{name}.py")
 
 
-def read_checkpoint(module, path):
-    """load_checkpoint, which opens a file twice: again if a run has just put another in its place.
-    """
-    while True:
-        with strangers(path):
-            before = stamp(path)
-            try:
-                ckpt = module.load_checkpoint(str(path))
-            except SampleError:
-                if before == stamp(path):
-                    raise
-            else:
-                if before == stamp(path):
-                    return ckpt
-
-
-def stamp(path):
-    """Changes with the file behind a path."""
-    try:
-        found = os.stat(path)
-    except (OSError, ValueError):
-        return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-
-
 def load(path=None, script=None, weights="ema", device="auto", dtype="auto"):
     """LM from a checkpoint: PATH, its folder or hf:OWNER/REPO/FILE; None: the newest in out/.
 
@@ -863,7 +838,8 @@ def load(path=None, script=None, weights="ema", device="auto", dtype="auto"):
     check(dtype in DTYPES, "dtype", dtype, near_miss(str(dtype), DTYPES))
     path = newest_checkpoint() if path is None else find_checkpoint(path)
     module = own_script(SCRIPTS[0]) if script is None else load_script(Path(script))
-    ckpt = read_checkpoint(module, path)  # the same text in every script
+    with strangers(path):
+        ckpt = module.load_checkpoint(path)  # the same text in every script
     name = ckpt["script"]
     if script is None and name not in SCRIPTS:
         raise SampleError(f"{path}: written by {name!r}: pass that file as --script=PATH")

@@ -928,7 +928,7 @@ def evaluate(nelbo, cfg, windows, tokenizer, device, rank, world, stopping=bool)
 CKPT_FORMAT = 2
 CKPT_TYPES = {"format": int, "script": str, "config": dict, "model": dict, "optimizers": list,
               "tokenizer": dict, "step": int, "tokens_seen": int, "progress": dict}
-MAX_DEPTH = 8  # of a checkpoint's dicts and lists
+MAX_DEPTH, MAX_READS = 8, 100  # of a checkpoint's dicts and lists; of one that keeps changing
 # What a run knows beside its weights; its place in the data is step times the rows of a batch.
 PROGRESS = dict(step=0, seconds=0.0, bad=0, skipped=0, evaluated=True, ema_updates=0,
                 shown_step=0, shown_seconds=0.0, loss=0.0)  # last line, losses since then
@@ -1013,27 +1013,39 @@ def check_checkpoint(state, size):
         raise TypeError("tokenizer is not that of a run")
 
 
+def stamp(path):
+    """Changes with the file behind a path; None: there is none."""
+    with contextlib.suppress(OSError):
+        about = os.stat(path)
+        return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
+
+
 def load_checkpoint(path):
-    """Read and check a checkpoint; tensors and plain values only, never code."""
+    """Read and check a checkpoint; tensors and plain values only, never code. Again, if a run has
+    put the next one in its place meanwhile: torch opens a file twice."""
     require(os.path.exists(path), f"{path}: no such checkpoint")
     require(os.path.isfile(path), f"{path}: not a file")  # a pipe would be waited for
+    for _ in range(MAX_READS):
+        before, state, problem = stamp(path), None, ""
+        try:
+            with zipfile.ZipFile(path) as f:
+                if any(item.compress_type != zipfile.ZIP_STORED for item in f.infolist()):
+                    raise ValueError("compressed")
+            with warnings.catch_warnings(action="ignore"):  # torch's, about files of others
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            check_checkpoint(state, os.path.getsize(path))
+        except Exception as e:  # the unpickler meets arbitrary bytes, the check any values
+            problem = f"{e!s:.200}"
+            if state is None:
+                code = "weights_only" in str(e) or "Unsupported" in str(e)
+                problem = "holds more than plain values" if code else "cut short or damaged"
+                problem += f" ({type(e).__name__})"
+        if stamp(path) == before:
+            break
     previous = os.fspath(path).removesuffix(".pt") + "_prev.pt"
-    there = os.path.isfile(previous) and zipfile.is_zipfile(previous)
-    hint = f"; {previous} is the one before it: rename it to go back" * there
-    try:
-        with zipfile.ZipFile(path) as f:
-            if any(item.compress_type != zipfile.ZIP_STORED for item in f.infolist()):
-                raise ValueError("compressed")
-        with warnings.catch_warnings(action="ignore"):  # torch's, about files of others
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as e:  # the unpickler meets arbitrary bytes
-        code = "weights_only" in str(e) or "Unsupported" in str(e)
-        what = "holds more than tensors and plain values" if code else "cut short or damaged"
-        fail(f"{path}: no checkpoint of ours: {what} ({type(e).__name__}){hint}")
-    try:
-        check_checkpoint(state, os.path.getsize(path))
-    except Exception as e:  # whatever values of any type raise
-        fail(f"{path}: no checkpoint of ours: {e!s:.200}{hint}")
+    if os.path.isfile(previous) and zipfile.is_zipfile(previous):
+        problem += f"; {previous} is the one before it: rename it to go back" * bool(problem)
+    require(not problem, f"{path}: no checkpoint of ours: {problem}")
     return state
 
 
@@ -1141,15 +1153,18 @@ def lock_folder(folder):
     return functools.partial(os.close, handle)
 
 
-def begin_logs(cfg, machine, step):
+def begin_logs(cfg, machine, at):
     """log.txt and log.jsonl, with all that running it again takes; of a run that goes on, cut back
-    to a step. Torn lines go, too."""
+    to where it is. Torn lines go, too."""
     for name, pattern in (("log.txt", r"step:(\d+)"), ("log.jsonl", r'\{"step": (\d+)')):
         path, lines = os.path.join(cfg.out, name), []
         if cfg.resume and os.path.exists(path):
             with open(path, encoding="utf-8", errors="replace", newline="") as f:
-                lines = [x for x in f if x.endswith("\n")
-                         and int((re.match(pattern, x) or [0, 0])[1]) <= step]
+                for x in f:
+                    step = int((re.match(pattern, x) or [0, 0])[1])
+                    again = step == at.step and METRIC in x and not at.evaluated
+                    if x.endswith("\n") and step <= at.step and not again:
+                        lines.append(x)
         elif name == "log.txt":
             if os.path.exists(path):  # of a run that was lost before its first checkpoint, or not
                 with open(path, "rb") as f:
@@ -1245,7 +1260,7 @@ def run(argv, ending):
         try:
             ending.callback(lock_folder(cfg.out))
             require(cfg.resume or not os.path.exists(path), taken)  # by a run that has just ended
-            begin_logs(cfg, versions, at.step)
+            begin_logs(cfg, versions, at)
         except OSError as e:
             fail(f"--out={cfg.out}: {e.strerror}")
     if world > 1:
@@ -1272,7 +1287,7 @@ def run(argv, ending):
         try:
             if logs and not os.path.exists(cfg.out):  # somebody removed it
                 os.makedirs(cfg.out)
-                begin_logs(cfg, versions, at.step)
+                begin_logs(cfg, versions, at)
             for name, text in zip(logs, (line, *map(json.dumps, records)), strict=False):
                 # JSON has no word for NaN.
                 append(os.path.join(cfg.out, name), re.sub(r": -?(NaN|Infinity)", ": null", text))

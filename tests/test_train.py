@@ -179,6 +179,31 @@ def test_resumed_run_is_evaluated_as_itself(continued, uninterrupted, runs):
         assert evaluations(alone.out) == evaluations(uninterrupted[variant][1].out)[-1:], how
 
 
+def test_evaluation_that_is_made_again_is_logged_once(data, tmp_path, monkeypatch):
+    """Broken off by a signal, made after --resume=1, lost with all that came after it, made again.
+    """
+    out, nelbo_fn, calls = tmp_path / "run", train_mdlm.nelbo_fn, []
+
+    def signalled(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return nelbo_fn(*args, **kwargs)
+
+    monkeypatch.setattr(train_mdlm, "nelbo_fn", signalled)
+    flags = ("--steps=4", "--eval_every=2", "--ckpt_every=0", "--micro_batch=4", f"--data={data}")
+    result = train_tiny(*flags, f"--out={out}")
+    assert result.status == 0 and "stopped after step 2" in result.out
+    shutil.copy(out / "ckpt.pt", tmp_path / "stopped.pt")
+    for _ in range(2):
+        shutil.copy(tmp_path / "stopped.pt", out / "ckpt.pt")
+        assert train("--resume=1", f"--out={out}").status == 0
+        lines = log(out)
+        assert [x["step"] for x in lines if "val_nelbo" in x] == [2, 4]
+        assert [x["step"] for x in lines if "loss" in x] == [1, 2, 3, 4]
+        assert len(evaluations((out / "log.txt").read_text())) == 2
+
+
 def test_finished_run_stays_as_it_is(short_run):
     folder, _ = short_run
     before = checkpoint(folder)
