@@ -11,6 +11,7 @@ second half, when everything is warm. Exit status 1 where something grows.
 """
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -131,6 +132,13 @@ def main(argv):
     minutes, every, script = (given.pop(f"--{name}", f"={default}").partition("=")[2]
                               for name, default in (("minutes", 60), ("every", 10),
                                                     ("script", "train_mdlm.py")))
+    for name, value in (("minutes", minutes), ("every", every)):
+        if not re.fullmatch(r"\d+(\.\d+)?", value) or not float(value):
+            print(f"soak.py: --{name}={value}: a number above 0 expected", file=sys.stderr)
+            return 2
+    if not (ROOT / script).is_file():
+        print(f"soak.py: --script={script}: no such file", file=sys.stderr)
+        return 2
     if not {"--preset", "--n_embd"} & given.keys():
         given["--preset"] = "--preset=tiny"
     named = {x.partition("=")[0]: x for x in OFTEN} | given
