@@ -213,10 +213,11 @@ def validate(cfg, world):
     require(divides, f"--n_kv_head={cfg.n_kv_head}: must divide --n_head={cfg.n_head}")
     n_rows = cfg.batch_tokens // cfg.seq_len
     micro = min(cfg.micro_batch, max(1, n_rows // world))
-    unit = cfg.seq_len * world * micro
+    unit = cfg.seq_len * world * cfg.micro_batch
     near = max(1, round(cfg.batch_tokens / unit)) * unit
-    require(cfg.batch_tokens % unit == 0, f"--batch_tokens={cfg.batch_tokens}: does not divide into"
-            f" {world} ranks times {micro} rows of {cfg.seq_len} tokens; take {near}")
+    fits = cfg.batch_tokens % (cfg.seq_len * world * micro) == 0
+    require(fits, f"--batch_tokens={cfg.batch_tokens}: does not divide into {world} ranks times "
+            f"{micro} rows of {cfg.seq_len} tokens; take {near}")
     check_objective(cfg, n_rows, micro)
 
 
