@@ -204,9 +204,9 @@ def make_config(argv):
     require(fits, f"{source}: a checkpoint of {ckpt['script']}.py")
     saved = {f.name: ckpt["config"][f.name] for f in dataclasses.fields(Config)
              if f.name in ckpt["config"]}
-    for name in (*SHAPE_FIELDS, "seq_len"):
-        is_free = name == "seq_len" or flags.get(name, saved.get(name)) == saved.get(name)
-        require(is_free, f"--{name}: {source} has {saved.get(name)}, which stays")
+    for name in flags.keys() & set(SHAPE_FIELDS):
+        fits = flags[name] == saved.get(name)
+        require(fits, f"--{name}={flags[name]}: {source} has {saved.get(name)}, which stays")
     if not (flags["resume"] or is_eval):
         saved = base | {name: saved[name] for name in (*SHAPE_FIELDS, "seq_len") if name in saved}
     return Config(**(saved | flags)), ckpt
@@ -865,7 +865,11 @@ def open_run(cfg, machine):
                 logs[0].info(f.read() + "=" * 100)
         logs[0].info(f"{machine}\n{json.dumps(dataclasses.asdict(cfg))}")
     logs[0].addHandler(logging.StreamHandler(sys.stdout))
-    return lock, logs[0].info, lambda record: logs[1].info(json.dumps(record))
+
+    def record(values):  # JSON has no word for NaN
+        logs[1].info(re.sub("NaN|-?Infinity", "null", json.dumps(values)))
+
+    return lock, logs[0].info, record
 
 
 def compile_losses(model, device):
