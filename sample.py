@@ -780,8 +780,6 @@ class LM:
         wanted = self.cfg.dtype if dtype == "auto" and self.device.type == "cuda" else dtype
         self.dtype = script.pick_dtype("fp32" if wanted == "auto" else wanted, self.device)
         self.model.to(self.device)
-        # A fork with a network of its own computes earlier tokens anew.
-        self.is_cached = hasattr(self.model, "predict")
         self.where = f"{str(self.dtype).removeprefix('torch.')} on {self.device.type}"
         averaged = weights == "ema" and ckpt.get("ema")
         n = sum(p.numel() for p in self.model.parameters())
@@ -795,6 +793,11 @@ class LM:
         lower = self.dtype != torch.float32
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=lower):
             return self.model(*args, **kwargs)
+
+    @property
+    def is_cached(self):
+        """A fork with a network of its own, without Trunk.predict, computes earlier tokens anew."""
+        return hasattr(self.model, "predict")
 
     def predict(self, *args, **kwargs):
         lower = self.dtype != torch.float32
