@@ -376,7 +376,7 @@ class Ctx(NamedTuple):
     cond: Tensor | None = None  # (B, cond_dim)
     v0: Tensor | None = None  # (B, S, Hkv d) to add to the values of this layer
     mask: object = None  # what attend makes of it
-    cache: object = None  # keys and values of earlier passes; attend reads and extends it
+    attend: object = None  # a sampler's own attention, in place of attend
 
 
 def norm(x, shift=None, scale=None):
@@ -445,7 +445,7 @@ class Layer(nn.Module):
         v = v.view(B, S, -1, d).transpose(1, 2)
         q = rotary(norm(q), ctx.cos[:N], ctx.sin[:N])
         k = rotary(norm(k), ctx.cos, ctx.sin)
-        y = attend(q, k, v, ctx)  # (B, H, N, d)
+        y = (ctx.attend or attend)(q, k, v, ctx)  # (B, H, N, d)
         y = self.o(y.transpose(1, 2).reshape(B, N, D))
         y = F.dropout(y, self.cfg.dropout, self.training)
         h = h[:, :N] + (y if gate_a is None else gate_a * y)
@@ -524,24 +524,15 @@ class Trunk(nn.Module):
             logits = self.cfg.softcap * torch.tanh(logits / self.cfg.softcap)
         return logits
 
-
-# ----------------------------------------------------------------------------- sampling
-class Sample(NamedTuple):
-    tokens: Tensor  # (B, T) int64
-    length: Tensor  # (B,) int64, tokens of each row
-    nfe: int  # forward passes
-    order: Tensor  # (B, T) int64, the pass that fixed a token; 0: it was known
-
-
-def draw_tokens(log_probs, u):
-    """Inverse CDF in float64: log_probs (R, V), u (R,) uniform -> tokens (R,). Gumbel noise in fp32
-    draws rare tokens too seldom (arXiv 2409.02908, section 4)."""
-    cdf = log_probs.double().softmax(-1).cumsum(-1)
-    total = cdf[:, -1:]
-    token = torch.searchsorted(cdf, u[:, None] * total, right=True)[:, 0]
-    # u < 1 may still round up to the total: the last token that has any probability.
-    last = (cdf < total).sum(-1)
-    return torch.minimum(token, last)
+    def predict(self, tokens, positions, sigma=None, rows=None, n_query=None, mask=None,
+                attend=None):
+        """tokens (B, S) int64 at positions (S,) -> logits (B, N, V), or (R, V) at the flat
+        positions rows (R,) of the N = n_query or S outputs. A sampler that keeps keys and values
+        gives an attention of its own: attend(q, k, v, ctx), called layer after layer."""
+        cos, sin = rotary_tables(positions, self.cfg.n_embd // self.cfg.n_head)
+        cond = None if sigma is None else self.embed_sigma(sigma)
+        ctx = Ctx(cos, sin, self.embed_tokens(tokens), cond, mask=mask, attend=attend)
+        return self.logits(self.run_layers(ctx, n_query), cond, rows)
 
 
 # ----------------------------------------------------------------------------- objective
@@ -581,48 +572,19 @@ def flops_per_token(cfg, model):
 
 
 def attend(q, k, v, ctx):
-    """Every position sees itself and those before it, the cached ones included.
-    q (B, H, N, d), k and v (B, Hkv, N, d) -> (B, H, N, d)"""
-    if ctx.cache is not None:
-        k, v = next(ctx.cache).extend(k, v)  # (B, Hkv, S, d)
+    """Every position sees itself and those before it.
+    q (B, H, T, d), k and v (B, Hkv, T, d) -> (B, H, T, d)"""
     # On a CPU, too, this skips what is masked, which plain products compute.
-    return F.scaled_dot_product_attention(q, k, v, ctx.mask, is_causal=q.size(2) == k.size(2),
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True,
                                           enable_gqa=q.size(1) != k.size(1))
-
-
-class LayerCache:
-    """Keys and values of one layer at the positions of earlier passes."""
-    def __init__(self, capacity):
-        self.capacity, self.length = capacity, 0
-        self.k = self.v = None  # (B, Hkv, capacity, d)
-
-    def extend(self, k, v):
-        """Append (B, Hkv, N, d) of this pass -> (B, Hkv, length, d) of all."""
-        if self.k is None:
-            self.k, self.v = (x.new_empty(*x.shape[:2], self.capacity, x.size(3)) for x in (k, v))
-        start, self.length = self.length, self.length + k.size(2)
-        self.k[:, :, start:self.length] = k
-        self.v[:, :, start:self.length] = v
-        return self.k[:, :, :self.length], self.v[:, :, :self.length]
 
 
 class Model(Trunk):
     """p(x0_i | x0 before i) for every i at once."""
-    def forward(self, x, rows=None, cache=None):
+    def forward(self, x, rows=None):
         """x (B, T) int64, the start (vocab_size) and then tokens -> logits (B, T, V), or (R, V) at
-        the flat positions rows (R,). With a cache, a LayerCache for every layer, positions that it
-        holds are not computed again, and only the others have logits."""
-        T, done = x.size(1), cache[0].length if cache else 0
-        positions = torch.arange(done, T, device=x.device)
-        cos, sin = rotary_tables(positions, self.cfg.n_embd // self.cfg.n_head)
-        mask = None  # needed where several positions follow cached ones
-        if 0 < done < T - 1:
-            mask = positions[:, None] >= torch.arange(T, device=x.device)  # (N, T)
-        h0 = self.embed_tokens(x[:, done:])
-        h = self.run_layers(Ctx(cos, sin, h0, mask=mask, cache=iter(cache) if cache else None))
-        if rows is not None:
-            rows = rows - (rows // T + 1) * done  # positions in (B, N)
-        return self.logits(h, rows=rows)
+        the flat positions rows (R,)."""
+        return self.predict(x, torch.arange(x.size(1), device=x.device), rows=rows)
 
 
 class Noise(NamedTuple):
@@ -656,55 +618,6 @@ def nelbo_fn(model, x0, noise, cfg):
 def other_figures(nats, noise):
     """Beside the exact likelihood there are none."""
     return {}
-
-
-@torch.no_grad()
-def generate(model, cfg, known, is_known, *, gen, steps=None, choose=None, warp=None, watch=None,
-             stop=None):
-    """Continue each row. known (B, T) int64, is_known (B, T) bool, first in its row -> Sample.
-
-    Exact: one token a row and pass, from left to right, keys and values cached. stop=ID: a row ends
-    where that token is drawn, unless it is the first of the row; it is not counted in the length,
-    and the row is filled up with it. warp changes the log-probabilities that tokens are drawn from;
-    watch(tokens, nfe) looks on, with vocab_size where there is no token yet. gen (CPU) seeds a
-    generator for every row: a row does not depend on its batch. ValueError: for steps and choose,
-    which belong to diffusion, and for known tokens behind unknown ones."""
-    if steps is not None or choose is not None:
-        raise ValueError("gpt draws one token a pass, from left to right: steps and choose go with "
-                         "train_mdlm")
-    if (is_known[:, 1:] & ~is_known[:, :-1]).any():
-        raise ValueError("gpt writes from left to right: train_mdlm fills gaps")
-    B, T = known.shape
-    start, device = cfg.vocab_size, known.device
-    seeds = [int(torch.randint(2**62, (), generator=gen)) for _ in range(B)]
-    gens = [torch.Generator().manual_seed(s) for s in seeds]
-    where = "cpu" if device.type == "mps" else device  # MPS has no float64
-    u = torch.stack([torch.rand(T, generator=g, dtype=torch.float64) for g in gens]).to(where)
-    tokens = torch.where(is_known, known, start)
-    order = torch.zeros_like(known)
-    length = torch.full((B,), T, device=device)
-    cache = [LayerCache(T) for _ in range(cfg.n_layer)]
-    nfe = 0
-    for i in range(T):
-        free = ~is_known[:, i] & (length == T)  # (B,)
-        if not free.any():
-            continue
-        x = F.pad(tokens[:, :i], (1, 0), value=start)  # (B, i + 1)
-        last = torch.arange(1, B + 1, device=device) * (i + 1) - 1
-        log_probs = model(x, last, cache).log_softmax(-1)  # (B, V)
-        nfe += 1
-        log_probs = log_probs if warp is None else warp(log_probs)
-        drawn = draw_tokens(log_probs.to(where), u[:, i]).to(device)
-        fixed = free[:, None] & (torch.arange(T, device=device) == i)  # (B, T)
-        if stop is not None and i > 0:
-            ends = free & (drawn == stop)
-            length = torch.where(ends, i, length)
-            fixed |= ends[:, None] & (torch.arange(T, device=device) > i)
-        tokens = torch.where(fixed, drawn[:, None], tokens)
-        order = torch.where(fixed, nfe, order)
-        if watch is not None:
-            watch(tokens, nfe)
-    return Sample(tokens, length, nfe, order)
 # <<< objective
 
 

@@ -387,7 +387,7 @@ class Ctx(NamedTuple):
     cond: Tensor | None = None  # (B, cond_dim)
     v0: Tensor | None = None  # (B, S, Hkv d) to add to the values of this layer
     mask: object = None  # what attend makes of it
-    cache: object = None  # keys and values of earlier passes; attend reads and extends it
+    attend: object = None  # a sampler's own attention, in place of attend
 
 
 def norm(x, shift=None, scale=None):
@@ -456,7 +456,7 @@ class Layer(nn.Module):
         v = v.view(B, S, -1, d).transpose(1, 2)
         q = rotary(norm(q), ctx.cos[:N], ctx.sin[:N])
         k = rotary(norm(k), ctx.cos, ctx.sin)
-        y = attend(q, k, v, ctx)  # (B, H, N, d)
+        y = (ctx.attend or attend)(q, k, v, ctx)  # (B, H, N, d)
         y = self.o(y.transpose(1, 2).reshape(B, N, D))
         y = F.dropout(y, self.cfg.dropout, self.training)
         h = h[:, :N] + (y if gate_a is None else gate_a * y)
@@ -535,24 +535,15 @@ class Trunk(nn.Module):
             logits = self.cfg.softcap * torch.tanh(logits / self.cfg.softcap)
         return logits
 
-
-# ----------------------------------------------------------------------------- sampling
-class Sample(NamedTuple):
-    tokens: Tensor  # (B, T) int64
-    length: Tensor  # (B,) int64, tokens of each row
-    nfe: int  # forward passes
-    order: Tensor  # (B, T) int64, the pass that fixed a token; 0: it was known
-
-
-def draw_tokens(log_probs, u):
-    """Inverse CDF in float64: log_probs (R, V), u (R,) uniform -> tokens (R,). Gumbel noise in fp32
-    draws rare tokens too seldom (arXiv 2409.02908, section 4)."""
-    cdf = log_probs.double().softmax(-1).cumsum(-1)
-    total = cdf[:, -1:]
-    token = torch.searchsorted(cdf, u[:, None] * total, right=True)[:, 0]
-    # u < 1 may still round up to the total: the last token that has any probability.
-    last = (cdf < total).sum(-1)
-    return torch.minimum(token, last)
+    def predict(self, tokens, positions, sigma=None, rows=None, n_query=None, mask=None,
+                attend=None):
+        """tokens (B, S) int64 at positions (S,) -> logits (B, N, V), or (R, V) at the flat
+        positions rows (R,) of the N = n_query or S outputs. A sampler that keeps keys and values
+        gives an attention of its own: attend(q, k, v, ctx), called layer after layer."""
+        cos, sin = rotary_tables(positions, self.cfg.n_embd // self.cfg.n_head)
+        cond = None if sigma is None else self.embed_sigma(sigma)
+        ctx = Ctx(cos, sin, self.embed_tokens(tokens), cond, mask=mask, attend=attend)
+        return self.logits(self.run_layers(ctx, n_query), cond, rows)
 
 
 # ----------------------------------------------------------------------------- objective
@@ -664,18 +655,18 @@ def documents(x0, cfg):
 
 def attend(q, k, v, ctx):
     """Every position sees what the mask says, under doc_mask of its own document alone.
-    q (B, H, N, d), k and v (B, Hkv, S, d) -> (B, H, N, d)"""
-    if ctx.cache is not None:
-        k, v = next(ctx.cache).extend(k, v)
+    q (B, H, N, d), k and v (B, Hkv, 2T, d) -> (B, H, N, d), N is 2T or, in the last layer, T"""
     masks, docs = ctx.mask
-    mask, grouped = masks[q.size(2)], q.size(1) != k.size(1)
-    if mask is None or isinstance(mask, Tensor):
-        dense = functools.partial(F.scaled_dot_product_attention, enable_gqa=grouped)
-        if ctx.cache is not None or q.size(2) < k.size(2):
-            return dense(q, k, v, mask)
-        T = q.size(2) // 2  # clean queries see no noised key: a quarter of the products less
+    mask, is_grouped = masks[q.size(2)], q.size(1) != k.size(1)
+    if isinstance(mask, Tensor):
+        dense = functools.partial(F.scaled_dot_product_attention, enable_gqa=is_grouped)
+        T = k.size(2) // 2
+        noised = dense(q[:, :, :T], k, v, mask[..., :T, :])
+        if q.size(2) == T:
+            return noised
+        # Clean queries see no noised key: a quarter of the products less.
         clean = dense(*(x[:, :, T:] for x in (q, k, v)), mask[..., T:, T:])
-        return torch.cat((dense(q[:, :, :T], k, v, mask[..., :T, :]), clean), 2)
+        return torch.cat((noised, clean), 2)
     from torch.nn.attention.flex_attention import flex_attention
 
     def same_document(score, b, h, q_at, k_at):
@@ -683,41 +674,7 @@ def attend(q, k, v, ctx):
 
     # The blocks' mask fits all rows; documents differ by row, and are compared inside the kernel.
     score_mod = None if docs is None else same_document
-    return flex_attention(q, k, v, score_mod, mask, enable_gqa=grouped)
-
-
-class LayerCache:
-    """Keys and values of one layer at clean positions of earlier passes; of these, the newest
-    seq_len - block_len are seen."""
-    def __init__(self, cfg, T):
-        self.block_len, self.window = cfg.block_len, cfg.seq_len - cfg.block_len
-        self.capacity = min(T, 2 * cfg.seq_len)
-        self.length = self.done = 0  # clean positions in the buffers; and ever
-        self.k = self.v = None  # (B, Hkv, capacity, d)
-
-    @property
-    def first(self):
-        """The oldest position that is seen."""
-        return self.done - min(self.length, self.window)
-
-    def extend(self, k, v):
-        """Of this pass (B, Hkv, N, d), a noised block and then new clean ones, which are kept ->
-        of all that is seen (B, Hkv, S, d), the clean positions and then the noised block."""
-        L, N, seen = self.block_len, k.size(2), min(self.length, self.window)
-        if self.k is None or self.length + N > self.k.size(2):
-            old, start = (self.k, self.v), self.length - seen
-            size = max(self.capacity, seen + N)
-            self.k, self.v = (x.new_empty(*x.shape[:2], size, x.size(3)) for x in (k, v))
-            if seen:
-                for x, kept in zip((self.k, self.v), old, strict=True):
-                    x[:, :, :seen] = kept[:, :, start:self.length]
-            self.length = seen
-        start, end = self.length - seen, self.length + N
-        for x, new in (self.k, k), (self.v, v):
-            x[:, :, self.length:end - L] = new[:, :, L:]
-            x[:, :, end - L:end] = new[:, :, :L]  # the next pass writes over it
-        self.length, self.done = end - L, self.done + N - L
-        return self.k[:, :, start:end], self.v[:, :, start:end]
+    return flex_attention(q, k, v, score_mod, mask, enable_gqa=is_grouped)
 
 
 class Model(Trunk):
@@ -727,40 +684,20 @@ class Model(Trunk):
         super().__init__(cfg)
         self.masks = {}  # by shape, see prepare_masks
 
-    def forward(self, xt, x0, rows=None, cache=None):
+    def forward(self, xt, x0, rows=None):
         """xt (B, T) int64 with mask_id = vocab_size, x0 (B, T) -> logits (B, T, V), or (R, V) at
-        the flat positions rows (R,). block_len divides T.
-
-        With a cache, a LayerCache for every layer, only the last block has logits, and its rows
-        alone may be asked for; blocks of x0 that the cache holds are not computed again."""
-        T, L, device = xt.size(1), self.cfg.block_len, xt.device
-        docs = documents(x0, self.cfg) if self.cfg.doc_mask else None
-        if cache is None:
-            flex = use_flex(device)
-            x, at = torch.cat((xt, x0), 1), torch.arange(2 * T, device=device)
-            prepare_masks(self, (T, device, flex))
-            masks, n_query, key_at = self.masks[T, device, flex], T, at
-        else:
-            flex, n_query, done = False, L, cache[0].done
-            x = torch.cat((xt[:, T - L:], x0[:, done:T - L]), 1)  # (B, N)
-            noised = torch.arange(T - L, T, device=device)
-            at = torch.cat((noised, torch.arange(T + done, 2 * T - L, device=device)))
-            key_at = torch.cat((torch.arange(T + cache[0].first, 2 * T - L, device=device), noised))
-            mask = None  # a noised block alone sees all there is
-            if x.size(1) > L or docs is not None:
-                mask = sees(at[:, None], key_at, T, L)  # (N, S)
-                mask = mask & (key_at % T // L > at[:, None] % T // L - self.cfg.seq_len // L)
-            masks = {n: mask if mask is None else mask[:n] for n in (L, x.size(1))}
+        the flat positions rows (R,). block_len divides T."""
+        T, device = xt.size(1), xt.device
+        flex = use_flex(device)
+        prepare_masks(self, (T, device, flex))
+        masks = self.masks[T, device, flex]
+        docs = documents(x0, self.cfg) if self.cfg.doc_mask else None  # (B, 2T)
         if docs is not None and not flex:
-            same = docs[:, None, at, None] == docs[:, None, None, key_at]  # (B, 1, N, S)
+            same = docs[:, None, :, None] == docs[:, None, None, :]  # (B, 1, 2T, 2T)
             masks = {n: mask & same[:, :, :n] for n, mask in masks.items()}
-        cos, sin = rotary_tables(at % T, self.cfg.n_embd // self.cfg.n_head)
-        ctx = Ctx(cos, sin, self.embed_tokens(x), mask=(masks, docs),
-                  cache=iter(cache) if cache else None)
-        h = self.run_layers(ctx, n_query)  # (B, n_query, D)
-        if rows is not None and cache is not None:
-            rows = rows - (rows // T + 1) * (T - L)  # positions in (B, L)
-        return self.logits(h, rows=rows)
+        positions = torch.arange(T, device=device).repeat(2)
+        tokens = torch.cat((xt, x0), 1)  # (B, 2T)
+        return self.predict(tokens, positions, rows=rows, n_query=T, mask=(masks, docs))
 
 
 class Noise(NamedTuple):
@@ -866,97 +803,6 @@ def nelbo_fn(model, x0, noise, cfg):
 def other_figures(nats, noise):
     """Beside the bound there are none."""
     return {}
-
-
-@torch.no_grad()
-def generate(model, cfg, known, is_known, *, steps, gen, choose=None, warp=None, watch=None,
-             stop=None):
-    """Continue each row. known (B, T) int64, is_known (B, T) bool, first in its row -> Sample.
-
-    Block after block, with the keys and values of finished blocks cached: the first pass of a block
-    computes those of the one before it. Beyond seq_len the newest seq_len tokens are seen. Inside a
-    block, steps=N: ancestral sampling on N equal steps of t (arXiv 2406.07524, eq. 6 with SUBS),
-    each masked token drawn with probability (t - s) / t. steps=None: first-hitting (arXiv
-    2409.02908), one uniformly random token a row and pass: as ancestral for N -> inf. Without a
-    token to draw there is no forward pass. choose(log_probs (R, V) where masked, is_mask (B,
-    block_len), step=, steps=, u=(B, block_len) uniform) -> is_mask after the pass replaces both; it
-    may mask tokens of the block again.
-
-    stop=ID: a row ends where that token stands in a finished block, unless it is the first of the
-    row or known; it is not counted in the length, and the row is filled up with it. warp changes
-    the log-probabilities that tokens are drawn from; watch(tokens, nfe) looks on. gen (CPU) seeds a
-    generator for every row: a row does not depend on its batch. ValueError: for known tokens behind
-    unknown ones."""
-    if (is_known[:, 1:] & ~is_known[:, :-1]).any():
-        raise ValueError("block diffusion writes one block after another: train_mdlm fills gaps")
-    (B, T), L, mask_id, device = known.shape, cfg.block_len, cfg.vocab_size, known.device
-    seeds = [int(torch.randint(2**62, (), generator=gen)) for _ in range(B)]
-    gens = [torch.Generator().manual_seed(s) for s in seeds]
-    whole = -(-T // L) * L  # the last block is written to its end, and cut
-    fixed = torch.arange(whole, device=device) < is_known.sum(1, keepdim=True)  # (B, whole)
-    tokens = F.pad(torch.where(is_known, known, mask_id), (0, whole - T), value=mask_id)
-    order = torch.zeros_like(tokens)
-    length = torch.full((B,), T, device=device)
-    cache = [LayerCache(cfg, whole) for _ in range(cfg.n_layer)]
-    nfe, passes = 0, L if steps is None else steps
-    prompt = int(is_known.sum(1).min())
-    # A prompt longer than the context enters the cache piece by piece.
-    for end in range(cfg.seq_len, prompt // L * L, max(L, cfg.seq_len - L)):
-        x, none = tokens[:, :end], torch.zeros(0, dtype=torch.int64, device=device)
-        model(x, x, none, cache)
-        nfe += 1
-    for start in range(0, whole, L):
-        here = slice(start, start + L)
-        u = [torch.rand(passes, 2, L, generator=g, dtype=torch.float64) for g in gens]
-        if not (tokens[:, here] == mask_id).any():
-            continue
-        picks, u = torch.stack(u, 2).unbind(1)  # (passes, B, L) each, CPU float64
-        for i in range(passes):
-            block = tokens[:, here]
-            is_mask = block == mask_id
-            if choose is not None:
-                commit = torch.ones(B, L, dtype=torch.bool)  # chosen from below
-            elif steps is None:
-                first = picks[i].masked_fill(~is_mask.cpu(), -1).argmax(1, keepdim=True)
-                commit = torch.zeros(B, L, dtype=torch.bool).scatter_(1, first, True)
-            else:
-                commit = picks[i] * (steps - i) < 1
-            commit = commit.to(device) & is_mask
-            rows = commit.flatten().nonzero()[:, 0]
-            log_probs = torch.zeros(0, mask_id, device=device)
-            if len(rows):
-                x = tokens[:, :start + L]
-                at = rows // L * (start + L) + start + rows % L
-                log_probs = model(x, x, at, cache).log_softmax(-1)  # (R, V)
-                nfe += 1
-            if choose is not None:
-                new_mask = choose(log_probs, is_mask, step=i, steps=steps, u=picks[i])
-                new_mask &= ~fixed[:, here] & (i < passes - 1)
-                block = torch.where(new_mask, mask_id, block)
-                commit = is_mask & ~new_mask
-                at = commit.flatten()[rows]
-                rows, log_probs = rows[at], log_probs[at]
-            if len(rows):
-                log_probs = log_probs if warp is None else warp(log_probs)
-                where = "cpu" if device.type == "mps" else device  # MPS has no float64
-                drawn = draw_tokens(log_probs.to(where), u[i].flatten()[rows.cpu()].to(where))
-                block = block.flatten().index_put((rows,), drawn.to(device)).view(B, L)
-                order[:, here] = torch.where(commit, nfe, order[:, here])
-            tokens[:, here] = block
-            if watch is not None and i < passes - 1:
-                watch(tokens[:, :T].clone(), nfe)
-        if stop is not None:
-            ends = (block == stop) & ~fixed[:, here]
-            ends[:, 0] &= start > 0
-            at = start + ends.int().argmax(1)
-            behind = torch.arange(whole, device=device) >= at[:, None]  # (B, whole)
-            behind &= ends.any(1, keepdim=True)
-            tokens, fixed = torch.where(behind, stop, tokens), fixed | behind
-            order = torch.where(behind & (order == 0), nfe, order)
-            length = torch.where(ends.any(1), at.clamp(max=T), length)
-        if watch is not None:
-            watch(tokens[:, :T].clone(), nfe)
-    return Sample(tokens[:, :T], length, nfe, order[:, :T])
 # <<< objective
 
 

@@ -382,7 +382,7 @@ class Ctx(NamedTuple):
     cond: Tensor | None = None  # (B, cond_dim)
     v0: Tensor | None = None  # (B, S, Hkv d) to add to the values of this layer
     mask: object = None  # what attend makes of it
-    cache: object = None  # keys and values of earlier passes; attend reads and extends it
+    attend: object = None  # a sampler's own attention, in place of attend
 
 
 def norm(x, shift=None, scale=None):
@@ -451,7 +451,7 @@ class Layer(nn.Module):
         v = v.view(B, S, -1, d).transpose(1, 2)
         q = rotary(norm(q), ctx.cos[:N], ctx.sin[:N])
         k = rotary(norm(k), ctx.cos, ctx.sin)
-        y = attend(q, k, v, ctx)  # (B, H, N, d)
+        y = (ctx.attend or attend)(q, k, v, ctx)  # (B, H, N, d)
         y = self.o(y.transpose(1, 2).reshape(B, N, D))
         y = F.dropout(y, self.cfg.dropout, self.training)
         h = h[:, :N] + (y if gate_a is None else gate_a * y)
@@ -530,24 +530,15 @@ class Trunk(nn.Module):
             logits = self.cfg.softcap * torch.tanh(logits / self.cfg.softcap)
         return logits
 
-
-# ----------------------------------------------------------------------------- sampling
-class Sample(NamedTuple):
-    tokens: Tensor  # (B, T) int64
-    length: Tensor  # (B,) int64, tokens of each row
-    nfe: int  # forward passes
-    order: Tensor  # (B, T) int64, the pass that fixed a token; 0: it was known
-
-
-def draw_tokens(log_probs, u):
-    """Inverse CDF in float64: log_probs (R, V), u (R,) uniform -> tokens (R,). Gumbel noise in fp32
-    draws rare tokens too seldom (arXiv 2409.02908, section 4)."""
-    cdf = log_probs.double().softmax(-1).cumsum(-1)
-    total = cdf[:, -1:]
-    token = torch.searchsorted(cdf, u[:, None] * total, right=True)[:, 0]
-    # u < 1 may still round up to the total: the last token that has any probability.
-    last = (cdf < total).sum(-1)
-    return torch.minimum(token, last)
+    def predict(self, tokens, positions, sigma=None, rows=None, n_query=None, mask=None,
+                attend=None):
+        """tokens (B, S) int64 at positions (S,) -> logits (B, N, V), or (R, V) at the flat
+        positions rows (R,) of the N = n_query or S outputs. A sampler that keeps keys and values
+        gives an attention of its own: attend(q, k, v, ctx), called layer after layer."""
+        cos, sin = rotary_tables(positions, self.cfg.n_embd // self.cfg.n_head)
+        cond = None if sigma is None else self.embed_sigma(sigma)
+        ctx = Ctx(cos, sin, self.embed_tokens(tokens), cond, mask=mask, attend=attend)
+        return self.logits(self.run_layers(ctx, n_query), cond, rows)
 
 
 # ----------------------------------------------------------------------------- objective
@@ -634,12 +625,7 @@ class Model(Trunk):
     """Denoiser: p(x0_i | xt) for every i at once."""
     def forward(self, xt, sigma, rows=None):
         """xt (B, T) int64 with mask_id = vocab_size, sigma (B,) -> logits (B, T, V) or (R, V)."""
-        B, T = xt.shape
-        positions = torch.arange(T, device=xt.device)
-        cos, sin = rotary_tables(positions, self.cfg.n_embd // self.cfg.n_head)
-        cond = self.embed_sigma(sigma)
-        h = self.run_layers(Ctx(cos, sin, self.embed_tokens(xt), cond))
-        return self.logits(h, cond, rows)
+        return self.predict(xt, torch.arange(xt.size(1), device=xt.device), sigma, rows)
 
 
 class Noise(NamedTuple):
@@ -758,60 +744,6 @@ def other_figures(nats, noise):
     The mean over all masked tokens of a batch gives heavily masked rows more weight."""
     k = noise.level.double()
     return {"masked_mean(no_bound)": float((nats / noise.weight.double()).sum() / k.sum())}
-
-
-@torch.no_grad()
-def generate(model, cfg, known, is_known, *, steps, gen, choose=None, warp=None, watch=None):
-    """Fill in the unknown positions. known (B, T) int64, is_known (B, T) bool -> Sample.
-
-    steps=N: ancestral sampling on N equal steps of t (arXiv 2406.07524, eq. 6 with SUBS), each
-    masked token drawn with probability (t - s) / t. steps=None: first-hitting (arXiv 2409.02908),
-    one uniformly random token a row and pass: as ancestral for N -> inf. Without a token to draw
-    there is no forward pass. choose(log_probs (R, V) where masked, is_mask (B, T), step=, steps=,
-    u=(B, T) uniform) -> is_mask after the pass replaces both; it may mask tokens again.
-    warp changes the log-probabilities that tokens are drawn from; watch(tokens, nfe) looks on.
-    gen (CPU) seeds a generator for every row: a row does not depend on its batch."""
-    B, T = known.shape
-    mask_id, device = cfg.vocab_size, known.device
-    seeds = [int(torch.randint(2**62, (), generator=gen)) for _ in range(B)]
-    gens = [torch.Generator().manual_seed(s) for s in seeds]
-    tokens = torch.where(is_known, known, mask_id)
-    order = torch.zeros_like(known)
-    nfe, passes = 0, T if steps is None else steps
-    for i in range(passes):
-        is_mask = tokens == mask_id
-        u = [torch.rand(2, T, generator=g, dtype=torch.float64) for g in gens]
-        pick, u = torch.stack(u).unbind(1)  # (B, T) each, CPU float64
-        if choose is not None:
-            commit = torch.ones(B, T, dtype=torch.bool)  # chosen from below
-        elif steps is None:
-            first = pick.masked_fill(~is_mask.cpu(), -1).argmax(1, keepdim=True)
-            commit = torch.zeros(B, T, dtype=torch.bool).scatter_(1, first, True)
-        else:
-            commit = pick * (steps - i) < 1
-        commit = commit.to(device) & is_mask
-        rows = commit.flatten().nonzero()[:, 0]
-        log_probs = torch.zeros(0, mask_id, device=device)
-        if len(rows):
-            sigma = -torch.log1p(-is_mask.sum(1).clamp(min=1) / (T + 1))
-            log_probs = model(tokens, sigma, rows).log_softmax(-1)  # (R, V)
-            nfe += 1
-        if choose is not None:
-            new_mask = choose(log_probs, is_mask, step=i, steps=steps, u=pick) & ~is_known
-            new_mask &= i < passes - 1
-            tokens = torch.where(new_mask, mask_id, tokens)
-            commit = is_mask & ~new_mask
-            at = commit.flatten()[rows]
-            rows, log_probs = rows[at], log_probs[at]
-        if len(rows):
-            log_probs = log_probs if warp is None else warp(log_probs)
-            where = "cpu" if device.type == "mps" else device  # MPS has no float64
-            drawn = draw_tokens(log_probs.to(where), u.flatten()[rows.cpu()].to(where)).to(device)
-            tokens = tokens.flatten().index_put((rows,), drawn).view(B, T)
-            order = torch.where(commit, nfe, order)
-        if watch is not None:
-            watch(tokens, nfe)
-    return Sample(tokens, torch.full((B,), T, device=device), nfe, order)
 # <<< objective
 
 

@@ -381,7 +381,7 @@ class Ctx(NamedTuple):
     cond: Tensor | None = None  # (B, cond_dim)
     v0: Tensor | None = None  # (B, S, Hkv d) to add to the values of this layer
     mask: object = None  # what attend makes of it
-    cache: object = None  # keys and values of earlier passes; attend reads and extends it
+    attend: object = None  # a sampler's own attention, in place of attend
 
 
 def norm(x, shift=None, scale=None):
@@ -450,7 +450,7 @@ class Layer(nn.Module):
         v = v.view(B, S, -1, d).transpose(1, 2)
         q = rotary(norm(q), ctx.cos[:N], ctx.sin[:N])
         k = rotary(norm(k), ctx.cos, ctx.sin)
-        y = attend(q, k, v, ctx)  # (B, H, N, d)
+        y = (ctx.attend or attend)(q, k, v, ctx)  # (B, H, N, d)
         y = self.o(y.transpose(1, 2).reshape(B, N, D))
         y = F.dropout(y, self.cfg.dropout, self.training)
         h = h[:, :N] + (y if gate_a is None else gate_a * y)
@@ -529,24 +529,15 @@ class Trunk(nn.Module):
             logits = self.cfg.softcap * torch.tanh(logits / self.cfg.softcap)
         return logits
 
-
-# ----------------------------------------------------------------------------- sampling
-class Sample(NamedTuple):
-    tokens: Tensor  # (B, T) int64
-    length: Tensor  # (B,) int64, tokens of each row
-    nfe: int  # forward passes
-    order: Tensor  # (B, T) int64, the pass that fixed a token; 0: it was known
-
-
-def draw_tokens(log_probs, u):
-    """Inverse CDF in float64: log_probs (R, V), u (R,) uniform -> tokens (R,). Gumbel noise in fp32
-    draws rare tokens too seldom (arXiv 2409.02908, section 4)."""
-    cdf = log_probs.double().softmax(-1).cumsum(-1)
-    total = cdf[:, -1:]
-    token = torch.searchsorted(cdf, u[:, None] * total, right=True)[:, 0]
-    # u < 1 may still round up to the total: the last token that has any probability.
-    last = (cdf < total).sum(-1)
-    return torch.minimum(token, last)
+    def predict(self, tokens, positions, sigma=None, rows=None, n_query=None, mask=None,
+                attend=None):
+        """tokens (B, S) int64 at positions (S,) -> logits (B, N, V), or (R, V) at the flat
+        positions rows (R,) of the N = n_query or S outputs. A sampler that keeps keys and values
+        gives an attention of its own: attend(q, k, v, ctx), called layer after layer."""
+        cos, sin = rotary_tables(positions, self.cfg.n_embd // self.cfg.n_head)
+        cond = None if sigma is None else self.embed_sigma(sigma)
+        ctx = Ctx(cos, sin, self.embed_tokens(tokens), cond, mask=mask, attend=attend)
+        return self.logits(self.run_layers(ctx, n_query), cond, rows)
 
 
 # ----------------------------------------------------------------------------- objective
@@ -622,12 +613,9 @@ class Model(Trunk):
     def forward(self, xt, sigma, rows=None):
         """xt (B, T) int64, under absorb with mask_id = vocab_size; sigma (B,) -> log score
         (B, T, V) or (R, V), of masked positions (absorb), or 0 at the current token (uniform)."""
-        B, T = xt.shape
-        positions = torch.arange(T, device=xt.device)
-        cos, sin = rotary_tables(positions, self.cfg.n_embd // self.cfg.n_head)
-        cond = self.embed_sigma(sigma)
-        h = self.run_layers(Ctx(cos, sin, self.embed_tokens(xt), cond))
-        u = self.logits(h, cond, rows)  # (B, T, V) or (R, V); all 0 is the uniform distribution
+        T = xt.size(1)
+        # (B, T, V) or (R, V); all 0 is the uniform distribution
+        u = self.predict(xt, torch.arange(T, device=xt.device), sigma, rows)
         if self.cfg.normalized:
             u = u.log_softmax(-1) + math.log(u.size(-1))
         sigma = sigma[:, None] if rows is None else sigma[rows // T]
@@ -765,88 +753,6 @@ def nelbo_fn(model, x0, noise, cfg):
 def other_figures(nats, noise):
     """Beside the bound there are none."""
     return {}
-
-
-def uniform_law(log_score, current, sigma, sigma_next, rate, warp):
-    """log_score (R, N) at tokens current (R,) and noise sigma -> log of what a pass draws from,
-    (R, N) float64, up to a constant: Tweedie's step to sigma_next, or Euler's of the given rate."""
-    score = log_score.double().exp()
-    N, growth = score.size(-1), math.expm1(sigma)
-    if warp is not None:  # exp(-sigma Q) s, a clean token's law given the other positions
-        clean = (1 + growth) * score - growth * score.mean(-1, keepdim=True)
-        clean = warp(clean.clamp(min=0).log().log_softmax(-1)).exp()
-        score = N * clean + growth  # and the noise on it again
-        score = score / score.gather(-1, current[:, None])
-    if rate is not None:
-        law = rate / N * score
-        stay = 1 + law.gather(-1, current[:, None]) - law.sum(-1, keepdim=True)
-        law = law.scatter(-1, current[:, None], stay)
-    else:  # exp(-delta Q) s, times exp(delta Q) from y to the current token
-        delta = sigma - sigma_next
-        before = math.exp(delta) * score - math.expm1(delta) * score.mean(-1, keepdim=True)
-        law = before * (F.one_hot(current, N) * math.exp(-delta) - math.expm1(-delta) / N)
-    return law.clamp(min=0).log()  # an inexact score, or too long a step, may go below 0
-
-
-@torch.no_grad()
-def generate(model, cfg, known, is_known, *, steps, gen, euler=False, warp=None, watch=None):
-    """Fill in the unknown positions. known (B, T) int64, is_known (B, T) bool -> Sample.
-
-    steps=N passes (None: T), on N equal steps of t. Each draws every position anew by Tweedie's
-    law, the exact one of a position if it moved alone (arXiv 2310.16834, theorem 4.2); euler=True:
-    by the rates at the step's start. The last pass denoises: all of the noise that is left goes in
-    one step of Tweedie's. Under absorb a pass without a change needs no new forward pass.
-    warp changes the log-probabilities (R, V) of tokens: under absorb of what a mask becomes, not
-    when; under uniform of the clean token that the score implies, before the noise of that time.
-    watch(tokens, nfe) looks on. order: the pass that gave a token its value.
-    gen (CPU) seeds a generator for every row: a row does not depend on its batch."""
-    (B, T), V, device = known.shape, cfg.vocab_size, known.device
-    where = "cpu" if device.type == "mps" else device  # MPS has no float64
-    seeds = [int(torch.randint(2**62, (), generator=gen)) for _ in range(B)]
-    gens = [torch.Generator().manual_seed(s) for s in seeds]
-    passes, absorb = T if steps is None else steps, cfg.graph == "absorb"
-    sigmas, slopes = total_noise(torch.arange(passes, 0, -1, dtype=torch.float64) / passes, cfg)
-    sigmas = [*sigmas.tolist(), 0.0]
-    start = torch.stack([torch.rand(T, generator=g, dtype=torch.float64) for g in gens])
-    start = V if absorb else (start * V).long().to(device)
-    tokens = torch.where(is_known, known, start)
-    order = torch.zeros_like(known)
-    nfe, changed = 0, True
-    for i in range(passes):
-        sigma, last = sigmas[i], i == passes - 1
-        rate = slopes[i].item() / passes if euler and not last else None
-        u = [torch.rand(2, T, generator=g, dtype=torch.float64) for g in gens]
-        pick, u = torch.stack(u).unbind(1)  # (B, T) each, CPU float64
-        free = tokens == V if absorb else ~is_known
-        rows = free.flatten().nonzero()[:, 0]
-        if not len(rows):
-            break
-        if absorb:
-            if changed:
-                at = -torch.log1p(-free.sum(1).clamp(min=1) / (T + 1))  # sigma of that many masks
-                log_clean = model(tokens, at, rows)  # (R, V)
-                log_clean = log_clean + torch.expm1(at).log()[rows // T, None]
-                nfe += 1
-            # Tweedie: expm1(sigma - sigma_next) s_y is the probability of token y.
-            share = math.expm1(sigma - sigmas[i + 1]) if rate is None else rate
-            leave = log_clean.logsumexp(-1).cpu().double().exp() * share / math.expm1(sigma)
-            leave = (pick.flatten()[rows.cpu()] < leave) | last
-            leave = leave.to(device)
-            rows, log_law = rows[leave], log_clean[leave].log_softmax(-1)
-            log_law = (log_law if warp is None else warp(log_law)).to(where)
-        else:
-            log_score = model(tokens, torch.full((B,), sigma, device=device), rows).to(where)
-            nfe += 1
-            current = tokens.flatten()[rows].to(where)
-            log_law = uniform_law(log_score, current, sigma, sigmas[i + 1], rate, warp)
-        drawn = draw_tokens(log_law, u.flatten()[rows.cpu()].to(where)).to(device)
-        new = tokens.flatten().index_put((rows,), drawn).view(B, T)
-        moved = (new != tokens) | (order == 0) & free & (not absorb)
-        tokens, changed = new, bool(moved.any())
-        order = torch.where(moved, nfe, order)
-        if watch is not None:
-            watch(tokens, nfe)
-    return Sample(tokens, torch.full((B,), T, device=device), nfe, order)
 # <<< objective
 
 
