@@ -5,8 +5,7 @@
 
 An argument is a run folder, or several that are seeds of one setting: with commas between, or a
 quoted pattern; NAME= in front names the row. All runs must have been evaluated on the same windows
-with the same noise. Then runs differ far less in a window than windows differ from each other, so
-the difference to the first row is taken window by window:
+with the same noise: then the difference to the first row is taken window by window.
 
     nats per token   mean over windows and seeds, <= where it is a bound, +- its standard error over
                      windows; its standard deviation over seeds stands beside their number
@@ -14,11 +13,9 @@ the difference to the first row is taken window by window:
                      differences of equal seeds if both rows have the same ones, otherwise of two
                      independent means
 
-Standard errors over windows are those of pairs of neighbours, whose noise is antithetic: windows of
-a pair are not independent, pairs are. Parameters and FLOPs (training, per token) are as printed.
+Standard errors over windows are those of pairs of neighbours, whose noise is antithetic.
 """
 
-import argparse
 import glob
 import json
 import math
@@ -27,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from check import Log, objective_of, read_log, recipe, require
+from check import Log, Parser, objective_of, read_log, recipe, require, trained_tokens
 
 METRICS = {"val_nll", "val_nelbo"}  # in log.jsonl: exact, or a bound
 
@@ -35,10 +32,9 @@ METRICS = {"val_nll", "val_nelbo"}  # in log.jsonl: exact, or a bound
 @dataclass(frozen=True)
 class Run:
     """What a run folder says."""
-    folder: Path
     log: Log
     is_exact: bool  # a likelihood, not a bound on it
-    bpb: float | None
+    bpb: float
     nats: np.ndarray  # (N,) per token, of each validation window
     judged_on: dict  # what must agree for a comparison
 
@@ -54,7 +50,7 @@ def read_run(folder):
     nats = np.load(folder / f"{config['split']}_nats.npy") / config["seq_len"]
     judged_on = {"data": Path(config["data"]).name, "split": config["split"],
                  "seq_len": config["seq_len"], **{k: found[k] for k in ("tokens", "bytes", "seed")}}
-    return Run(folder, log, "val_nll" in found, found["bpb"], nats, judged_on)
+    return Run(log, "val_nll" in found, found["bpb"], nats, judged_on)
 
 
 def read_row(arg):
@@ -72,7 +68,7 @@ def read_row(arg):
     for run in runs[1:]:
         other = recipe(run.log)
         differ = [k for k in {**first, **other} if first.get(k) != other.get(k)]
-        require(not differ, f"{run.folder}: another {', '.join(differ)} than {runs[0].folder}: a "
+        require(not differ, f"{run.log.path}: another {', '.join(differ)} than {runs[0].log.path}: a "
                 "row takes seeds of one setting")
     require(len(set(seeds(runs))) == len(runs), f"{arg}: a row takes a seed only once")
     return name or rest.rstrip("/").rpartition("/")[2], runs
@@ -84,8 +80,8 @@ def seeds(runs):
 
 
 def standard_error(values):
-    """Of the mean of independent values; NaN for a single one."""
-    return values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else math.nan
+    """Of the mean of independent values."""
+    return values.std(ddof=1) / len(values) ** 0.5
 
 
 def over_windows(runs):
@@ -93,40 +89,35 @@ def over_windows(runs):
     return np.mean([run.nats for run in runs], 0).reshape(-1, 2).mean(1)
 
 
-def seed_means(runs):
+def over_seeds(runs):
+    """Nats per token of each run, the mean over windows."""
     return np.array([run.nats.mean() for run in runs])
 
 
-def seed_error(runs, others):
-    """Standard error over seeds of the mean difference of two rows."""
-    a, b = seed_means(runs), seed_means(others)
-    if seeds(runs) == seeds(others):
-        return standard_error(a - b)
-    return math.hypot(standard_error(a), standard_error(b))
-
-
 # ----------------------------------------------------------------------------- the table
-def number(value):
-    return "n/a" if value is None or math.isnan(value) else f"{value:.4f}"
+def difference(runs, first):
+    """Mean of runs - first with its standard errors."""
+    pairs = over_windows(runs) - over_windows(first)
+    text = f"{pairs.mean():+.4f} ± {standard_error(pairs):.4f}"
+    if len(runs) < 2 or len(first) < 2:
+        return text
+    a, b = over_seeds(runs), over_seeds(first)
+    error = math.hypot(standard_error(a), standard_error(b))
+    if seeds(runs) == seeds(first):
+        error = standard_error(a - b)
+    return f"{text} / {error:.4f}"
 
 
 def cells(name, runs, first):
-    """A row of the table; first: the runs of the first row, or None there."""
-    run, log, pairs = runs[0], runs[0].log, over_windows(runs)
-    tokens = f"{log.config['steps'] * log.config['batch_tokens']:,}"
-    if log.config["init_from"]:
-        tokens += f" after {log.config['init_from']}"
-    spread = f", sd {number(seed_means(runs).std(ddof=1))}" if len(runs) > 1 else ""
-    bits = None if run.bpb is None else np.mean([r.bpb for r in runs])
-    difference = ""
-    if first:
-        d = pairs - over_windows(first)
-        difference = f"{d.mean():+.4f} ± {number(standard_error(d))}"
-        if len(runs) > 1 and len(first) > 1:
-            difference += f" / {number(seed_error(runs, first))}"
-    nats = f"{pairs.mean():.4f} ± {number(standard_error(pairs))}"
-    return [name, objective_of(log.config), f"{log.parameters}M", tokens, log.mflop,
-            f"{len(runs)}{spread}", nats if run.is_exact else f"≤ {nats}", number(bits), difference]
+    """A row of the table; first: the runs of the first row."""
+    log, pairs = runs[0].log, over_windows(runs)
+    start, nats = log.config["init_from"], f"{pairs.mean():.4f} ± {standard_error(pairs):.4f}"
+    spread = f", sd {over_seeds(runs).std(ddof=1):.4f}" if len(runs) > 1 else ""
+    return [name, objective_of(log.config), f"{log.parameters}M",
+            f"{trained_tokens(log):,}{' after ' if start else ''}{start}", log.mflop,
+            f"{len(runs)}{spread}", nats if runs[0].is_exact else f"≤ {nats}",
+            f"{np.mean([run.bpb for run in runs]):.4f}",
+            "" if runs is first else difference(runs, first)]
 
 
 def table(rows):
@@ -135,7 +126,7 @@ def table(rows):
     heads = ["run", "script", "parameters", "training tokens", "MFLOP per token", "seeds",
              "nats per token", "bits per byte", f"minus {first_name}"]
     lines = [heads, ["---"] * len(heads)]
-    lines += [cells(name, runs, None if runs is first else first) for name, runs in rows]
+    lines += [cells(name, runs, first) for name, runs in rows]
     on = first[0].judged_on
     note = (f"{on['data']}, {on['split']}: {on['tokens']:,} tokens, {on['bytes']:,} bytes, windows "
             f"of {on['seq_len']}, noise of seed {on['seed']}. ± standard error over "
@@ -145,24 +136,18 @@ def table(rows):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{note}."
 
 
-def fail(message):
-    print(f"compare.py: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
 def main(argv):
-    parser = argparse.ArgumentParser(prog="compare.py")
-    parser.error, parser.format_help = fail, lambda: __doc__
-    parser.add_argument("runs", nargs="+", metavar="RUN")
+    parser = Parser(description=__doc__)
+    parser.add_argument("runs", nargs="+")
     try:
         rows = [read_row(arg) for arg in parser.parse_args(argv).runs]
         first = rows[0][1][0]
         for run in (run for _, runs in rows for run in runs):
             for key, value in first.judged_on.items():
-                require(run.judged_on[key] == value, f"{run.folder}: evaluated on {key} "
-                        f"{run.judged_on[key]}, {first.folder} on {value}")
+                require(run.judged_on[key] == value, f"{run.log.path}: evaluated on {key} "
+                        f"{run.judged_on[key]}, {first.log.path} on {value}")
     except (OSError, ValueError) as error:
-        fail(error)
+        parser.error(error)
     print(table(rows))
 
 
