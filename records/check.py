@@ -20,6 +20,7 @@ import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent
 SEPARATOR = "=" * 100 + "\n"  # in a log, after each source file
@@ -42,7 +43,7 @@ class Track:
     val_draws: int  # of noise; gpt, which has none, has 1
     min_runs: int  # fewer are listed without a rank
     max_tokens: int = 0  # of training; 0: those of the data, each used once
-    val_sha256: str = ""  # of the first validation shard; empty: as in the track's first record
+    val_sha256: str = ""  # of the first validation shard; empty until the first record fixes it
     objectives: tuple = ("gpt", "train_block", "train_mdlm", "train_sedd")
     target: float = 0.0  # nats per token by the published formula; 0: the lowest bound wins
     machine: str = ""  # what ranked times are measured on
@@ -64,11 +65,10 @@ TRACKS = {
 }
 
 
-# ----------------------------------------------------------------------------- statistics
 def t_below(t, dof):
     """P(T <= t) of Student's distribution; dof >= 1 need not be whole.
 
-    t = sqrt(dof) tan(a) makes the density cos(a)^(dof - 1): smooth, so the midpoint rule will do."""
+    t = sqrt(dof) tan(a) makes the density cos(a)^(dof - 1): smooth, so the midpoint rule does."""
     scale = math.exp(math.lgamma((dof + 1) / 2) - math.lgamma(dof / 2)) / math.sqrt(math.pi)
     start = math.atan(abs(t) / math.sqrt(dof))
     step = (math.pi / 2 - start) / QUADRATURE_STEPS
@@ -89,45 +89,35 @@ def p_lower(values, others):
     return t_below(gap / math.sqrt(total), dof)
 
 
-# ----------------------------------------------------------------------------- logs
-@dataclass
-class Log:
-    """What log.txt of a run says."""
-    path: Path
-    sha256: str
-    source: str  # the training script
-    muon: str
-    versions: str  # python, torch, numpy, machine, ranks
-    machine: str
-    ranks: int
-    config: dict
-    parameters: str  # in millions, as the run counted them
-    mflop: str  # of training, per token
-    corpus: int  # tokens of training data
-    step: int  # the last one in the log; config["steps"] is where the run ends
-    train_ms: int | None  # training time at that step, if it was evaluated
-    referee: dict  # what evaluate.py added, name -> text
+def require(condition, message):
+    if not condition:
+        raise ValueError(message)
 
 
 def read_log(path):
-    """log.txt -> Log. A resumed run may repeat steps: the last line of each counts."""
+    """What log.txt of a run says. A resumed run may repeat steps: the last line of each counts."""
     data = path.read_bytes()
     source, muon, rest = (data.decode("utf-8").split(SEPARATOR, 2) + ["", ""])[:3]
     head = re.match(r"(python .+ numpy \S+ (.+) ranks (\d+))\n({.+})\n", rest)
     shape = re.search(r"^([\d.]+)M parameters, (\S+) MFLOP per token, .+: ([\d,]+) tokens$", rest,
                       re.M)
-    require(head and shape, "not the log of a training script, or cut short")
+    require(head and shape, f"{path}: not the log of a training script, or cut short")
     config = json.loads(head[4])
     steps = re.findall(r"^step:(\d+)/(\d+) ", rest, re.M)
     # A run may be resumed with more steps than it was started for.
     step, config["steps"] = map(int, steps[-1]) if steps else (0, config["steps"])
-    times = re.findall(r"^step:(\d+)/\d+ val_.* train_time:(\d+)ms ", rest, re.M)
-    train_ms = {int(at): int(ms) for at, ms in times}.get(step)
+    times = dict(re.findall(r"^step:(\d+)/\d+ val_.* train_time:(\d+)ms ", rest, re.M))
     referee = dict(pair for line in re.findall(r"^referee (.*)$", rest, re.M)
                    for pair in re.findall(r"(\w+):(\S+)", line))
-    return Log(path, hashlib.sha256(data).hexdigest(), source, muon, head[1], head[2],
-               int(head[3]), config, shape[1], shape[2], int(shape[3].replace(",", "")), step,
-               train_ms, referee)
+    return SimpleNamespace(
+        path=path, sha256=hashlib.sha256(data).hexdigest(), source=source, muon=muon,
+        versions=head[1], machine=head[2], ranks=int(head[3]), config=config,
+        parameters=shape[1],  # in millions, as the run counted them
+        mflop=shape[2],  # of training, per token
+        corpus=int(shape[3].replace(",", "")),  # tokens of training data
+        step=step, seconds=int(times.get(str(step), 0)) / 1000,  # of training; 0: not evaluated
+        trained=config["steps"] * config["batch_tokens"],  # tokens
+        referee=referee)  # what evaluate.py added, name -> text
 
 
 def objective_of(config):
@@ -135,32 +125,26 @@ def objective_of(config):
     return next((name for key, name in TELLING.items() if key in config), "gpt")
 
 
-def recipe(log):
-    """What makes two runs the same experiment, name -> value."""
-    settings = {k: v for k, v in log.config.items() if k not in NO_RECIPE}
-    return settings | {"source": log.source, "muon.py": log.muon}
+def check_finished(log):
+    steps = log.config["steps"]
+    require(log.step == steps and log.seconds,
+            f"{log.path}: ends at step {log.step} of {steps}, finish it with --resume=1")
 
 
-def trained_tokens(log):
-    return log.config["steps"] * log.config["batch_tokens"]
-
-
-# ----------------------------------------------------------------------------- rules
-def require(condition, message):
-    if not condition:
-        raise ValueError(message)
+def check_same_recipe(log, other):
+    a, b = ({"source": x.source, "muon.py": x.muon, **x.config} for x in (log, other))
+    names = [k for k in {**a, **b} if k not in NO_RECIPE and a.get(k) != b.get(k)]
+    require(not names, f"{log.path}: another {', '.join(names)} than {other.path}")
 
 
 def check_run(log, track):
     """Rules of the track for every run, the baseline too."""
-    config = log.config
-    require(log.step == config["steps"] and log.train_ms is not None,
-            f"not finished: the log ends at step {log.step} of {config['steps']}")
-    found = config | {"data": Path(config["data"]).name}
+    check_finished(log)
+    found = log.config | {"data": Path(log.config["data"]).name}
     for name, value in (track.settings | {"data": track.data}).items():
         require(found.get(name) == value, f"{name} is {found.get(name)!r}, in the track {value!r}")
     limit = track.max_tokens or log.corpus
-    require(trained_tokens(log) <= limit, f"{trained_tokens(log):,} training tokens, not {limit:,}")
+    require(log.trained <= limit, f"{log.trained:,} training tokens, at most {limit:,}")
 
 
 def check_verdict(log, track):
@@ -198,84 +182,76 @@ def read_runs(folder, track):
 
 def check_record(runs, baseline, track, leader):
     """Do the runs belong together, and is the baseline the right one? leader: Record or None."""
-    first, rival = runs[0], leader.runs[0] if leader else runs[0]
+    first = runs[0]
     for log in runs:
-        require(recipe(log) == recipe(first),
-                f"{log.path.name}: another script or other settings than {first.path.name}")
-        require(log.referee["shard_sha256"] == rival.referee["shard_sha256"],
-                f"{log.path.name}: another validation text than {rival.path}")
+        check_same_recipe(log, first)
     for log in (*runs, baseline or first):
         require(log.versions == first.versions,
                 f"{log.path.name}: another machine or other versions than {first.path.name}")
     if baseline and leader:
-        require(recipe(baseline) == recipe(rival),
-                f"baseline.txt: not the script and settings of {leader.folder.name}")
-    for name, value in {} if leader else track.baseline.items():
-        require(baseline.config[name] == value, f"baseline.txt: {name} is not {value!r}")
+        check_same_recipe(baseline, leader.runs[0])
+    elif baseline:
+        for name, value in track.baseline.items():
+            require(baseline.config[name] == value, f"baseline.txt: {name} is not {value!r}")
 
 
-# ----------------------------------------------------------------------------- records
-@dataclass
-class Record:
-    """What follows from a record's logs."""
-    folder: Path
-    title: str
-    by: str
-    runs: list  # Log
-    baseline: Log | None
-    objective: str
-    values: list  # of each run, nats per token: by the published formula if the track has a target
-    p_value: float | None  # of a mean below the target, or below the leader's at that date
-    seconds: float  # of training, mean over the runs
-    score: float  # what is ranked, lower is better
-    is_ranked: bool  # enough runs, certain enough, and timed on the track's machine
+def figure(runs, name):
+    """One of the referee's figures -> (values of the runs, their mean and deviation as text)."""
+    values = [float(log.referee[name].split("+-")[0]) for log in runs]
+    spread = f" ({statistics.stdev(values):.4f})" if len(values) > 1 else ""
+    return values, f"{statistics.fmean(values):.4f}{spread}"
 
 
-def figures(runs, name):
-    """One of the referee's figures, for every run."""
-    return [float(log.referee[name].split("+-")[0]) for log in runs]
-
-
-def read_record(folder, track, leaders, by):
-    """Record of a folder that keeps to the rules. leaders: {objective: best ranked Record}. by: a
-    name, for a folder that has no record.json yet: writes it."""
+def read_record(folder, track, leaders, by=""):
+    """A folder that keeps to the rules. leaders: {objective: best ranked record before it}. by: the
+    author, for a new folder, whose record.json is written."""
     require(re.fullmatch(r"\d{4}-\d\d-\d\d_\w+", folder.name), "not named YYYY-MM-DD_Slug")
     title = (folder / "README.md").read_text(encoding="utf-8").partition("\n")[0].strip("# ")
     runs, baseline = read_runs(folder, track)
-    log, objective = runs[0], runs[0].referee["objective"]
+    log, n, objective = runs[0], len(runs), runs[0].referee["objective"]
     leader = leaders.get(objective)
     check_record(runs, baseline, track, leader)
-    values = figures(runs, "published" if track.target else "bound")
-    mean = statistics.fmean(values)
-    require(not track.target or mean < track.target, f"mean {mean:.4f} misses {track.target}")
 
-    others = [track.target] if track.target else leader.values if leader else []
-    p_value = p_lower(values, others) if others and len(values) > 1 else None
-    seconds = statistics.fmean(log.train_ms for log in runs) / 1000
-    is_certain = len(runs) >= track.min_runs and (p_value is None or p_value < P_VALUE)
-    is_timed = not track.target or (track.machine in log.machine and log.ranks == track.ranks)
+    seconds = statistics.fmean(log.seconds for log in runs)
+    values, text = figure(runs, "bound")
+    score, texts, others = statistics.fmean(values), [text], leader.values if leader else []
+    is_timed = True
+    if track.target:
+        values, text = figure(runs, "published")
+        require(statistics.fmean(values) < track.target, f"mean {text} misses {track.target}")
+        score, others = seconds, [track.target]
+        texts += [text, f"{seconds / baseline.seconds:.3f}"]
+        is_timed = track.machine in log.machine and log.ranks == track.ranks
+    p_value = p_lower(values, others) if others and n > 1 else None
+    certainty = f", p = {p_value:.1g}" if others and n > 1 else ""
 
     path = folder / "record.json"
     checksums = {x.path.name: x.sha256 for x in (*runs, baseline) if x}
     if by:
         path.write_text(json.dumps({"by": by, "logs": checksums}, indent=2) + "\n")
     said = json.loads(path.read_text(encoding="utf-8"))
-    for name, sha256 in checksums.items():
-        require(said["logs"].get(name) == sha256, f"{name}: not the log that record.json names")
-    return Record(folder, title, said["by"], runs, baseline, objective, values, p_value, seconds,
-                  seconds if track.target else mean, is_certain and is_timed)
+    changed = [name for name in checksums if said["logs"].get(name) != checksums[name]]
+    require(not changed, f"{', '.join(changed)}: not as when record.json was written")
+    cells = [f"`{objective}`", f"{seconds / 60:.2f}", *texts,
+             f"{n}{certainty if n >= track.min_runs else ', unverified'}",
+             f"{int(log.referee['parameters']) / 1e6:.2f}M", f"{log.trained / 1e6:,.1f}M",
+             f"{log.ranks} x {log.machine}",
+             f"[{title}]({folder.parent.name}/{folder.name}), {said['by']}, {folder.name[:10]}"]
+    return SimpleNamespace(
+        objective=objective, runs=runs, values=values, score=score, cells=cells,
+        is_ranked=n >= track.min_runs and is_timed and (not others or p_value < P_VALUE))
 
 
 def examine(root, tracks, new=None, by=""):
     """-> (problems, {track: table}): the first problem of each folder; tables of those that have
-    none. by: author of the folder `new`."""
+    none. by: the author of the folder `new`."""
     problems, tables = [], {}
     for name, track in tracks.items():
         records, leaders = [], {}
         for folder in sorted(x for x in (root / name).glob("*") if x.is_dir()):
             try:
                 record = read_record(folder, track, leaders, by if folder == new else "")
-            except (ValueError, OSError) as e:
+            except (ValueError, OSError, KeyError) as e:
                 problems.append(f"{root.name}/{name}/{folder.name}: {e}")
                 continue
             records.append(record)
@@ -286,36 +262,19 @@ def examine(root, tracks, new=None, by=""):
     return problems, tables
 
 
-# ----------------------------------------------------------------------------- tables
 def make_table(track, records):
     """Leaderboard of a track in Markdown: ranked records by score, then the others."""
-    if not records:
-        return "No record yet.\n"
-    figure_names = {"exact bound": "bound"}
-    if track.target:
-        figure_names["published formula"] = "published"
-    columns = ["#", "objective", "minutes", "/ baseline", *figure_names, "runs", "parameters",
+    target_columns = ["published formula", "/ baseline"] if track.target else []
+    columns = ["#", "objective", "minutes", "exact bound", *target_columns, "runs", "parameters",
                "tokens", "machine", "record"]
     lines, places = [columns, ["---"] * len(columns)], defaultdict(int)
-    for r in sorted(records, key=lambda r: (not r.is_ranked, r.score)):
-        log, n = r.runs[0], len(r.runs)
-        places[r.objective] += 1
-        line = [str(places[r.objective]) if r.is_ranked else "-", f"`{r.objective}`",
-                f"{r.seconds / 60:.2f}",
-                f"{1000 * r.seconds / r.baseline.train_ms:.3f}" if r.baseline else ""]
-        for values in (figures(r.runs, name) for name in figure_names.values()):
-            spread = f" ({statistics.stdev(values):.4f})" if n > 1 else ""
-            line.append(f"{statistics.fmean(values):.4f}{spread}")
-        certainty = f", p = {r.p_value:.1g}" if r.p_value is not None else ""
-        line += [f"{n}{certainty if n >= track.min_runs else ', unverified'}",
-                 f"{int(log.referee['parameters']) / 1e6:.2f}M",
-                 f"{trained_tokens(log) / 1e6:,.1f}M", f"{log.ranks} x {log.machine}",
-                 f"[{r.title}]({'/'.join(r.folder.parts[-2:])}), {r.by}, {r.folder.name[:10]}"]
-        lines.append(line)
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    for record in sorted(records, key=lambda x: (not x.is_ranked, x.score)):
+        places[record.objective] += 1
+        lines.append([str(places[record.objective]) if record.is_ranked else "-", *record.cells])
+    text = "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    return text if records else "No record yet.\n"
 
 
-# ----------------------------------------------------------------------------- command line
 class Parser(argparse.ArgumentParser):
     """Flags of a script: a mistake is one line, help is the docstring."""
     def error(self, message):

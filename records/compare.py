@@ -20,37 +20,28 @@ import glob
 import json
 import math
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
+import check
 import numpy as np
-from check import Log, Parser, objective_of, read_log, recipe, require, trained_tokens
 
 METRICS = {"val_nll", "val_nelbo"}  # in log.jsonl: exact, or a bound
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run folder says."""
-    log: Log
-    is_exact: bool  # a likelihood, not a bound on it
-    bpb: float
-    nats: np.ndarray  # (N,) per token, of each validation window
-    judged_on: dict  # what must agree for a comparison
+COUNTS = ("tokens", "bytes", "seed")  # of an evaluation, there as well
 
 
 def read_run(folder):
-    log = read_log(folder / "log.txt")
+    log = check.read_log(folder / "log.txt")
+    check.check_finished(log)
     config = log.config
-    require(log.train_ms is not None and log.step == config["steps"],
-            f"{folder}: not finished, at step {log.step} of {config['steps']}: --resume=1 continues"
-            " it")
     lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
     found = [line for line in map(json.loads, lines) if METRICS & line.keys()][-1]
-    nats = np.load(folder / f"{config['split']}_nats.npy") / config["seq_len"]
-    judged_on = {"data": Path(config["data"]).name, "split": config["split"],
-                 "seq_len": config["seq_len"], **{k: found[k] for k in ("tokens", "bytes", "seed")}}
-    return Run(log, "val_nll" in found, found["bpb"], nats, judged_on)
+    evaluated_on = {"data": Path(config["data"]).name, **{k: found[k] for k in COUNTS},
+                    "split": config["split"], "seq_len": config["seq_len"]}
+    return SimpleNamespace(
+        log=log, seed=config["seed"], bpb=found["bpb"], is_exact="val_nll" in found,
+        nats=np.load(folder / f"{config['split']}_nats.npy") / config["seq_len"],  # (N,) per token
+        evaluated_on=evaluated_on)  # what must agree for a comparison
 
 
 def read_row(arg):
@@ -61,22 +52,12 @@ def read_row(arg):
     folders = []
     for part in rest.split(","):
         found = [part] if Path(part).is_dir() else sorted(glob.glob(part))
-        require(part and found, f"{part or arg}: no such run folder")
+        check.require(part and found, f"{part or arg}: no such run folder")
         folders += map(Path, found)
-    runs = sorted(map(read_run, folders), key=lambda run: run.log.config["seed"])
-    first = recipe(runs[0].log)
+    runs = sorted(map(read_run, folders), key=lambda run: run.seed)
     for run in runs[1:]:
-        other = recipe(run.log)
-        differ = [k for k in {**first, **other} if first.get(k) != other.get(k)]
-        require(not differ, f"{run.log.path}: another {', '.join(differ)} than {runs[0].log.path}: a "
-                "row takes seeds of one setting")
-    require(len(set(seeds(runs))) == len(runs), f"{arg}: a row takes a seed only once")
+        check.check_same_recipe(run.log, runs[0].log)
     return name or rest.rstrip("/").rpartition("/")[2], runs
-
-
-# ----------------------------------------------------------------------------- statistics
-def seeds(runs):
-    return [run.log.config["seed"] for run in runs]
 
 
 def standard_error(values):
@@ -94,7 +75,6 @@ def over_seeds(runs):
     return np.array([run.nats.mean() for run in runs])
 
 
-# ----------------------------------------------------------------------------- the table
 def difference(runs, first):
     """Mean of runs - first with its standard errors."""
     pairs = over_windows(runs) - over_windows(first)
@@ -103,7 +83,7 @@ def difference(runs, first):
         return text
     a, b = over_seeds(runs), over_seeds(first)
     error = math.hypot(standard_error(a), standard_error(b))
-    if seeds(runs) == seeds(first):
+    if [run.seed for run in runs] == [run.seed for run in first]:
         error = standard_error(a - b)
     return f"{text} / {error:.4f}"
 
@@ -113,8 +93,8 @@ def cells(name, runs, first):
     log, pairs = runs[0].log, over_windows(runs)
     start, nats = log.config["init_from"], f"{pairs.mean():.4f} ± {standard_error(pairs):.4f}"
     spread = f", sd {over_seeds(runs).std(ddof=1):.4f}" if len(runs) > 1 else ""
-    return [name, objective_of(log.config), f"{log.parameters}M",
-            f"{trained_tokens(log):,}{' after ' if start else ''}{start}", log.mflop,
+    return [name, check.objective_of(log.config), f"{log.parameters}M",
+            f"{log.trained:,}{' after ' if start else ''}{start}", log.mflop,
             f"{len(runs)}{spread}", nats if runs[0].is_exact else f"≤ {nats}",
             f"{np.mean([run.bpb for run in runs]):.4f}",
             "" if runs is first else difference(runs, first)]
@@ -127,7 +107,7 @@ def table(rows):
              "nats per token", "bits per byte", f"minus {first_name}"]
     lines = [heads, ["---"] * len(heads)]
     lines += [cells(name, runs, first) for name, runs in rows]
-    on = first[0].judged_on
+    on = first[0].evaluated_on
     note = (f"{on['data']}, {on['split']}: {on['tokens']:,} tokens, {on['bytes']:,} bytes, windows "
             f"of {on['seq_len']}, noise of seed {on['seed']}. ± standard error over "
             f"{on['tokens'] // on['seq_len'] // 2:,} pairs of windows")
@@ -137,15 +117,15 @@ def table(rows):
 
 
 def main(argv):
-    parser = Parser(description=__doc__)
+    parser = check.Parser(description=__doc__)
     parser.add_argument("runs", nargs="+")
     try:
         rows = [read_row(arg) for arg in parser.parse_args(argv).runs]
         first = rows[0][1][0]
         for run in (run for _, runs in rows for run in runs):
-            for key, value in first.judged_on.items():
-                require(run.judged_on[key] == value, f"{run.log.path}: evaluated on {key} "
-                        f"{run.judged_on[key]}, {first.log.path} on {value}")
+            for key, value in first.evaluated_on.items():
+                check.require(run.evaluated_on[key] == value, f"{run.log.path}: evaluated on {key} "
+                        f"{run.evaluated_on[key]}, {first.log.path} on {value}")
     except (OSError, ValueError) as error:
         parser.error(error)
     print(table(rows))
