@@ -93,11 +93,11 @@ if __name__ == "__main__":  # an interrupt of the import below is no reason for 
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
+import torch.nn.functional as F
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = ("train_mdlm", "train_block", "train_sedd", "gpt")  # beside this file, with checkpoints
-NEEDED = ("METRIC", "load_checkpoint", "build_model", "pick_device", "pick_dtype", "generate",
-          "nelbo_fn")
+NEEDED = ("METRIC", "load_checkpoint", "build_model", "pick_device", "pick_dtype", "nelbo_fn")
 DEFAULT_BLANK = 16  # tokens
 DEFAULT_DRAWS = 8  # of noise, for a score
 DEFAULT_LENGTH = 256  # new tokens
@@ -124,10 +124,6 @@ SURROGATES = re.compile("[\ud800-\udfff]")  # what argv makes of bytes that are 
 
 class SampleError(ValueError):
     """A mistake of the user's, in one line that names the flag or file and the remedy."""
-
-
-def refuse(message):
-    raise SampleError(message)
 
 
 def near_miss(word, words):
@@ -160,43 +156,21 @@ class Tokenizer:
                 special_tokens={"<|endoftext|>": self.bos_id},
             )
 
-    def read(self, saved):
-        """(name, bos_id, bytes of every token) of what a checkpoint carries, which is checked."""
-
-        def need(ok, what):
-            if not ok:
-                raise SampleError(f"no tokenizer of ours in the checkpoint: {what}")
-
-        name, n, bos_id = (saved.get(key) for key in ("name", "vocab_size", "bos_id"))
-        need(isinstance(name, str) and re.fullmatch(r"[\w:.-]{1,64}", name, re.A), "no name")
-        need(type(n) is type(bos_id) is int and 0 <= bos_id < n, f"bos_id {bos_id} of {n} tokens")
-        need(n <= self.mask_id, f"{n} tokens, of which the model knows {self.mask_id}")
-        for key, dtype in (("token_length", torch.int64), ("token_bytes", torch.uint8)):
-            x = saved.get(key)
-            plain = isinstance(x, torch.Tensor) and x.layout is torch.strided and x.is_cpu
-            need(plain and x.ndim == 1 and x.dtype is dtype, f"{key} is no row of {dtype}")
-        need(len(saved["token_length"]) == n, "not one token_length for every token")
-        lengths, size = saved["token_length"].tolist(), len(saved["token_bytes"])
-        whole = min(lengths) >= 0 and sum(lengths) == size <= TABLE_BYTES
-        need(whole, f"its tokens have {sum(lengths)} bytes, of which there are {size}")
-        data = saved["token_bytes"].numpy().tobytes()
-        ends = list(itertools.accumulate(lengths))
-        table = [data[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]
-        need(not table[bos_id], f"bos_id {bos_id} stands for text")
-        single = [bytes([i]) for i in range(256)]
+    def read(self, meta):
+        """(name, bos_id, bytes of every token) of a checkpoint's meta.json."""
+        name, bos_id, words = meta["tokenizer"], meta["bos_id"], meta["token_bytes"]
         if name == "byte":
-            same = [a == b for a, b in zip(table, single, strict=False)]
-            need(n == 256 and same.count(False) == 1, "its bytes are not in order")
-            return name, bos_id, table
+            table = [bytes([i]) for i in range(256)]
+        else:
+            table = [word.encode("latin-1") for word in words]
+        table[bos_id] = b""
         if not any(table):
             raise SampleError(
                 "the checkpoint was trained without the bytes of its tokens, so its samples"
                 " cannot be read: prepare the data with prepare_data.py and train again"
             )
-        words = {word for word in table if word}
-        need(len(words) == n - table.count(b""), "two of its tokens are the same")
-        need(words.issuperset(single), "some single byte is no token")
-        need(saved.get("pattern") in PATTERNS, "its pattern is not the one of prepare_data.py")
+        if name != "byte" and meta["pattern"] not in PATTERNS:
+            raise SampleError("the checkpoint's tokenizer has another pattern than GPT-2's")
         return name, bos_id, table
 
     def encode(self, text):
@@ -232,6 +206,334 @@ class Tokenizer:
 
     def decode(self, tokens):
         return "".join(text for text, _ in self.spans(tokens, [None] * len(tokens)))
+
+
+# Samplers. Every row has a generator of its own, so a row does not depend on its batch; tokens are
+# drawn by inverse CDF in float64. warp changes the log-probabilities that tokens are drawn from;
+# watch(tokens, nfe) sees every pass.
+
+
+class Filled(NamedTuple):
+    tokens: torch.Tensor  # (B, T) int64
+    length: torch.Tensor  # (B,) int64, tokens of each row
+    nfe: int  # forward passes
+    order: torch.Tensor  # (B, T) int64, the pass that fixed a token; 0: it was known
+
+
+def draw_tokens(log_probs, u):
+    """log_probs (R, V), u (R,) uniform -> tokens (R,). Gumbel noise in fp32 would draw rare tokens
+    too seldom (arXiv 2409.02908, section 4)."""
+    device = log_probs.device
+    if device.type == "mps":  # has no float64
+        log_probs = log_probs.cpu()
+    cdf = log_probs.double().softmax(-1).cumsum(-1)
+    total = cdf[:, -1:]
+    token = torch.searchsorted(cdf, u.to(cdf.device)[:, None] * total, right=True)[:, 0]
+    # u < 1 may still round up to the total: the last token that has any probability.
+    last = (cdf < total).sum(-1)
+    return torch.minimum(token, last).to(device)
+
+
+def row_generators(gen, n_rows):
+    seeds = [int(torch.randint(2**62, (), generator=gen)) for _ in range(n_rows)]
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+class Cache:
+    """Attention over the keys and values of earlier passes, for Trunk.predict. The n_noised first
+    positions of a pass are a noised block, which the next pass writes over; the others are kept. Of
+    these the newest `window` are seen."""
+
+    def __init__(self, n_layer, n_noised, window, capacity):
+        self.n_noised, self.window, self.capacity = n_noised, window, capacity
+        self.buffers = [None] * n_layer  # of keys and values, each (B, Hkv, capacity, d)
+        self.layer = self.length = self.done = 0  # positions in the buffers; and ever
+        self.mask = None  # (.., N, S) of the pass at hand; None: all is seen
+
+    @property
+    def first(self):
+        """The oldest position that is seen."""
+        return self.done - min(self.length, self.window)
+
+    def __call__(self, q, k, v, ctx):
+        """q (B, H, N, d), k and v (B, Hkv, N, d) of one layer of this pass -> (B, H, N, d)"""
+        L, N, n_seen = self.n_noised, k.size(2), min(self.length, self.window)
+        buffers, length = self.buffers[self.layer], self.length
+        if buffers is None or length + N > buffers[0].size(2):
+            size = max(self.capacity, n_seen + N)
+            new = [x.new_empty(*x.shape[:2], size, x.size(3)) for x in (k, v)]
+            for x, old in zip(new, buffers or (), strict=False):
+                x[:, :, :n_seen] = old[:, :, length - n_seen : length]
+            self.buffers[self.layer], buffers, length = new, new, n_seen
+        start, end = length - n_seen, length + N
+        for x, new in zip(buffers, (k, v), strict=True):
+            x[:, :, length : end - L] = new[:, :, L:]
+            x[:, :, end - L : end] = new[:, :, :L]
+        self.layer += 1
+        if self.layer == len(self.buffers):
+            self.layer, self.length, self.done = 0, end - L, self.done + N - L
+        k, v = (x[:, :, start:end] for x in buffers)
+        mask = None if self.mask is None else self.mask[..., : q.size(2), :]
+        grouped = q.size(1) != k.size(1)
+        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=grouped)
+
+
+class BlockReader:
+    """log p of the noised block at the end of tokens, with the blocks before it in a cache."""
+
+    def __init__(self, lm, T):
+        self.lm, self.cfg = lm, lm.cfg
+        L = self.cfg.block_len
+        window = self.cfg.seq_len - L
+        self.cache = Cache(self.cfg.n_layer, L, window, min(T, 2 * self.cfg.seq_len))
+
+    def __call__(self, tokens, is_mask, rows):
+        """tokens (B, T) up to the end of the block, flat positions rows (R,) in the block (B, L) ->
+        (R, V)"""
+        cfg, cache, T, L = self.cfg, self.cache, tokens.size(1), self.cfg.block_len
+        if not self.lm.is_cached:
+            n_before = max(0, T - cfg.seq_len)
+            x, W = tokens[:, n_before:], T - n_before
+            return self.lm.net(x, x, rows // L * W + W - L + rows % L).log_softmax(-1)
+        device, done = tokens.device, cache.done
+        noised = torch.arange(T - L, T, device=device)
+        at = torch.cat((noised, torch.arange(done, T - L, device=device)))  # (N,)
+        keys = torch.cat((torch.arange(cache.first, T - L, device=device), noised))  # (S,)
+        cache.mask = None  # a noised block alone sees all there is
+        if len(at) > L or cfg.doc_mask:
+            # Clean queries see clean blocks up to their own, the noised one the blocks before it.
+            i, j = at[:, None] // L, keys // L
+            cache.mask = (j <= i) & (j > i - cfg.seq_len // L)
+        if cfg.doc_mask:
+            clean = (tokens == cfg.bos_id).cumsum(1)  # (B, T), documents of clean positions
+            before = clean[:, [T - L - 1]] if T > L else torch.zeros_like(clean[:, :1])
+            docs = torch.cat((clean[:, : T - L], before.expand(-1, L)), 1)
+            same = docs[:, None, at, None] == docs[:, None, None, keys]  # (B, 1, N, S)
+            cache.mask = cache.mask & same
+        logits = self.lm.predict(tokens[:, at], at, rows=rows, n_query=L, attend=cache)
+        return logits.log_softmax(-1)
+
+    def read_prompt(self, tokens, n_known):
+        """Take a prompt that is longer than the context into the cache, piece by piece -> passes"""
+        L, T = self.cfg.block_len, self.cfg.seq_len
+        ends = range(T, n_known // L * L, max(L, T - L)) if self.lm.is_cached else ()
+        for end in ends:
+            self(tokens[:, :end], None, torch.zeros(0, dtype=torch.int64, device=tokens.device))
+        return len(ends)
+
+
+class RowReader:
+    """log p of masked tokens of the whole row, for masked diffusion."""
+
+    def __init__(self, lm, T):
+        self.lm = lm
+
+    def __call__(self, tokens, is_mask, rows):
+        sigma = -torch.log1p(-is_mask.sum(1).clamp(min=1) / (tokens.size(1) + 1))
+        return self.lm.net(tokens, sigma, rows).log_softmax(-1)
+
+    def read_prompt(self, tokens, n_known):
+        return 0
+
+
+@torch.no_grad()
+def fill_blocks(lm, known, is_known, *, steps, gen, choose=None, warp=None, watch=None, stop=None):
+    """Fill in the unknown positions, block after block. known (B, T) int64, is_known (B, T) bool.
+    Masked diffusion is a block as long as the row.
+
+    steps=N: ancestral sampling on N equal steps of t (arXiv 2406.07524, eq. 6 with SUBS), each
+    masked token drawn with probability (t - s) / t. steps=None: first-hitting (arXiv 2409.02908),
+    one uniformly random token a row and pass: as ancestral for N -> inf. Without a token to draw
+    there is no forward pass. choose(log_probs (R, V) where masked, is_mask (B, L), step=, steps=,
+    u=(B, L) uniform) -> is_mask after the pass replaces both; it may mask tokens again. stop=ID: a
+    row ends where that token stands in a finished block, unless it is the first of the row or
+    known; it is not counted in the length, and the row is filled up with it."""
+    (B, T), mask_id, device = known.shape, lm.cfg.vocab_size, known.device
+    L = lm.block_len or T
+    gens = row_generators(gen, B)
+    whole = -(-T // L) * L  # the last block is written to its end, and cut
+    fixed = F.pad(is_known, (0, whole - T))  # (B, whole)
+    tokens = F.pad(torch.where(is_known, known, mask_id), (0, whole - T), value=mask_id)
+    order = torch.zeros_like(tokens)
+    length = torch.full((B,), T, device=device)
+    reader = (BlockReader if lm.block_len else RowReader)(lm, whole)
+    nfe = reader.read_prompt(tokens, int(is_known.sum(1).min()))
+    passes = L if steps is None else steps
+    for start in range(0, whole, L):
+        here = slice(start, start + L)
+        if not (tokens[:, here] == mask_id).any():
+            for g in gens:  # the later blocks' numbers do not depend on this one
+                torch.rand(passes, 2, L, generator=g, dtype=torch.float64)
+            continue
+        for i in range(passes):
+            u = [torch.rand(2, L, generator=g, dtype=torch.float64) for g in gens]
+            pick, u = torch.stack(u).unbind(1)  # (B, L) each, CPU float64
+            block = tokens[:, here]
+            is_mask = block == mask_id
+            if choose is not None:
+                commit = torch.ones(B, L, dtype=torch.bool)  # chosen from below
+            elif steps is None:
+                first = pick.masked_fill(~is_mask.cpu(), -1).argmax(1, keepdim=True)
+                commit = torch.zeros(B, L, dtype=torch.bool).scatter_(1, first, True)
+            else:
+                commit = pick * (steps - i) < 1
+            commit = commit.to(device) & is_mask
+            rows = commit.flatten().nonzero()[:, 0]
+            log_probs = torch.zeros(0, mask_id, device=device)
+            if len(rows):
+                log_probs = reader(tokens[:, : start + L], is_mask, rows)  # (R, V)
+                nfe += 1
+            if choose is not None:
+                new_mask = choose(log_probs, is_mask, step=i, steps=steps, u=pick)
+                new_mask &= ~fixed[:, here] & (i < passes - 1)
+                block = torch.where(new_mask, mask_id, block)
+                commit = is_mask & ~new_mask
+                at = commit.flatten()[rows]
+                rows, log_probs = rows[at], log_probs[at]
+            if len(rows):
+                log_probs = log_probs if warp is None else warp(log_probs)
+                drawn = draw_tokens(log_probs, u.flatten()[rows.cpu()])
+                block = block.flatten().index_put((rows,), drawn).view(B, L)
+                order[:, here] = torch.where(commit, nfe, order[:, here])
+            tokens[:, here] = block
+            if watch is not None and i < passes - 1:
+                watch(tokens[:, :T].clone(), nfe)
+        if stop is not None and lm.block_len:
+            ends = (block == stop) & ~fixed[:, here]
+            ends[:, 0] &= start > 0
+            at = start + ends.int().argmax(1)
+            behind = torch.arange(whole, device=device) >= at[:, None]  # (B, whole)
+            behind &= ends.any(1, keepdim=True)
+            tokens, fixed = torch.where(behind, stop, tokens), fixed | behind
+            order = torch.where(behind & (order == 0), nfe, order)
+            length = torch.where(ends.any(1), at.clamp(max=T), length)
+        if watch is not None:
+            watch(tokens[:, :T].clone(), nfe)
+    return Filled(tokens[:, :T], length, nfe, order[:, :T])
+
+
+@torch.no_grad()
+def continue_rows(lm, known, is_known, *, gen, warp=None, watch=None, stop=None):
+    """gpt: one token a row and pass, from left to right, keys and values cached. known (B, T),
+    is_known (B, T) bool, first in its row. stop=ID: a row ends where that token is drawn, unless it
+    is the first of the row; it is not counted in the length, and the row is filled up with it."""
+    (B, T), start, device = known.shape, lm.cfg.vocab_size, known.device
+    u = torch.stack([torch.rand(T, generator=g, dtype=torch.float64)
+                     for g in row_generators(gen, B)])
+    tokens = torch.where(is_known, known, start)
+    order = torch.zeros_like(known)
+    length = torch.full((B,), T, device=device)
+    cache = Cache(lm.cfg.n_layer, 0, T, T)
+    nfe = 0
+    for i in range(T):
+        free = ~is_known[:, i] & (length == T)  # (B,)
+        if not free.any():
+            continue
+        x = F.pad(tokens[:, :i], (1, 0), value=start)  # (B, i + 1)
+        n = i + 1 - cache.done  # positions that are new
+        last = torch.arange(1, B + 1, device=device) * n - 1
+        if lm.is_cached:
+            positions = torch.arange(cache.done, i + 1, device=device)
+            is_past = positions[:, None] >= torch.arange(i + 1, device=device)  # (N, S)
+            cache.mask = is_past if n > 1 else None
+            logits = lm.predict(x[:, cache.done :], positions, rows=last, attend=cache)
+        else:
+            logits = lm.net(x, last)
+        log_probs = logits.log_softmax(-1)  # (B, V)
+        nfe += 1
+        log_probs = log_probs if warp is None else warp(log_probs)
+        drawn = draw_tokens(log_probs, u[:, i])
+        fixed = free[:, None] & (torch.arange(T, device=device) == i)  # (B, T)
+        if stop is not None and i > 0:
+            ends = free & (drawn == stop)
+            length = torch.where(ends, i, length)
+            fixed |= ends[:, None] & (torch.arange(T, device=device) > i)
+        tokens = torch.where(fixed, drawn[:, None], tokens)
+        order = torch.where(fixed, nfe, order)
+        if watch is not None:
+            watch(tokens, nfe)
+    return Filled(tokens, length, nfe, order)
+
+
+def uniform_law(log_score, current, sigma, sigma_next, rate, warp):
+    """log_score (R, N) at tokens current (R,) and noise sigma -> log of what a pass draws from,
+    (R, N) float64, up to a constant: Tweedie's step to sigma_next, or Euler's of the given rate."""
+    score = log_score.double().exp()
+    N, growth = score.size(-1), math.expm1(sigma)
+    if warp is not None:  # exp(-sigma Q) s, a clean token's law given the other positions
+        clean = (1 + growth) * score - growth * score.mean(-1, keepdim=True)
+        clean = warp(clean.clamp(min=0).log().log_softmax(-1)).exp()
+        score = N * clean + growth  # and the noise on it again
+        score = score / score.gather(-1, current[:, None])
+    if rate is not None:
+        law = rate / N * score
+        stay = 1 + law.gather(-1, current[:, None]) - law.sum(-1, keepdim=True)
+        law = law.scatter(-1, current[:, None], stay)
+    else:  # exp(-delta Q) s, times exp(delta Q) from y to the current token
+        delta = sigma - sigma_next
+        before = math.exp(delta) * score - math.expm1(delta) * score.mean(-1, keepdim=True)
+        law = before * (F.one_hot(current, N) * math.exp(-delta) - math.expm1(-delta) / N)
+    return law.clamp(min=0).log()  # an inexact score, or too long a step, may go below 0
+
+
+@torch.no_grad()
+def redraw_rows(lm, known, is_known, *, steps, gen, euler=False, warp=None, watch=None):
+    """train_sedd: fill in the unknown positions. known (B, T) int64, is_known (B, T) bool.
+
+    steps=N passes (None: T), on N equal steps of t. Each draws every position anew by Tweedie's
+    law, the exact one of a position if it moved alone (arXiv 2310.16834, theorem 4.2); euler=True:
+    by the rates at the step's start. The last pass denoises: all of the noise that is left goes in
+    one step of Tweedie's. Under absorb a pass without a change needs no new forward pass.
+    warp changes the log-probabilities (R, V) of tokens: under absorb of what a mask becomes, not
+    when; under uniform of the clean token that the score implies, before the noise of that time."""
+    cfg, model = lm.cfg, lm.net
+    (B, T), V, device = known.shape, cfg.vocab_size, known.device
+    where = "cpu" if device.type == "mps" else device  # MPS has no float64
+    gens = row_generators(gen, B)
+    passes, absorb = T if steps is None else steps, cfg.graph == "absorb"
+    times = torch.arange(passes, 0, -1, dtype=torch.float64) / passes
+    sigmas, slopes = lm.script.total_noise(times, cfg)
+    sigmas = [*sigmas.tolist(), 0.0]
+    start = torch.stack([torch.rand(T, generator=g, dtype=torch.float64) for g in gens])
+    start = V if absorb else (start * V).long().to(device)
+    tokens = torch.where(is_known, known, start)
+    order = torch.zeros_like(known)
+    nfe, changed = 0, True
+    for i in range(passes):
+        sigma, last = sigmas[i], i == passes - 1
+        rate = slopes[i].item() / passes if euler and not last else None
+        u = [torch.rand(2, T, generator=g, dtype=torch.float64) for g in gens]
+        pick, u = torch.stack(u).unbind(1)  # (B, T) each, CPU float64
+        free = tokens == V if absorb else ~is_known
+        rows = free.flatten().nonzero()[:, 0]
+        if not len(rows):
+            break
+        if absorb:
+            if changed:
+                at = -torch.log1p(-free.sum(1).clamp(min=1) / (T + 1))  # sigma of that many masks
+                log_clean = model(tokens, at, rows)  # (R, V)
+                log_clean = log_clean + torch.expm1(at).log()[rows // T, None]
+                nfe += 1
+            # Tweedie: expm1(sigma - sigma_next) s_y is the probability of token y.
+            share = math.expm1(sigma - sigmas[i + 1]) if rate is None else rate
+            leave = log_clean.logsumexp(-1).cpu().double().exp() * share / math.expm1(sigma)
+            leave = (pick.flatten()[rows.cpu()] < leave) | last
+            leave = leave.to(device)
+            rows, log_law = rows[leave], log_clean[leave].log_softmax(-1)
+            log_law = (log_law if warp is None else warp(log_law)).to(where)
+        else:
+            log_score = model(tokens, torch.full((B,), sigma, device=device), rows).to(where)
+            nfe += 1
+            current = tokens.flatten()[rows].to(where)
+            log_law = uniform_law(log_score, current, sigma, sigmas[i + 1], rate, warp)
+        drawn = draw_tokens(log_law, u.flatten()[rows.cpu()]).to(device)
+        new = tokens.flatten().index_put((rows,), drawn).view(B, T)
+        moved = (new != tokens) | (order == 0) & free & (not absorb)
+        tokens, changed = new, bool(moved.any())
+        order = torch.where(moved, nfe, order)
+        if watch is not None:
+            watch(tokens, nfe)
+    return Filled(tokens, torch.full((B,), T, device=device), nfe, order)
 
 
 # Orders: choose(log_probs (R,V), is_mask (B,T), step, steps, u (B,T)) -> what is masked after the
@@ -329,7 +631,7 @@ class Remask:
             width = fixed.shape[1]
             here = tokens.cpu()[:, self.block * width :][:, :width]
             fixed[:, here.shape[1] :] = False  # what is cut from the last block
-            here = torch.nn.functional.pad(here, (0, width - here.shape[1]))
+            here = F.pad(here, (0, width - here.shape[1]))
             picked = log_probs.cpu()[fixed[was_mask]].gather(1, here[fixed][:, None])
             self.psi[fixed] = picked.squeeze(1).double().exp()
         if self.watch is not None:
@@ -466,22 +768,20 @@ class LM:
         self.is_ar = script.METRIC == "val_nll"
         self.name, self.step = ckpt["script"], ckpt["step"]
         with strangers(path):
-            self.model, self.cfg = script.build_model(ckpt, weights, path=str(path))
+            self.model, self.cfg = script.build_model(ckpt, weights)
             if self.cfg.seq_len > MAX_LENGTH:
                 raise SampleError(f"its seq_len {self.cfg.seq_len} is above {MAX_LENGTH}")
-            self.tokenizer = Tokenizer(ckpt["tokenizer"], self.cfg.vocab_size)
+            self.tokenizer = Tokenizer(ckpt["meta"], self.cfg.vocab_size)
         self.block_len = getattr(self.cfg, "block_len", None)  # of what writes block after block
         self.graph = getattr(self.cfg, "graph", None)  # of what draws by its score
         self.stops = True  # at the end of a document, where the script can
-        self.device = script.pick_device(dataclasses.replace(self.cfg, device=device), 0)
-        if dtype == "auto":
-            wanted = self.cfg.dtype if self.device.type == "cuda" else "fp32"
-        else:
-            wanted = dtype
-        cfg = dataclasses.replace(self.cfg, dtype=wanted)
-        self.dtype, refused = script.pick_dtype(cfg, self.device)
-        check(dtype == "auto" or not refused, "dtype", dtype, f"not on this {self.device.type}")
+        with strangers(f"--device={device}"):
+            self.device = script.pick_device(device, 0)
+        wanted = self.cfg.dtype if dtype == "auto" and self.device.type == "cuda" else dtype
+        self.dtype = script.pick_dtype("fp32" if wanted == "auto" else wanted, self.device)
         self.model.to(self.device)
+        # A fork with a network of its own computes earlier tokens anew.
+        self.is_cached = hasattr(self.model, "predict")
         self.where = f"{str(self.dtype).removeprefix('torch.')} on {self.device.type}"
         averaged = weights == "ema" and ckpt.get("ema")
         n = sum(p.numel() for p in self.model.parameters())
@@ -495,6 +795,11 @@ class LM:
         lower = self.dtype != torch.float32
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=lower):
             return self.model(*args, **kwargs)
+
+    def predict(self, *args, **kwargs):
+        lower = self.dtype != torch.float32
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=lower):
+            return self.model.predict(*args, **kwargs)
 
     def batch_rows(self, length):
         """How many rows of that many tokens to run at once."""
@@ -627,19 +932,18 @@ class LM:
         warp = make_warp(sampler.temperature, sampler.top_k, sampler.top_p)
         stop = self.tokenizer.bos_id if self.stops else None
         if self.is_ar:
-            return self.script.generate(
-                self.net, self.cfg, known, is_known,
-                gen=gen, warp=warp, watch=watch, stop=stop,
+            return continue_rows(
+                self, known, is_known, gen=gen, warp=warp, watch=watch, stop=stop
             )
         if self.graph:
-            return self.script.generate(
-                self.net, self.cfg, known, is_known,
-                steps=steps, gen=gen, euler=sampler.order == "euler", warp=warp, watch=watch,
+            euler = sampler.order == "euler"
+            return redraw_rows(
+                self, known, is_known, steps=steps, gen=gen, euler=euler, warp=warp, watch=watch
             )
-        choose, n_before, ends = None, 0, {}
+        choose, n_before = None, 0
         most = len(known[0])  # tokens to fix from step 0 on
         if self.block_len:
-            most, ends = self.block_len, {"stop": stop}
+            most = self.block_len
             n_before = int(is_known.sum(1).min()) // self.block_len
         if sampler.name == "ancestral" and steps is None:
             steps = max(1, min(most, int((~is_known).sum(1).max())))
@@ -648,9 +952,9 @@ class LM:
         elif sampler.remask:
             remask = Remask(sampler.remask, watch, n_before)
             choose, watch = remask.choose, remask.see
-        return self.script.generate(
-            self.net, self.cfg, known, is_known,
-            steps=steps, gen=gen, choose=choose, warp=warp, watch=watch, **ends,
+        return fill_blocks(
+            self, known, is_known,
+            steps=steps, gen=gen, choose=choose, warp=warp, watch=watch, stop=stop,
         )
 
     def likeliest(self, tokens, is_known, refine):
@@ -671,9 +975,7 @@ class LM:
                 return torch.zeros_like(is_mask)
 
             gen = torch.Generator().manual_seed(0)  # its draws are thrown away
-            nfe += self.script.generate(
-                self.net, self.cfg, tokens, ~half, steps=1, gen=gen, choose=note
-            ).nfe
+            nfe += fill_blocks(self, tokens, ~half, steps=1, gen=gen, choose=note).nfe
             score[half] = seen[0].gather(1, tokens[half][:, None]).squeeze(1)
         n_again = (free.sum(1, keepdim=True) * refine).round().clamp(min=1)  # (B, 1)
         place = score.argsort(dim=1, stable=True).argsort(1)
@@ -819,7 +1121,6 @@ def load_script(path):
     for name in NEEDED:
         if not hasattr(script, name):
             raise SampleError(f"--script={path}: not a training script: it has no {name}")
-    script.fail = refuse  # what it refuses is said in this program's name
     return script
 
 

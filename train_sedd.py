@@ -21,7 +21,6 @@ exp(-sigma) at y and at xt_i. exp(u) need not sum to 1. Time input (--cond_dim) 
 """
 
 import contextlib
-import copy
 import dataclasses
 import datetime
 import difflib
@@ -29,16 +28,14 @@ import functools
 import glob
 import inspect
 import json
+import logging
 import math
 import os
 import re
 import shlex
-import shutil
 import signal
 import sys
 import time
-import warnings
-import zipfile
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Literal, NamedTuple, get_args
@@ -112,7 +109,6 @@ class Config:
     grad_clip: float = 0.0  # global gradient norm; 0: off
     ema: float = 0.0  # decay of the averaged weights; 0: off
     ema_start: float = 0.0  # fraction of the steps after which the average starts
-    max_bad_steps: int = 10  # consecutive non-finite steps after which the run stops
     # evaluation, checkpoints, log
     eval_every: int = 250  # steps; 0: only at the end
     val_tokens: int = 10_485_760  # at most, in file order
@@ -127,7 +123,6 @@ class Config:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to run
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # matrix products
     compile: bool = True  # torch.compile
-    backend: Literal["auto", "nccl", "gloo"] = "auto"  # process group
     # >>> objective
     graph: Literal["absorb", "uniform"] = "absorb"  # noise puts the mask, or a random token
     noise: Literal["loglinear", "geometric"] = "loglinear"  # how sigma grows with t
@@ -137,157 +132,107 @@ class Config:
     # <<< objective
 
 
-DEFAULTS = {f.name: f.default for f in dataclasses.fields(Config)}
 # What must agree between a checkpoint and the model that takes its weights.
 SHAPE_FIELDS = (
     "vocab_size n_layer n_head n_kv_head n_embd mlp mlp_ratio cond_dim tied unet value_residual "
     "softcap".split())
-# What may change when a run goes on; everything else would make it another run.
-RESUME_FIELDS = (
-    "data out preset resume steps eval_every val_tokens val_draws split ckpt_every log_every "
-    "micro_batch checkpoint_layers max_bad_steps device dtype compile backend".split())
-POSITIVE = ("seq_len n_layer n_head n_embd mlp_ratio steps batch_tokens micro_batch val_tokens "
-            "val_draws max_bad_steps log_every").split()
-BELOW_ONE = "dropout ema momentum muon_beta2 adam_beta1 adam_beta2".split()
-RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # set by torchrun
-MAX_FLAG, MAX_INT, MAX_FLOAT = 1000, 2**53, 1e100  # characters; beyond any use
-LAYER_BYTES = 100_000  # of a layer without its weights, generously
+POSITIVE = "seq_len n_layer n_head n_embd steps batch_tokens micro_batch log_every".split()
 
 
-def fail(message):
-    """A user's mistake: one line, exit status 2. Before ranks part, only the first one speaks."""
-    if dist.is_initialized() or os.environ.get("RANK", "0") == "0":
-        # A stranger's file gets no line and no colour of its own on the terminal.
-        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
-        print(f"{SCRIPT}.py: {line}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
+class UserError(ValueError):
+    """A user's mistake, in one line that names the flag or file and the remedy."""
 
 
 def require(condition, message):
     if not condition:
-        fail(message)
-
-
-def show_help():
-    """The docstring, then every flag with the comment beside it in Config."""
-    comments = dict(re.findall(r"^    (\w+): [^#]+# (.+)$", inspect.getsource(Config), re.M))
-    print(__doc__)
-    for f in dataclasses.fields(Config):
-        default = int(f.default) if isinstance(f.default, bool) else f.default
-        print(f"  --{f.name}={default}  {comments[f.name]} {', '.join(get_args(f.type))}")
-    print(f"Presets: {', '.join(PRESETS)}")
+        raise UserError(message)
 
 
 def parse_flags(argv):
-    """['--name=value', ..] -> {name: value}, typed; anything else is refused."""
-    flags = {}
+    """['--name=value', ..] -> {name: value}, typed."""
+    fields, flags = {f.name: f for f in dataclasses.fields(Config)}, {}
     for arg in argv:
         if arg in ("--help", "-h"):
-            show_help()
+            print(__doc__, inspect.getsource(Config), f"Presets: {', '.join(PRESETS)}", sep="\n")
             raise SystemExit(0)
-        odd = f"{arg[:40]!a}: longer than {MAX_FLAG}, or of characters that cannot be shown"
-        require(arg.isprintable() and len(arg) <= MAX_FLAG, odd)
         name, equals, text = arg.removeprefix("--").partition("=")
-        require(name != "block_size", "--block_size has several meanings; --seq_len is the context")
-        near = (difflib.get_close_matches(name, DEFAULTS, 1) or ["help"])[0]
-        known = arg.startswith("--") and name in DEFAULTS
-        require(known, f"unknown flag {arg}: did you mean --{near}?")
+        near = (difflib.get_close_matches(name, fields, 1) or ["help"])[0]
+        is_known = arg.startswith("--") and name in fields
+        require(is_known, f"unknown flag {arg}: did you mean --{near}?")
         require(equals, f"--{name} needs a value: --{name}=VALUE")
-        require(name not in flags, f"--{name} is given twice")
-        kind = type(DEFAULTS[name])
+        kind, choices = type(fields[name].default), get_args(fields[name].type)
         try:
             flags[name] = ("0", "1").index(text) == 1 if kind is bool else kind(text)
         except ValueError:
-            fail(f"{arg}: {kind.__name__} expected" + " (0 or 1)" * (kind is bool))
+            expected = "0 or 1" if kind is bool else kind.__name__
+            raise UserError(f"{arg}: {expected} expected") from None
+        require(not choices or text in choices, f"{arg}: there are {', '.join(choices)}")
     return flags
 
 
-def parse_args(argv):
-    """Flags -> Config. A preset stands below the flags. A run that is resumed keeps its settings;
-    a checkpoint that is started from fixes the shape of the model."""
+def make_config(argv):
+    """Flags -> (Config, the checkpoint to start from or None).
+
+    A flag wins over the preset, and that over the defaults. --resume=1 goes on with the settings of
+    the run in --out, if there is one; --init_from fixes the shape of the model and, unless a flag
+    says otherwise, the context."""
     flags = parse_flags(argv)
     preset, source = flags.get("preset", ""), flags.get("init_from", "")
-    resume, eval_only = flags.get("resume", False), flags.get("eval_only", False)
     require(preset in ("", *PRESETS), f"--preset={preset}: there are {', '.join(PRESETS)}")
-    require(not (resume and source), "--resume=1 and --init_from exclude each other")
-    require(source or not eval_only, "--eval_only=1 needs a checkpoint: --init_from=PATH")
     base = {"out": os.path.join("out", SCRIPT + (f"-{preset}" if preset else ""))}
     base.update(PRESETS.get(preset, {}))
     path = os.path.join(flags.get("out", base["out"]), "ckpt.pt")
-    # What torchrun --max-restarts=N starts again goes on from where it was.
-    restarted = os.environ.get(RESTARTS, "0") != "0" and not eval_only
-    if restarted and os.path.exists(path):
-        resume = flags["resume"] = True
-        flags.pop("init_from", None)
-    if resume:
-        source = path
-        require(os.path.exists(source), f"--resume=1: no {source}: name the run's folder by --out")
-    if source:
-        config = load_checkpoint(source)["config"]
-        saved = {f.name: config[f.name] for f in dataclasses.fields(Config) if f.name in config}
-        for name in set(saved) - set(RESUME_FIELDS) if resume else SHAPE_FIELDS:
-            if name in flags and flags[name] != saved.get(name):
-                fail(f"--{name}={flags[name]}: {source} has {saved.get(name)}, which stays")
-        if not (resume or eval_only):
-            saved = base | {name: saved[name] for name in SHAPE_FIELDS if name in saved}
-        base = saved | {"split": "val", "resume": False, "out": base["out"]}
-    return Config(**(base | flags))
+    flags["resume"] = flags.get("resume", False) and os.path.exists(path)
+    if flags["resume"]:
+        source = flags["init_from"] = path
+    is_eval = flags.get("eval_only", False)
+    require(source or not is_eval, "--eval_only=1 needs a checkpoint: --init_from=PATH")
+    if not source:
+        return Config(**(base | flags)), None
+    ckpt = load_checkpoint(source)
+    fits = ckpt["script"] in ((SCRIPT,) if flags["resume"] else (SCRIPT, *INIT_FROM))
+    require(fits, f"{source}: a checkpoint of {ckpt['script']}.py")
+    saved = {f.name: ckpt["config"][f.name] for f in dataclasses.fields(Config)
+             if f.name in ckpt["config"]}
+    for name in (*SHAPE_FIELDS, "seq_len"):
+        is_free = name == "seq_len" or flags.get(name, saved.get(name)) == saved.get(name)
+        require(is_free, f"--{name}: {source} has {saved.get(name)}, which stays")
+    if not (flags["resume"] or is_eval):
+        saved = base | {name: saved[name] for name in (*SHAPE_FIELDS, "seq_len") if name in saved}
+    return Config(**(saved | flags)), ckpt
 
 
 def validate(cfg, world):
-    """Refuse what cannot work, before anything is opened or written."""
-    for f in dataclasses.fields(Config):
-        value, choices = getattr(cfg, f.name), get_args(f.type)
-        flag = f"--{f.name}={value}:"
-        require(type(value) is type(f.default), f"{flag} {type(f.default).__name__} expected")
-        require(not choices or value in choices, f"{flag} there are {', '.join(choices)}")
-        if not isinstance(value, str):
-            limit = MAX_FLOAT if isinstance(value, float) else MAX_INT
-            require(0 <= value < limit, f"{flag} must be 0 or more, below {limit:.2g}")
-            require(value > 0 or f.name not in POSITIVE, f"{flag} must be positive")
-            require(value < 1 or f.name not in BELOW_ONE, f"{flag} must be below 1")
-    n_head, n_rows = cfg.n_head, cfg.batch_tokens // cfg.seq_len
-    require(cfg.n_embd % (2 * n_head) == 0, f"--n_head={n_head}: {cfg.n_embd} / n_head is not even")
-    width = round(cfg.mlp_ratio * cfg.n_embd)
-    require(width > 0, f"--mlp_ratio={cfg.mlp_ratio}: no hidden unit at --n_embd={cfg.n_embd}")
-    divides = n_head % (cfg.n_kv_head or n_head) == 0
-    require(divides, f"--n_kv_head={cfg.n_kv_head}: must divide --n_head={n_head}")
-    layer = LAYER_BYTES + 4 * cfg.n_embd * (2 * cfg.n_embd + 2 * width + 6 * cfg.cond_dim)
-    size = cfg.n_layer * layer + 8 * cfg.vocab_size * cfg.n_embd  # bytes, at least
-    room = math.inf
-    if hasattr(os, "sysconf"):
-        room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    require(size < room, f"--n_layer={cfg.n_layer} --n_embd={cfg.n_embd} --mlp_ratio="
-            f"{cfg.mlp_ratio} --vocab_size={cfg.vocab_size}: weights of {size / 1e9:.0f} GB, more "
-            f"than the {room / 1e9:.0f} GB of this machine's memory")
-    fits = cfg.batch_tokens % (cfg.seq_len * world) == 0
-    require(fits, f"--batch_tokens={cfg.batch_tokens}: no multiple of --seq_len={cfg.seq_len}, or "
-            f"its rows do not divide by {world} ranks")
-    per_rank = n_rows // world
-    micro = min(cfg.micro_batch, per_rank)
-    require(per_rank % micro == 0, f"--micro_batch={micro}: must divide a rank's {per_rank} rows")
+    """Refuse what cannot work, before anything is written."""
+    for name in POSITIVE:
+        require(getattr(cfg, name) > 0, f"--{name}={getattr(cfg, name)}: must be positive")
+    is_even = cfg.n_embd % (2 * cfg.n_head) == 0
+    require(is_even, f"--n_head={cfg.n_head}: {cfg.n_embd} / n_head is not an even number")
+    divides = cfg.n_head % (cfg.n_kv_head or cfg.n_head) == 0
+    require(divides, f"--n_kv_head={cfg.n_kv_head}: must divide --n_head={cfg.n_head}")
+    n_rows = cfg.batch_tokens // cfg.seq_len
+    micro = min(cfg.micro_batch, max(1, n_rows // world))
+    unit = cfg.seq_len * world * cfg.micro_batch
+    near = max(1, round(cfg.batch_tokens / unit)) * unit
+    fits = cfg.batch_tokens % (cfg.seq_len * world * micro) == 0
+    require(fits, f"--batch_tokens={cfg.batch_tokens}: does not divide into {world} ranks times "
+            f"{micro} rows of {cfg.seq_len} tokens; take {near}")
     check_objective(cfg, n_rows, micro)
 
 
 # ----------------------------------------------------------------------------- data
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
-GPT2_VOCAB = 50257
-MAX_META, MAX_VOCAB = 2**26, 2**16  # bytes of meta.json; tokens are uint16
 
 
 def open_shard(path, seq_len):
     """The windows of a shard of llm.c's format, (n, seq_len), on disk; its tail is left out."""
-    require(os.path.isfile(path), f"{path}: no such file")  # a pipe would be waited for
-    try:
-        size, header = os.path.getsize(path), np.fromfile(path, "<i4", HEADER_BYTES // 4)
-    except OSError as e:
-        fail(f"{path}: {e.strerror}")
-    shard = len(header) == HEADER_BYTES // 4 and tuple(header[:2]) == (SHARD_MAGIC, SHARD_VERSION)
-    require(shard, f"{path}: not a token shard; make them with prepare_data.py")
+    size, header = os.path.getsize(path), np.fromfile(path, "<i4", HEADER_BYTES // 4)
+    is_shard = tuple(header[:2]) == (SHARD_MAGIC, SHARD_VERSION)
+    require(is_shard, f"{path}: not a token shard; make them with prepare_data.py")
     n_tokens, itemsize = int(header[2]), int(header[3]) or 2
-    whole = itemsize in (1, 2) and n_tokens > 0 and size == HEADER_BYTES + n_tokens * itemsize
-    require(whole, f"{path}: {size} bytes, but a header for {n_tokens} tokens of {itemsize}: cut "
-            "short or damaged; prepare it again")
+    is_whole = itemsize in (1, 2) and size == HEADER_BYTES + n_tokens * itemsize
+    require(is_whole, f"{path}: {size} bytes, but a header for {n_tokens} tokens of {itemsize} "
+            "bytes: cut short or damaged; prepare it again")
     tokens = np.memmap(path, np.uint8 if itemsize == 1 else "<u2", "r", HEADER_BYTES, (n_tokens,))
     return tokens[:n_tokens // seq_len * seq_len].reshape(-1, seq_len)
 
@@ -295,13 +240,11 @@ def open_shard(path, seq_len):
 class Windows:
     """All windows of seq_len tokens of one split, shard after shard."""
     def __init__(self, folder, split, seq_len):
-        self.paths = sorted(glob.glob(f"{glob.escape(folder)}/*{split}_*.bin"))
-        require(self.paths, f"--data={folder}: no *{split}_*.bin in it")
+        names = (f"*{split}_*.bin", f"*_{split}.bin")
+        self.paths = sorted(p for n in names for p in glob.glob(os.path.join(folder, n)))
+        require(self.paths, f"--data={folder}: no {names[0]} in it")
         self.shards = [open_shard(p, seq_len) for p in self.paths]
         self.starts = np.cumsum([0] + [len(s) for s in self.shards])
-        self.dtype = self.shards[0].dtype
-        for shard, path in zip(self.shards, self.paths, strict=True):
-            require(shard.dtype == self.dtype, f"{path}: {shard.dtype} tokens beside {self.dtype}")
 
     def __len__(self):
         return int(self.starts[-1])
@@ -312,59 +255,41 @@ class Windows:
         for index in indices:
             shard = int(np.searchsorted(self.starts, index, "right")) - 1
             rows.append(self.shards[shard][index - self.starts[shard]].astype(np.int64))
-            if rows[-1].max() >= vocab_size:
-                fail(f"{self.paths[shard]}: token {rows[-1].max()} of a vocabulary of {vocab_size}")
+            largest = rows[-1].max()
+            require(largest < vocab_size, f"{self.paths[shard]}: token {largest} of a vocabulary "
+                    f"of {vocab_size}")
         return torch.from_numpy(np.stack(rows))
 
 
-def load_tokenizer(folder, dtype):
-    """What turns ids into text, from meta.json; without it uint16 is GPT-2's and uint8 is bytes.
-
-    -> {name, vocab_size, bos_id, pattern, token_bytes: uint8 (all bytes, id after id),
-    token_length: int64 (V,), bytes of every id}. BOS stands for no text, so its length is 0."""
+def load_meta(folder):
+    """What meta.json says of the tokens: tokenizer, vocab_size, bos_id, pattern, token_bytes,
+    byte_length. A document's first token, bos_id, stands for no text: its length is 0."""
     path = os.path.join(folder, "meta.json")
-    unfinished = os.path.exists(os.path.join(folder, "state.json")) and not os.path.lexists(path)
-    require(not unfinished, f"--data={folder}: not finished; run prepare_data.py there once more")
-    meta = dict(tokenizer="byte", vocab_size=256, bos_id=0, pattern=None, token_bytes=None)
-    try:
-        if os.path.lexists(path):
-            if not os.path.isfile(path) or os.path.getsize(path) > MAX_META:
-                raise ValueError(f"no file, or larger than {MAX_META} bytes")
-            with open(path, encoding="utf-8") as f:
-                meta = json.load(f)
-        elif dtype != np.uint8:
-            meta = gpt2_meta()
-        name, pattern, bos_id = meta["tokenizer"], meta["pattern"], meta["bos_id"]
-        table = [text.encode("latin-1") for text in meta["token_bytes"] or map(chr, range(256))]
-        if type(name) is not str or type(pattern) not in (str, type(None)):
-            raise TypeError("tokenizer or pattern is no text")
-        if type(bos_id) is not int or not 0 <= bos_id < len(table):
-            raise ValueError(f"bos_id {bos_id!s:.40} of {len(table)} tokens")
-        if len(table) != meta["vocab_size"] or len(table) > MAX_VOCAB:
-            raise ValueError(f"{len(table)} tokens, vocab_size {meta['vocab_size']!s:.40}")
-        table[bos_id] = b""
-        return dict(name=name, vocab_size=len(table), bos_id=bos_id, pattern=pattern,
-                    token_length=torch.tensor([len(b) for b in table]),
-                    token_bytes=torch.tensor(list(b"".join(table)), dtype=torch.uint8))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        fail(f"{path}: not a description of this data ({type(e).__name__}: {e!s:.200}); prepare "
-             "it again")
+    require(os.path.exists(path), f"--data={folder}: no meta.json: run prepare_data.py again, or, "
+            f"if these are published shards: python prepare_data.py meta {folder}")
+    with open(path, encoding="utf-8") as f:
+        return json.load(f)
 
 
-def gpt2_meta():
-    """GPT-2's entries of meta.json; tokens without bytes where its vocabulary cannot be had."""
-    table, pattern = [""] * GPT2_VOCAB, None
-    try:
-        import tiktoken
-
-        gpt2 = tiktoken.get_encoding("gpt2")
-        table = [gpt2.decode_single_token_bytes(i).decode("latin-1") for i in range(GPT2_VOCAB)]
-        pattern = gpt2._pat_str
-    except Exception as e:  # not installed, no network, a proxy, a full disk
-        print(f"{SCRIPT}.py: no GPT-2 vocabulary ({type(e).__name__}), so no bits per byte: it "
-              "comes over the network, or from the folder in TIKTOKEN_CACHE_DIR", file=sys.stderr)
-    return dict(tokenizer="gpt2", vocab_size=GPT2_VOCAB, bos_id=GPT2_VOCAB - 1, pattern=pattern,
-                token_bytes=table)
+def open_data(cfg, ckpt):
+    """-> (training windows, evaluation windows, meta.json), checked against cfg and checkpoint."""
+    folder = cfg.data if os.path.isdir(cfg.data) else os.path.join("data", cfg.data)
+    require(os.path.isdir(folder), f"--data={cfg.data}: no such folder, nor {folder}; "
+            "prepare_data.py makes it, its --help lists what there is")
+    meta, val = load_meta(folder), Windows(folder, cfg.split, cfg.seq_len)
+    train = val if cfg.eval_only else Windows(folder, "train", cfg.seq_len)
+    n_rows, n_ids = cfg.batch_tokens // cfg.seq_len, meta["vocab_size"]
+    fits = not 0 < cfg.vocab_size < n_ids
+    require(fits, f"--vocab_size={cfg.vocab_size}: {folder} has {n_ids} tokens")
+    require(len(val) > 1, f"--data={cfg.data}: fewer than two windows of --seq_len={cfg.seq_len} "
+            f"in {cfg.split}; lower --seq_len")
+    require(cfg.eval_only or len(train) >= n_rows, f"--data={cfg.data}: {len(train)} windows of "
+            f"--seq_len={cfg.seq_len}, fewer than the {n_rows} of a batch; lower --batch_tokens")
+    for key in ("token_bytes", "pattern", "bos_id") if ckpt else ():
+        require(ckpt["meta"][key] == meta[key], f"--data={cfg.data}: {meta['tokenizer']} tokens "
+                f"with another vocabulary than the {ckpt['meta']['tokenizer']} tokens of "
+                f"{cfg.init_from}: prepare the text again with --tokenizer={cfg.init_from}")
+    return train, val, meta
 
 
 # ----------------------------------------------------------------------------- layers
@@ -543,7 +468,7 @@ class Trunk(nn.Module):
 # ----------------------------------------------------------------------------- objective
 # >>> objective
 METRIC = "val_nelbo"  # nats per token: an upper bound on the negative log-likelihood
-INIT_FROM = ("train_sedd",)  # scripts whose checkpoints fit --init_from
+INIT_FROM = ("train_sedd",)  # scripts whose checkpoints fit --init_from, besides this one
 
 PRESETS = {
     "tiny": dict(
@@ -561,12 +486,10 @@ CPU_SHORT = 512  # positions
 ROW_SIZES = 16  # a variable number of masked rows is padded up to a multiple of B T / 16
 
 
-def check_objective(cfg, n_rows, micro_rows):
-    """Refuse combinations that this objective does not have."""
-    if cfg.graph == "absorb" and cfg.noise == "loglinear":
-        for name, n in ("batch_tokens", n_rows), ("micro_batch", micro_rows):
-            require(n % 2 == 0, f"--{name}={getattr(cfg, name)}: {n} rows, --graph=absorb with "
-                    "--noise=loglinear needs pairs")
+def check_objective(cfg, n_rows, micro):
+    is_paired = cfg.graph == "absorb" and cfg.noise == "loglinear"
+    fits = not is_paired or n_rows % 2 == micro % 2 == 0
+    require(fits, f"--micro_batch={micro}: --graph=absorb needs pairs of rows")
     rises = 0 < cfg.sigma_min < cfg.sigma_max
     require(rises, f"--sigma_min={cfg.sigma_min}: must be above 0 and below --sigma_max")
 
@@ -589,13 +512,13 @@ def last_sigma(cfg):
 def flops_per_token(cfg, model):
     """Training FLOPs per token of x0: 6 per weight used, the head on masked positions alone, plus
     12 n_layer D T for attention over all pairs of positions."""
-    hidden = sum(p.numel() for n, p in model.named_parameters() if is_hidden(n))
     scored = 1.0
     if cfg.graph == "absorb":
         sigma, _ = total_noise((torch.arange(1000) + 0.5) / 1000, cfg)
         scored = -float(torch.expm1(-sigma).mean())
     head = cfg.n_embd * cfg.vocab_size * scored
-    return 6 * (hidden + head) + 12 * cfg.n_layer * cfg.n_embd * cfg.seq_len
+    attention = 12 * cfg.n_layer * cfg.n_embd * cfg.seq_len
+    return 6 * (sum(layer_sizes(model).values()) + head) + attention
 
 
 def attend(q, k, v, ctx):
@@ -729,7 +652,7 @@ def loss_fn(model, x0, noise, cfg):
     n_masked = B // 2 * (T + 1) if paired else padded_count(xt != x0)
     _, losses = absorb_losses(model, x0, xt, noise, n_masked)
     loss = losses.sum() / (B * T)
-    # Rows that are no antithetic pairs would lose tokens here; better no number than that.
+    # Rows that are not antithetic pairs would lose tokens here, so return NaN.
     return torch.where((xt != x0).sum() == n_masked, loss, torch.nan) if paired else loss
 
 
@@ -748,35 +671,44 @@ def nelbo_fn(model, x0, noise, cfg):
         return uniform_losses(model, x0, xt, noise).sum(1) + T * prior_nats(cfg)
     rows, losses = absorb_losses(model, x0, xt, noise, padded_count(xt != x0))
     return losses.new_zeros(B).index_add(0, rows // T, losses)
-
-
-def other_figures(nats, noise):
-    """Beside the bound there are none."""
-    return {}
 # <<< objective
 
 
 # ----------------------------------------------------------------------------- optimizer
 MOMENTUM_START, EMA_WARMUP = 0.85, 10
 ALIGN = 64  # elements, so that the gradient of every parameter starts on a cache line
+GROUPS = {  # what each group of parameters is called in Model
+    "hidden": r"layers\.\d+\.(q|k|v|o|gate|up|down)\.weight",  # by Muon, everything else by AdamW
+    "embed": r"embed\.weight",
+    "head": r"head\.weight",
+    "scalar": r"skip|value|layers\.\d+\.residual",
+    "cond": r"(layers\.\d+\.mod|final_mod|sigma_mlp\.\d+)\.weight",
+}
 
 
-def is_hidden(name):
-    """Does Muon take this parameter? The matrices of the layers, conditioning apart."""
-    return re.match(r"layers\.\d+\.(q|k|v|o|gate|up|down)\.", name) is not None
+def group_of(name):
+    """The group that a parameter belongs to."""
+    found = [group for group, pattern in GROUPS.items() if re.fullmatch(pattern, name)]
+    require(len(found) == 1, f"parameter {name} is in {len(found)} groups: name it in one of GROUPS"
+            " (hidden: matrices inside the layers, scalar: vectors)")
+    return found[0]
+
+
+def layer_sizes(model):
+    """{name: weights} of the matrices that every token is multiplied with, by any optimizer."""
+    return {name: p.numel() for name, p in model.named_parameters()
+            if p.ndim > 1 and group_of(name) not in ("embed", "head", "cond")}
 
 
 def make_optimizers(model, cfg):
     """[hidden matrices by Muon or AdamW, everything else by AdamW]."""
     rates = dict(hidden=cfg.lr, embed=cfg.embed_lr, head=cfg.head_lr, scalar=cfg.scalar_lr,
                  cond=cfg.cond_lr)
-    groups = {kind: dict(params=[], lr=lr, peak_lr=lr, weight_decay=cfg.adam_weight_decay)
-              for kind, lr in rates.items()}
+    groups = {name: dict(params=[], lr=lr, peak_lr=lr, weight_decay=cfg.adam_weight_decay)
+              for name, lr in rates.items()}
     groups["hidden"]["weight_decay"] = cfg.weight_decay
     for name, p in model.named_parameters():
-        part = "hidden" if is_hidden(name) else name.split(".")[0]
-        kind = part if part in groups else "scalar" if p.ndim < 2 else "cond"
-        groups[kind]["params"].append(p)
+        groups[group_of(name)]["params"].append(p)
     optimizers = []
     if cfg.optimizer == "muon":
         optimizers.append(Muon([groups.pop("hidden")], momentum=cfg.momentum,
@@ -784,8 +716,6 @@ def make_optimizers(model, cfg):
     optimizers.append(torch.optim.AdamW(
         [g for g in groups.values() if g["params"]], betas=(cfg.adam_beta1, cfg.adam_beta2),
         eps=1e-10, fused=model.embed.weight.device.type in ("cpu", "cuda")))
-    owned = [p for o in optimizers for g in o.param_groups for p in g["params"]]
-    assert len(set(owned)) == len(owned) == len(list(model.parameters()))
     return optimizers
 
 
@@ -806,10 +736,10 @@ def set_rates(optimizers, step, cfg):
             group["momentum"] = cfg.momentum - cold * max(0.0, cfg.momentum - MOMENTUM_START)
 
 
-def swap(params, shadow):
+def swap(params, average):
     """Exchange the parameters with their average, if there is one; a second time undoes it."""
-    for p, average in zip(params, shadow, strict=bool(shadow)):
-        p.data, average.data = average.data, p.data
+    for p, a in zip(params, average, strict=bool(average)):
+        p.data, a.data = a.data, p.data
 
 
 # ----------------------------------------------------------------------------- evaluation
@@ -826,560 +756,325 @@ def take_rows(noise, rows, device):
 
 
 @torch.no_grad()
-def evaluate(nelbo, cfg, windows, tokenizer, device, rank, world, stopping=bool):
+def evaluate(nelbo, cfg, windows, token_length, device, rank, world, stop=()):
     """nelbo(x0, noise) -> (B,) nats, over the first val_tokens of a split.
 
     The same digits on any number of ranks: the noise of all windows is one draw, batches of them
-    are dealt to the ranks in turn, sums are in float64. -> ({METRIC: nats per token, se: standard
-    error over pairs of neighbouring windows, whose noise is paired, bpb, ppl, ..}, what they are
-    of {tokens, bytes, draws, seed}, nats (N,)). None as soon as stopping(), the same on all ranks,
-    says so."""
+    are dealt to the ranks in turn, sums are in float64. token_length (V,): bytes of every token.
+    -> (a line; {METRIC: nats per token, se: standard error over pairs of neighbouring windows,
+    whose noise is paired, bpb, ppl, and what they are of: tokens, bytes, draws, seed}; nats (N,)).
+    None as soon as any rank has a signal in `stop`."""
     n = min(len(windows), max(2, cfg.val_tokens // cfg.seq_len)) // 2 * 2
     size = cfg.micro_batch + cfg.micro_batch % 2
-    nats, others = torch.zeros(n, dtype=torch.float64), {}
+    nats = torch.zeros(n, dtype=torch.float64)
     for draw in range(cfg.val_draws):
         gen = torch.Generator().manual_seed(derive_seed(EVAL_SEED, draw))
         noise = draw_noise(cfg, n, gen, bound=True)
         sums = torch.zeros(n, 2, dtype=torch.float64)  # nats and bytes of every window
         for first in range(rank * size, n + rank * size, world * size):
-            if stopping():
+            if any_signal(stop, device, world):
                 return None
             if first >= n:
                 continue
             rows = slice(first, min(first + size, n))
             x0 = windows.read(range(rows.start, rows.stop), cfg.vocab_size)
             sums[rows, 0] = nelbo(x0.to(device), take_rows(noise, rows, device)).cpu().double()
-            sums[rows, 1] = tokenizer["token_length"][x0].sum(1).double()
+            sums[rows, 1] = token_length[x0].sum(1).double()
         if world > 1:
             sums = sums.to(device)
             dist.all_reduce(sums)
             sums = sums.cpu()
         nats += sums[:, 0] / cfg.val_draws
-        for name, value in other_figures(sums[:, 0], noise).items():
-            others[name] = others.get(name, 0.0) + value / cfg.val_draws
     n_bytes, mean = int(sums[:, 1].sum()), float(nats.mean()) / cfg.seq_len
     pairs = nats.view(-1, 2).mean(1) / cfg.seq_len
-    return {METRIC: mean, "se": float(pairs.std() / len(pairs) ** 0.5) if n > 2 else None,
-            "bpb": float(nats.sum()) / math.log(2) / n_bytes if n_bytes else None,
-            "ppl": math.exp(min(mean, 700.0)), **others}, dict(
-                tokens=n * cfg.seq_len, bytes=n_bytes, draws=cfg.val_draws, seed=EVAL_SEED), nats
+    result = {METRIC: mean, "se": float(pairs.std() / len(pairs) ** 0.5) if n > 2 else None,
+              "bpb": float(nats.sum()) / math.log(2) / n_bytes if n_bytes else None,
+              "ppl": math.exp(min(mean, 700.0))}
+    shown = {k: "n/a" if v is None else f"{v:.4f}" for k, v in result.items()}
+    line = f"{METRIC}:{shown[METRIC]}+-{shown['se']} bpb:{shown['bpb']} ppl:{shown['ppl']}"
+    result |= dict(tokens=n * cfg.seq_len, bytes=n_bytes, draws=cfg.val_draws, seed=EVAL_SEED)
+    return line, result, nats
 
 
 # ----------------------------------------------------------------------------- checkpoints
-CKPT_FORMAT = 2
-CKPT_TYPES = {"format": int, "script": str, "config": dict, "model": dict, "optimizers": list,
-              "tokenizer": dict, "step": int, "tokens_seen": int, "progress": dict}
-MAX_DEPTH, MAX_READS = 8, 100  # of a checkpoint's dicts and lists; of one that keeps changing
-# What a run knows beside its weights; its place in the data is step times the rows of a batch.
-PROGRESS = dict(step=0, seconds=0.0, bad=0, skipped=0, evaluated=True, ema_updates=0,
-                shown_step=0, shown_seconds=0.0, loss=0.0)  # last line, losses since then
-
-
-def save_checkpoint(path, state):
-    """Write beside, then swap in, keeping the one before: some checkpoint always loads.
-    -> what went wrong, or ''."""
-    partial, previous = f"{path}.partial", path.removesuffix(".pt") + "_prev.pt"
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)  # somebody may have removed it
-        with open(partial, "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        if os.path.exists(path):  # which stays until it is replaced
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(previous)
-            try:
-                os.link(path, previous)
-            except OSError:  # no hard links here
-                shutil.copyfile(path, previous)
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as e:  # torch.save wraps what the disk says
-        with contextlib.suppress(OSError):
-            os.remove(partial)
-        return str(e if isinstance(e, OSError) else e.__context__ or e).splitlines()[0]
-    return ""
-
-
-def leaves(tree, path="", depth=0):
-    """(path, value) of all that nested dicts and lists hold; refuses what a run never writes."""
-    if depth > MAX_DEPTH:
-        raise ValueError(f"{path:.80}: nested too deeply")
-    if not isinstance(tree, dict | list | tuple) or not tree:
-        yield path, None if isinstance(tree, dict | list | tuple) else tree
-        return
-    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-        if type(key) not in (str, int):
-            raise TypeError(f"{path:.80}: a key of type {type(key).__name__}")
-        yield from leaves(value, f"{path}.{key}" if path else str(key), depth + 1)
-
-
-def first_not_finite(tree):
-    """Path of the first tensor with a NaN or an infinity, or ''."""
-    return next((path for path, x in leaves(tree) if isinstance(x, Tensor)
-                 and x.is_floating_point() and not x.isfinite().all()), "")
-
-
-def check_checkpoint(state, size):
-    """Raise unless this is what a run writes, in every type, and no more than a file of so many
-    bytes can hold: tensors may claim to be huge, lists may hold each other."""
-    if not isinstance(state, dict):
-        raise TypeError(f"a {type(state).__name__}")
-    for name, kind in CKPT_TYPES.items():
-        if type(state.get(name)) is not kind:
-            raise TypeError(f"{name} is {type(state.get(name)).__name__}, not {kind.__name__}")
-    if state["format"] != CKPT_FORMAT:
-        raise ValueError(f"format {state['format']!s:.40} is not known here")
-    n_bytes, n_values = 0, 0
-    for path, x in leaves(state):
-        part, _, name = path.partition(".")
-        tensor = type(x) is Tensor and x.layout == torch.strided and not x.is_meta
-        plain = type(x) in (str, float, bool, type(None)) or type(x) is int and abs(x) < 2**63
-        if part in ("model", "ema") and name:
-            good = tensor and x.is_floating_point()
-        else:
-            good = plain or tensor and part in ("tokenizer", "optimizers")
-        if part == "optimizers" and tensor:
-            good = x.dtype == torch.float32
-        if part == "config":
-            good = plain and "." not in name and type(x) is type(DEFAULTS.get(name, x))
-        if not good:
-            raise TypeError(f"{path:.80}: a {type(x).__name__} is not expected there")
-        n_bytes, n_values = n_bytes + (x.nbytes if tensor else 0), n_values + 1
-        if max(n_bytes, n_values) > size:
-            raise ValueError(f"{path:.80}: more than the file can hold")
-    kinds = [{k: type(x) for k, x in d.items()} for d in (state["progress"], PROGRESS)]
-    if kinds[0] != kinds[1] or min((state["progress"] | {"loss": 0.0}).values()) < 0:
-        raise ValueError("progress is not that of a run")
-    if type(state["tokenizer"].get("vocab_size")) is not int:
-        raise TypeError("tokenizer is not that of a run")
-
-
-def stamp(path):
-    """Changes with the file behind a path; None: there is none."""
-    with contextlib.suppress(OSError):
-        about = os.stat(path)
-        return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
+CKPT_FORMAT = 3
 
 
 def load_checkpoint(path):
-    """Read and check a checkpoint; tensors and plain values only, never code. Again, if a run has
-    put the next one in its place meanwhile: torch opens a file twice."""
-    require(os.path.exists(path), f"{path}: no such checkpoint")
-    require(os.path.isfile(path), f"{path}: not a file")  # a pipe would be waited for
-    for _ in range(MAX_READS):
-        before, state, problem = stamp(path), None, ""
-        try:
-            with zipfile.ZipFile(path) as f:
-                if any(item.compress_type != zipfile.ZIP_STORED for item in f.infolist()):
-                    raise ValueError("compressed")
-            with warnings.catch_warnings(action="ignore"):  # torch's, about files of others
-                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            check_checkpoint(state, os.path.getsize(path))
-        except Exception as e:  # the unpickler meets arbitrary bytes, the check any values
-            problem = f"{e!s:.200}"
-            if state is None:
-                code = "weights_only" in str(e) or "Unsupported" in str(e)
-                problem = "holds more than plain values" if code else "cut short or damaged"
-                problem += f" ({type(e).__name__})"
-        if stamp(path) == before:
-            break
-    previous = os.fspath(path).removesuffix(".pt") + "_prev.pt"
-    if os.path.isfile(previous) and zipfile.is_zipfile(previous):
-        problem += f"; {previous} is the one before it: rename it to go back" * bool(problem)
-    require(not problem, f"{path}: no checkpoint of ours: {problem}")
+    """What save_checkpoint has written. Only tensors and plain values are read, never code."""
+    require(os.path.isfile(path), f"{path}: no such checkpoint")
+    try:
+        with open(path, "rb") as f:
+            state = torch.load(f, map_location="cpu", weights_only=True)
+        version = state["format"]
+    except Exception as e:  # the unpickler meets arbitrary bytes
+        raise UserError(f"{path}: not a checkpoint, or damaged ({type(e).__name__})") from None
+    require(version == CKPT_FORMAT, f"{path}: checkpoint of format {version}, this script reads "
+            f"{CKPT_FORMAT}: train it again")
     return state
 
 
-def load_model(cfg, weights, path):
-    """The model of cfg with a checkpoint's weights: all of them, in their shapes and finite. They
-    are compared before any memory is taken."""
-    try:
-        n_layer = len({name.split(".")[1] for name in weights if name.startswith("layers.")})
-        if cfg.n_layer != n_layer:
-            raise ValueError(f"{n_layer} layers, but --n_layer={cfg.n_layer}.")
-        with torch.device("meta"):
-            model = Model(cfg)
-        copies = {name: x.float().contiguous().clone() for name, x in weights.items()}
-        model.load_state_dict(copies, assign=True)
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as e:
-        what = (str(e).splitlines() or [""])[-1].strip()
-        fail(f"{path}: {what:.300} Another shape: give the flags it was trained with")
-    name = first_not_finite(weights)
-    require(not name, f"{path}: {name} has numbers that are not finite; take an earlier one")
-    return model
+def save_checkpoint(path, state):
+    """Write beside and then replace, so that a kill leaves the old file or the new one, whole."""
+    with open(f"{path}.partial", "wb") as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(f"{path}.partial", path)
 
 
-def load_optimizers(optimizers, states):
-    """Continue with states of a checkpoint, or raise: of these settings, in these shapes."""
-    varying = ("lr", "momentum")  # set_rates
-    for optimizer, state in zip(optimizers, copy.deepcopy(states), strict=True):
-        groups = [[{k: v for k, v in g.items() if k not in varying} for g in s["param_groups"]]
-                  for s in (optimizer.state_dict(), state)]
-        if groups[0] != groups[1]:
-            raise ValueError("its groups of parameters are others")
-        optimizer.load_state_dict(state)
-        for p, values in optimizer.state.items():
-            wanted = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
-            if isinstance(optimizer, Muon):
-                wanted = {"momentum": p.shape, "second_moment": (*p.shape[:-1], 1)}
-                if groups[0][0]["beta2"] is None:
-                    del wanted["second_moment"]
-            if {name: x.shape for name, x in values.items()} != wanted:
-                raise ValueError("its states are others")
-        name = first_not_finite(state)
-        if name:
-            raise ValueError(f"{name} is not finite")
-
-
-def build_model(ckpt, weights="ema", device="cpu", path="checkpoint"):
+def build_model(ckpt, weights="ema"):
     """A checkpoint (load_checkpoint) -> (model in eval mode, its Config); weights: ema or raw."""
-    unknown = ckpt["config"].keys() - DEFAULTS.keys()
-    require(not unknown, f"{path}: its settings {unknown or ''!s:.200} are not this script's")
     cfg = Config(**ckpt["config"])
-    validate(cfg, 1)
-    model = load_model(cfg, (weights == "ema" and ckpt.get("ema")) or ckpt["model"], path)
-    return model.to(device).eval(), cfg
+    model = Model(cfg)
+    model.load_state_dict((weights == "ema" and ckpt["ema"]) or ckpt["model"])
+    return model.eval(), cfg
 
 
 # ----------------------------------------------------------------------------- runtime
 # Dense bf16 peak by part of the device's name, FLOP/s, from the vendors' data sheets.
 PEAK_FLOPS = {
     "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
-    "L40S": 362e12, "L4": 121e12, "RTX 5090": 209e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+    "L40": 362e12, "L4": 121e12, "RTX 5090": 209e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+MAX_BAD_STEPS = 10  # consecutive non-finite steps after which a run stops
 RECOMPILE_LIMIT = 32  # shapes: training, evaluation, and batches whose size varies
-# Seconds after which a rank that waits for another one gives up: while that one may compile or
-# write a checkpoint, and in between.
-START_TIMEOUT, COLLECTIVE_TIMEOUT = 900, 100
-LOST = re.compile("gloo|nccl|socket|connection|pair closure|timed? ?out", re.I)
-END_RETRY, STOP_RETRY, RETRY_EVERY = 600, 15, 1  # seconds to try again to write what would be lost
+TIMEOUT = datetime.timedelta(minutes=10)  # after which a rank gives up waiting for another one
 
 
-def pick_device(cfg, local_rank):
+def pick_device(name, local_rank):
     here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    name = next(n for n in here if here[n]) if cfg.device == "auto" else cfg.device
+    name = next(n for n in here if here[n]) if name == "auto" else name
     require(here.get(name), f"--device={name}: there is none here; --device=auto takes what is")
     if name != "cuda":
         return torch.device(name)
-    n_gpus = torch.cuda.device_count()
-    require(local_rank < n_gpus, f"--nproc_per_node: at most {n_gpus}, the GPUs of this machine")
+    n_gpus, n_ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    require(n_ranks <= n_gpus, f"--nproc_per_node={n_ranks}: this machine has {n_gpus} GPUs")
     torch.cuda.set_device(local_rank)
     return torch.device(name, local_rank)
 
 
-def pick_dtype(cfg, device):
-    """(dtype of the matrix products, notice): bf16 only where the hardware multiplies it."""
+def pick_dtype(name, device):
+    """dtype of the matrix products: bf16 only where the hardware multiplies it, or on a CPU that is
+    told to."""
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
     if device.type == "cpu":
         probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        fast = any(getattr(torch.cpu, probe, bool)() for probe in probes)
-    if cfg.dtype == "bf16" and not fast and device.type != "cpu":
-        return torch.float32, f"--dtype=bf16: not in the hardware of this {device.type}, using fp32"
-    bf16 = cfg.dtype == "bf16" or (cfg.dtype == "auto" and fast)
-    return torch.bfloat16 if bf16 else torch.float32, ""
+        fast = name == "bf16" or any(getattr(torch.cpu, probe, bool)() for probe in probes)
+    return torch.bfloat16 if fast and name != "fp32" else torch.float32
 
 
-def lock_folder(folder):
-    """Make a run folder and hold it, since two runs would mix. -> what lets it go"""
-    os.makedirs(folder, exist_ok=True)
-    if not fcntl:
-        return bool
-    handle = os.open(folder, os.O_RDONLY)
+def open_run(cfg, machine):
+    """Make the run folder, or go on in it. -> (its lock, to be kept open; a function that writes a
+    line to log.txt and the terminal; one that writes a record to log.jsonl)"""
+    os.makedirs(cfg.out, exist_ok=True)
+    lock = open(os.path.join(cfg.out, "lock"), "w")
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl and fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(handle)
-        fail(f"--out={folder}: another run is at work there; wait for it, or give another --out")
-    except OSError:
-        pass  # a file system without locks
-    return functools.partial(os.close, handle)
+        raise UserError(f"--out={cfg.out}: another run is at work there") from None
+    is_free = cfg.resume or not os.path.exists(os.path.join(cfg.out, "ckpt.pt"))
+    require(is_free, f"--out={cfg.out} holds a run: --resume=1 continues it, or give another --out")
+    logs = [logging.Logger(name) for name in ("log.txt", "log.jsonl")]
+    for log in logs:  # a full disk does not stop a run: logging says so and goes on
+        path = os.path.join(cfg.out, log.name)
+        log.addHandler(logging.FileHandler(path, "a" if cfg.resume else "w", encoding="utf-8"))
+    if not cfg.resume:  # all that it takes to make the run again
+        for source in (__file__, inspect.getfile(Muon)):
+            with open(source, encoding="utf-8") as f:
+                logs[0].info(f.read() + "=" * 100)
+        logs[0].info(f"{machine}\n{json.dumps(dataclasses.asdict(cfg))}")
+    logs[0].addHandler(logging.StreamHandler(sys.stdout))
+    return lock, logs[0].info, lambda record: logs[1].info(json.dumps(record))
 
 
-def begin_logs(cfg, machine, at):
-    """log.txt and log.jsonl, with all that running it again takes; of a run that goes on, cut back
-    to where it is. Torn lines go, too."""
-    for name, pattern in (("log.txt", r"step:(\d+)"), ("log.jsonl", r'\{"step": (\d+)')):
-        path, lines = os.path.join(cfg.out, name), []
-        if cfg.resume and os.path.exists(path):
-            with open(path, encoding="utf-8", errors="replace", newline="") as f:
-                for x in f:
-                    step = int((re.match(pattern, x) or [0, 0])[1])
-                    again = step == at.step and METRIC in x and not at.evaluated
-                    if x.endswith("\n") and step <= at.step and not again:
-                        lines.append(x)
-        elif name == "log.txt":
-            if os.path.exists(path):  # of a run that was lost before its first checkpoint, or not
-                with open(path, "rb") as f:
-                    require(f.read(3) in (b"", b'"' * 3), f"{path}: no run's; give another --out")
-            for source in (__file__, inspect.getfile(Muon)):
-                with open(source, encoding="utf-8") as f:
-                    lines += [*f, "=" * 100 + "\n"]
-            lines += [machine + "\n", json.dumps(dataclasses.asdict(cfg)) + "\n"]
-        with open(f"{path}.partial", "w", encoding="utf-8", newline="") as f:
-            f.writelines(lines)
-        os.replace(f"{path}.partial", path)
+def compile_losses(model, device):
+    """-> loss_fn and nelbo_fn, compiled where there is a compiler, and a line that says so."""
+    try:  # a small function first: is there a compiler at all?
+        torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
+    except Exception as e:  # whatever a missing or broken tool chain raises
+        return loss_fn, nelbo_fn, f"running without torch.compile: {str(e).strip().splitlines()[0]}"
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    torch._dynamo.config.suppress_errors = True  # what does not compile runs as it is
+    line = "compiling: the first steps take longer (--compile=0 does without)"
+    if device.type == "cpu":  # one small graph for all layers: seconds, not a minute
+        for layer in model.layers:
+            layer.compile(dynamic=False)
+        return loss_fn, nelbo_fn, line
+    return *(torch.compile(f, dynamic=False) for f in (loss_fn, nelbo_fn)), line
 
 
-def append(path, line):
-    """Add a whole line, or none."""
-    rest = f"{line}\n".encode()
-    with open(path, "ab", buffering=0) as f:  # a buffer would write what is left when closed
-        size = f.tell()
-        try:
-            while rest:
-                rest = rest[f.write(rest):]
-        except OSError:
-            os.truncate(path, size)
-            raise
+def update(optimizers, params, average, at, cfg):
+    """An optimizer step, and the average of the weights that follows it."""
+    set_rates(optimizers, at.step - 1, cfg)
+    for optimizer in optimizers:
+        optimizer.step()
+    if cfg.ema and at.step - 1 >= cfg.ema_start * cfg.steps:
+        if not average:
+            average.extend(p.detach().clone() for p in params)
+        decay = min(cfg.ema, (1 + at.ema_updates) / (EMA_WARMUP + at.ema_updates))
+        with torch.no_grad():
+            torch._foreach_lerp_(average, params, 1 - decay)
+        at.ema_updates += 1
 
 
-def run(argv, ending):
-    """A run or an evaluation, by flags; ending: what is to be called at any end of it."""
-    cfg = parse_args(argv)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    validate(cfg, world)
-    folder = cfg.data if os.path.isdir(cfg.data) else os.path.join("data", cfg.data)
-    require(os.path.isdir(folder), f"--data={cfg.data}: no such folder, nor {folder}; "
-            "prepare_data.py makes it, its --help lists what there is")
-    val = Windows(folder, cfg.split, cfg.seq_len)
-    train = val if cfg.eval_only else Windows(folder, "train", cfg.seq_len)
-    dtypes = f"{train.dtype} in train, {val.dtype} in {cfg.split} shards"
-    require(train.dtype == val.dtype, f"{folder}: {dtypes}; prepare it again")
-    tokenizer = load_tokenizer(folder, val.dtype)
-    n_ids, n_rows, n = tokenizer["vocab_size"], cfg.batch_tokens // cfg.seq_len, len(train)
-    cfg = dataclasses.replace(cfg, vocab_size=cfg.vocab_size or n_ids)
-    require(cfg.vocab_size >= n_ids, f"--vocab_size={cfg.vocab_size}: {folder} has {n_ids}")
-    require(len(val) > 1, f"--data={cfg.data}: less than two windows of --seq_len in {cfg.split}")
-    require(cfg.eval_only or n >= n_rows, f"--data={cfg.data}: {n} windows of --seq_len, fewer "
-            f"than the {n_rows} of a batch; lower --batch_tokens")
-    # Better a bad token here than at the first evaluation.
-    val.read(range(min(len(val), max(2, cfg.val_tokens // cfg.seq_len))), cfg.vocab_size)
-    path = os.path.join(cfg.out, "ckpt.pt")
-    taken = f"--out={cfg.out} holds a run: --resume=1 continues it, or give another --out"
-    require(cfg.resume or cfg.eval_only or not os.path.exists(path), taken)
-    device = pick_device(cfg, int(os.environ.get("LOCAL_RANK", 0)))
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    dtype, notice = pick_dtype(cfg, device)
-    amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-    torch.manual_seed(derive_seed(cfg.seed))
-    source = path if cfg.resume else cfg.init_from
-    if not source:
-        model = Model(cfg)
-    else:
-        ckpt = load_checkpoint(source)
-        fits = ckpt["script"] in ((SCRIPT,) if cfg.resume else INIT_FROM)
-        require(fits, f"{source}: a checkpoint of {ckpt['script']:.80}.py")
-        n_saved = ckpt["tokenizer"].get("vocab_size")
-        require(n_saved == n_ids, f"{source}: of {n_saved} tokens; {folder} has {n_ids}")
-        weights = (not cfg.resume and ckpt.get("ema")) or ckpt["model"]
-        model = load_model(cfg, weights, source)
-    model.to(device)
-    params = list(model.parameters())
-    at = SimpleNamespace(**(ckpt["progress"] if cfg.resume else PROGRESS))
-    shadow = []  # the averaged weights
-    if not cfg.eval_only:
-        # Every .grad is a view of one flat buffer: one all-reduce, one norm, one memset a step.
-        sizes = [-(-p.numel() // ALIGN) * ALIGN for p in params]
-        flat_grad = torch.zeros(sum(sizes), device=device)
-        for p, part in zip(params, flat_grad.split(sizes), strict=True):
-            p.grad = part[:p.numel()].view_as(p)
-        optimizers = make_optimizers(model, cfg)
-        if cfg.resume:
-            try:
-                load_optimizers(optimizers, ckpt["optimizers"])
-                for name, p in model.named_parameters() if ckpt["ema"] else ():
-                    shadow.append(ckpt["ema"][name].to(device).contiguous().clone())
-                    if shadow[-1].shape != p.shape or not shadow[-1].isfinite().all():
-                        raise ValueError(f"ema.{name} has another shape, or is not finite")
-            except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
-                fail(f"{path}: cannot be continued ({type(e).__name__}: {e!s:.200})")
-    ckpt = None  # gives its memory back
-    versions = (f"python {sys.version.split()[0]} torch {torch.__version__} numpy "
-                f"{np.__version__} {machine} ranks {world}")
-    logs = ("log.txt", "log.jsonl") if rank == 0 and not cfg.eval_only else ()
-    if logs:
-        try:
-            ending.callback(lock_folder(cfg.out))
-            require(cfg.resume or not os.path.exists(path), taken)  # by a run that has just ended
-            begin_logs(cfg, versions, at)
-        except OSError as e:
-            fail(f"--out={cfg.out}: {e.strerror}")
+def any_signal(stop, device, world):
+    """Has any rank received a signal?"""
+    n_signals = torch.tensor(float(len(stop)), device=device)
     if world > 1:
-        auto = "nccl" if device.type == "cuda" else "gloo"
-        backend = auto if cfg.backend == "auto" else cfg.backend
-        # torchrun --max-restarts keeps one store for all attempts, with addresses of the dead.
-        limit = datetime.timedelta(seconds=START_TIMEOUT)
-        store, *_ = next(dist.rendezvous("env://", timeout=limit))
-        store = dist.PrefixStore("attempt" + os.environ.get(RESTARTS, "0"), store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
+        dist.all_reduce(n_signals)
+    return bool(n_signals)
 
-    complaint = ""
 
-    def say(line, *records):
-        """Print on the first rank and keep in the logs of a training run, as far as they can be
-        written: a run is worth more than its words."""
-        nonlocal complaint
-        if rank > 0:
-            return
-        try:
-            print(line, flush=True)
-        except OSError:  # who read this has gone
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        try:
-            if logs and not os.path.exists(cfg.out):  # somebody removed it
-                os.makedirs(cfg.out)
-                begin_logs(cfg, versions, at)
-            for name, text in zip(logs, (line, *map(json.dumps, records)), strict=False):
-                # JSON has no word for NaN.
-                append(os.path.join(cfg.out, name), re.sub(r": -?(NaN|Infinity)", ": null", text))
-            complaint = ""
-        except OSError as e:
-            if complaint != e.strerror:
-                complaint = e.strerror
-                print(f"{SCRIPT}.py: {cfg.out}: {complaint}: lines are missing in its logs, the "
-                      "run goes on", file=sys.stderr, flush=True)
+@functools.lru_cache(maxsize=2)
+def permutation(seed, epoch, n):
+    return np.random.default_rng((seed, epoch)).permutation(n)
 
-    def wait_at_most(seconds):
-        """For the other ranks, from the next exchange on."""
-        if world > 1:
-            dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds))
 
-    stop = []  # signals received
-    for name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has two of them
-        if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):  # nohup
-            before = signal.signal(number, lambda number, frame: stop.append(number))
-            ending.callback(signal.signal, number, before)
-
-    def stopping():
-        """Has any rank received a signal?"""
-        n_signals = torch.tensor(float(len(stop)), device=device)
-        if world > 1:
-            dist.all_reduce(n_signals)
-        return bool(n_signals)
-
-    flops = flops_per_token(cfg, model)
-    peak = next((world * f for part, f in PEAK_FLOPS.items() if part in machine), None)
-    say(f"{sum(p.numel() for p in params) / 1e6:.2f}M parameters, {flops / 1e6:.1f} MFLOP per "
-        f"token, {world} x {machine} in {str(dtype)[6:]}, {folder}: "
-        f"{n * cfg.seq_len:,} tokens")
-    if notice:
-        say(notice)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    train_loss, nelbo = loss_fn, nelbo_fn
-    if cfg.compile:
-        try:  # a small function first: is there a compiler at all?
-            torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
-            torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-            torch._dynamo.config.suppress_errors = True  # what does not compile runs as it is
-            if device.type == "cpu":  # one small graph for all layers: seconds, not a minute
-                for layer in model.layers:
-                    layer.compile(dynamic=False)
-            else:
-                train_loss, nelbo = (torch.compile(f, dynamic=False) for f in (loss_fn, nelbo_fn))
-            say("compiling: the first steps take longer (--compile=0 does without)")
-        except Exception as e:  # whatever a missing or broken tool chain raises
-            say(f"running without torch.compile: {str(e).strip().splitlines()[0]}")
-
-    fresh = True  # before the first evaluation, which may compile
-
-    def run_evaluation():
-        """Evaluate the averaged weights, where there are any. -> whether a signal ended it."""
-        nonlocal fresh
-        wait_at_most(START_TIMEOUT if fresh else COLLECTIVE_TIMEOUT)
-        fresh = False
-        model.eval()
-        swap(params, shadow)
-        with amp:
-            bound = functools.partial(nelbo, model, cfg=cfg)
-            done = evaluate(bound, cfg, val, tokenizer, device, rank, world, stopping)
-        swap(params, shadow)
-        model.train()
-        at.evaluated = done is not None
-        if not done:
-            return True
-        result, counts, nats = done
-        shown = {k: "n/a" if v is None else f"{v:.4f}" for k, v in result.items()}
-        shown[METRIC] += f"+-{shown.pop('se')}"
-        line = " ".join(f"{k}:{v}" for k, v in shown.items())
-        if cfg.eval_only:
-            say(f"split:{cfg.split} {line} " + " ".join(f"{k}:{v}" for k, v in counts.items()))
-            return False
-        ms = 1000 * at.seconds
-        say(f"step:{at.step}/{cfg.steps} {line} train_time:{ms:.0f}ms "
-            f"step_avg:{ms / at.step:.2f}ms", {"step": at.step, **result, **counts})
-        if at.step == cfg.steps and rank == 0:
-            try:
-                np.save(os.path.join(cfg.out, f"{cfg.split}_nats.npy"), nats.numpy())
-            except OSError as e:
-                say(f"{cfg.out}: {cfg.split}_nats.npy not written ({e.strerror})")
-        return False
-
-    if cfg.eval_only:
-        stopped = run_evaluation()
-        if world > 1:
-            dist.destroy_process_group()
-        if stopped:
-            raise SystemExit(128 + stop[0] if stop else 1)
-        return
-    if cfg.resume:
-        say(f"resuming {cfg.out} after step {at.step}")
-    saved = (at.step, at.evaluated) if cfg.resume else None  # what the checkpoint holds
+def read_batch(cfg, train, step, rank, world, device):
+    """Micro-batches (x0, noise) of one rank."""
+    n, n_rows = len(train), cfg.batch_tokens // cfg.seq_len
     per_rank = n_rows // world
     micro = min(cfg.micro_batch, per_rank)
+    noise = draw_noise(cfg, n_rows, torch.Generator().manual_seed(derive_seed(cfg.seed, step)))
+    batch = []
+    for row in range(rank * per_rank, (rank + 1) * per_rank, micro):
+        windows = range(step * n_rows + row, step * n_rows + row + micro)
+        if cfg.shuffle:
+            windows = [permutation(cfg.seed, i // n, n)[i % n] for i in windows]
+        x0 = train.read([i % n for i in windows], cfg.vocab_size).to(device)
+        batch.append((x0, take_rows(noise, slice(row, row + micro), device)))
+    return batch
 
-    @functools.lru_cache(maxsize=2)
-    def permutation(epoch):
-        return np.random.default_rng((cfg.seed, epoch)).permutation(n)
 
-    def next_batch(step):
-        """Micro-batches (x0, noise) of this rank."""
-        noise = draw_noise(cfg, n_rows, torch.Generator().manual_seed(derive_seed(cfg.seed, step)))
-        batch = []
-        for row in range(rank * per_rank, (rank + 1) * per_rank, micro):
-            rows = range(step * n_rows + row, step * n_rows + row + micro)
-            if cfg.shuffle:
-                rows = [permutation(i // n)[i % n] for i in rows]
-            x0 = train.read([i % n for i in rows], cfg.vocab_size).to(device)
-            batch.append((x0, take_rows(noise, slice(row, row + micro), device)))
-        return batch
+@contextlib.contextmanager
+def in_one_line(kind):
+    """Turn an exception of this kind into one line and exit status 2."""
+    try:
+        yield
+    except kind as e:
+        name = "" if isinstance(e, UserError) else f"{type(e).__name__}: "
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{SCRIPT}.py: {name}{' '.join(str(e).split())}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
 
-    def save(seconds):
-        """Write a checkpoint, on the first rank; at the end, try again for so many seconds."""
-        nonlocal saved
-        saved = at.step, at.evaluated
-        if rank > 0:
-            return
-        named = {name: p.detach() for name, p in model.named_parameters()}
-        state = {
-            "format": CKPT_FORMAT, "script": SCRIPT, "config": dataclasses.asdict(cfg),
-            "tokenizer": tokenizer, "model": named, "step": at.step, "progress": vars(at),
-            "ema": dict(zip(named, shadow, strict=True)) if shadow else None,
-            "optimizers": [o.state_dict() for o in optimizers],
-            "tokens_seen": at.step * cfg.batch_tokens}
-        name = first_not_finite(state)
-        require(not name, f"{name} is not finite: stopped at step {at.step}; {cfg.out} keeps its "
-                "last checkpoint; try a lower --lr")
-        until, signals, said = time.monotonic() + seconds, len(stop), ""
-        while problem := save_checkpoint(path, state):
-            message = f"{path}: step {at.step} not written ({problem}); the one before it stays"
-            if not seconds:
-                return say(message)
-            late = time.monotonic() > until or len(stop) > signals
-            require(not late, f"{message}; make room, then --resume=1")
-            if message != said:
-                say(f"{message}; make room: trying again for {seconds} s")
-            said = message
-            time.sleep(RETRY_EVERY)
 
+@in_one_line(UserError)
+def main(argv):
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    say = record = bool  # without effect, on all ranks but the first
+    with in_one_line(Exception):
+        cfg, ckpt = make_config(argv)
+        validate(cfg, world)
+        train, val, meta = open_data(cfg, ckpt)
+        cfg = dataclasses.replace(cfg, vocab_size=cfg.vocab_size or meta["vocab_size"])
+        device = pick_device(cfg.device, int(os.environ.get("LOCAL_RANK", 0)))
+        machine = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        torch.manual_seed(derive_seed(cfg.seed))
+        model = Model(cfg)
+        if ckpt:
+            model.load_state_dict((not cfg.resume and ckpt["ema"]) or ckpt["model"])
+        if rank == 0 and not cfg.eval_only:
+            versions = f"python {sys.version.split()[0]} torch {torch.__version__}"
+            lock, say, record = open_run(cfg, f"{versions} numpy {np.__version__} {machine} ranks "
+                                         f"{world}")
+    if world > 1:
+        # torchrun --max-restarts keeps one store for all attempts, with addresses of dead ranks.
+        store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+                                world_size=world, timeout=TIMEOUT,
+                                device_id=device if device.type == "cuda" else None)
+    stop = []  # signals received
+    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
+        if hasattr(signal, name):  # Windows has no SIGUSR1
+            signal.signal(getattr(signal, name), lambda number, frame: stop.append(number))
+
+    model.to(device)
+    params, path = list(model.parameters()), os.path.join(cfg.out, "ckpt.pt")
+    at = SimpleNamespace(step=0, seconds=0.0, bad=0, skipped=0, evaluated=0, ema_updates=0)
+    average = []  # of the weights; empty until ema_start
+    dtype, flops = pick_dtype(cfg.dtype, device), flops_per_token(cfg, model)
+    peak = next((world * f for part, f in PEAK_FLOPS.items() if part in machine), None)
+    say(f"{sum(p.numel() for p in params) / 1e6:.2f}M parameters, {flops / 1e6:.1f} MFLOP per "
+        f"token, {world} x {machine} in {str(dtype)[6:]}, {cfg.data}: "
+        f"{len(train) * cfg.seq_len:,} tokens")
+    train_loss, nelbo = loss_fn, nelbo_fn
+    if cfg.compile:
+        train_loss, nelbo, line = compile_losses(model, device)
+        say(line)
+    torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")
+    amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    token_length = torch.tensor(meta["byte_length"])
+
+    def run_evaluation():
+        """The averaged weights, where there are any -> see evaluate."""
+        model.eval()
+        swap(params, average)
+        with amp:
+            bound = functools.partial(nelbo, model, cfg=cfg)
+            done = evaluate(bound, cfg, val, token_length, device, rank, world, stop)
+        swap(params, average)
+        model.train()
+        return done
+
+    if cfg.eval_only:
+        line, result, _ = run_evaluation() or sys.exit(130)
+        if rank == 0:
+            print(f"split:{cfg.split} {line} tokens:{result['tokens']} bytes:{result['bytes']} "
+                  f"draws:{result['draws']} seed:{result['seed']}")
+        return
+    # Every .grad is a view of one flat buffer: one all-reduce, one norm, one memset a step.
+    sizes = [-(-p.numel() // ALIGN) * ALIGN for p in params]
+    flat_grad = torch.zeros(sum(sizes), device=device)
+    for p, part in zip(params, flat_grad.split(sizes), strict=True):
+        p.grad = part[:p.numel()].view_as(p)
+    optimizers = make_optimizers(model, cfg)
+    if cfg.resume:
+        at = SimpleNamespace(**ckpt["progress"])
+        for optimizer, state in zip(optimizers, ckpt["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        if ckpt["ema"]:
+            average = [ckpt["ema"][name].to(device) for name, _ in model.named_parameters()]
+        say(f"resuming {cfg.out} after step {at.step}")
+    elif ckpt:
+        say(f"weights, shape and --seq_len={cfg.seq_len} from {cfg.init_from}")
+    saved = (at.step, at.evaluated) if cfg.resume else None  # what the checkpoint holds
+    batch = read_batch(cfg, train, at.step, rank, world, device)
+    losses, seconds, stopped, status = [], 0.0, False, 0
     model.train()
-    wait_at_most(START_TIMEOUT)
-    first = at.step
-    stopped = not at.evaluated and run_evaluation()
-    batch = next_batch(at.step) if at.step < cfg.steps and not stopped else []
-    start = time.perf_counter()
-    while at.step < cfg.steps and not stopped:
+    while True:
+        is_last = at.step == cfg.steps
+        # Once in a while: evaluate.
+        is_due = is_last or cfg.eval_every and at.step % cfg.eval_every == 0
+        if is_due and at.evaluated < at.step and not stopped:
+            done = run_evaluation()
+            stopped = done is None
+            if done:
+                at.evaluated, (line, result, nats) = at.step, done
+                ms = 1000 * at.seconds
+                say(f"step:{at.step}/{cfg.steps} {line} train_time:{ms:.0f}ms "
+                    f"step_avg:{ms / at.step:.2f}ms")
+                record({"step": at.step, **result})
+                if is_last and rank == 0:
+                    np.save(os.path.join(cfg.out, f"{cfg.split}_nats.npy"), nats.numpy())
+        # Once in a while, and before leaving: save.
+        is_due = is_last or stopped or cfg.ckpt_every and at.step % cfg.ckpt_every == 0
+        if is_due and at.step and saved != (at.step, at.evaluated) and rank == 0:
+            weights, names = model.state_dict(), [name for name, _ in model.named_parameters()]
+            ema = weights | dict(zip(names, average, strict=True)) if average else None
+            try:
+                save_checkpoint(path, dict(
+                    format=CKPT_FORMAT, script=SCRIPT, config=dataclasses.asdict(cfg), meta=meta,
+                    model=weights, ema=ema, optimizers=[o.state_dict() for o in optimizers],
+                    step=at.step, progress=vars(at)))
+            except (OSError, RuntimeError) as e:  # torch wraps what a full disk says
+                say(f"{path}: step {at.step} not written: {e.__context__ or e}")
+                status = int(is_last or stopped)
+        if is_last or stopped:
+            break
+
+        # Make a step.
+        start = time.perf_counter()
         flat_grad.zero_()
         total = torch.zeros(2, device=device)  # loss; signals
         for i, (x0, noise) in enumerate(batch):
@@ -1391,11 +1086,9 @@ def run(argv, ending):
                 loss = train_loss(model, x0, noise, cfg) / len(batch)
             loss.backward()
             total[0] += loss.detach() / world
-        total[1] = len(stop)
+        total[1] += len(stop)
         if at.step + 1 < cfg.steps and not stop:
-            batch = next_batch(at.step + 1)  # while the GPU works
-        slow = at.step < first + 3 or saved == (at.step, True)
-        wait_at_most(START_TIMEOUT if slow else COLLECTIVE_TIMEOUT)
+            batch = read_batch(cfg, train, at.step + 1, rank, world, device)  # as the GPU works
         if world > 1:
             dist.all_reduce(flat_grad)
             dist.all_reduce(total)
@@ -1403,53 +1096,32 @@ def run(argv, ending):
         grad_norm = float(flat_grad.norm())
         loss, stopped = total.tolist()
         if stopped:
-            break
+            continue
         at.step += 1
         if math.isfinite(loss) and math.isfinite(grad_norm):
             if cfg.grad_clip and grad_norm > cfg.grad_clip:
                 flat_grad *= cfg.grad_clip / grad_norm
-            set_rates(optimizers, at.step - 1, cfg)
-            for optimizer in optimizers:
-                optimizer.step()
-            if cfg.ema and at.step - 1 >= cfg.ema_start * cfg.steps:
-                shadow = shadow or [p.detach().clone() for p in params]
-                decay = min(cfg.ema, (1 + at.ema_updates) / (EMA_WARMUP + at.ema_updates))
-                with torch.no_grad():
-                    torch._foreach_lerp_(shadow, params, 1 - decay)
-                at.ema_updates += 1
+            update(optimizers, params, average, at, cfg)
             at.bad = 0
         else:
             at.bad, at.skipped = at.bad + 1, at.skipped + 1
-            named = dict(model.named_parameters())
-            name = first_not_finite({"weight": named, "gradient": {
-                name: p.grad for name, p in named.items()}})
-            say(f"step:{at.step}/{cfg.steps} skipped: loss {loss}, gradient norm {grad_norm}, "
-                f"first tensor that is not finite: {name or 'none'}")
-            require(at.bad < cfg.max_bad_steps, f"{at.bad} non-finite steps in a row: stopped at "
-                    f"step {at.step}; {cfg.out} keeps its last checkpoint; try a lower --lr, look "
-                    "at the data")
-        at.loss += loss
+            say(f"step:{at.step}/{cfg.steps} skipped: loss {loss}, gradient norm {grad_norm}")
+            require(at.bad < MAX_BAD_STEPS, f"{at.bad} non-finite steps in a row: stopped; "
+                    f"{cfg.out} keeps its last checkpoint; try a lower --lr")
+        losses.append(loss)
+        seconds += time.perf_counter() - start
         at.seconds += time.perf_counter() - start
-        last = at.step == cfg.steps
-        if last or at.step % cfg.log_every == 0:
-            n_steps = at.step - at.shown_step
-            mean, seconds = at.loss / n_steps, (at.seconds - at.shown_seconds) / n_steps
-            rate, lr = cfg.batch_tokens / seconds, optimizers[0].param_groups[0]["lr"]
-            left = datetime.timedelta(seconds=int(min(1e9, (cfg.steps - at.step) * seconds)))
-            at.loss, at.shown_step, at.shown_seconds = 0.0, at.step, at.seconds
-            say(f"step:{at.step}/{cfg.steps} loss:{mean:.4f} lr:{lr:.2e} tok/s:{rate:.0f} mfu:"
-                + (f"{rate * flops / peak:.3f}" if peak else "n/a")
-                + f" eta:{left}" + (f" skipped:{at.skipped}" if at.skipped else ""),
-                {"step": at.step, "loss": mean, "grad_norm": grad_norm, "lr": lr})
-        if last or cfg.eval_every and at.step % cfg.eval_every == 0:
-            stopped = run_evaluation()
-        if cfg.ckpt_every and at.step % cfg.ckpt_every == 0 and not (last or stopped):
-            save(0)
-        start = time.perf_counter()
+        if at.step == cfg.steps or at.step % cfg.log_every == 0:
+            mean, rate = sum(losses) / len(losses), len(losses) * cfg.batch_tokens / seconds
+            lr = optimizers[0].param_groups[0]["lr"]
+            mfu = f"{rate * flops / peak:.3f}" if peak else "n/a"
+            left = datetime.timedelta(seconds=(cfg.steps - at.step) * cfg.batch_tokens // rate)
+            say(f"step:{at.step}/{cfg.steps} loss:{mean:.4f} lr:{lr:.2e} tok/s:{rate:.0f} mfu:{mfu}"
+                f" eta:{left}" + (f" skipped:{at.skipped}" if at.skipped else ""))
+            record({"step": at.step, "loss": mean, "grad_norm": grad_norm, "lr": lr})
+            losses, seconds = [], 0.0
 
-    if saved != (at.step, at.evaluated):
-        save(STOP_RETRY if stopped else END_RETRY)
-    if at.step < cfg.steps or not at.evaluated:
+    if at.evaluated < cfg.steps:
         launcher = f"torchrun --nproc_per_node={world}" if world > 1 else "python"
         say(f"stopped after step {at.step}; continue with: {launcher} {SCRIPT}.py --resume=1 "
             f"--out={shlex.quote(cfg.out)}")
@@ -1459,24 +1131,8 @@ def run(argv, ending):
         say(f"peak memory: {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB")
     if world > 1:
         dist.destroy_process_group()
-    if signal.SIGINT in stop:
-        raise SystemExit(130)
-
-
-def main(argv):
-    """run(argv), with a line for what may befall any run."""
-    with contextlib.ExitStack() as ending:
-        try:
-            run(argv, ending)
-        except KeyboardInterrupt:  # before a run looks for signals
-            raise SystemExit(130) from None
-        except RuntimeError as e:
-            if not dist.is_initialized() or not LOST.search(str(e)):
-                raise
-            print(f"{SCRIPT}.py: rank {os.environ['RANK']} lost contact with another rank: stopped;"
-                  " --resume=1 continues from the last checkpoint "
-                  f"({str(e).splitlines()[0]:.200})", file=sys.stderr, flush=True)
-            raise SystemExit(1) from None
+    if status or signal.SIGINT in stop:
+        raise SystemExit(status or 130)
 
 
 if __name__ == "__main__":

@@ -346,71 +346,6 @@ def check_block_cut_short(module):
 # ----------------------------------------------------------------------------- sampler
 
 
-def check_sampler_of_joint(module):
-    """Groups of 3 tokens across blocks of 4: first-hitting and ancestral."""
-    toy = Joint(correlated(2, 3).sqrt(), copies=4)
-    cfg = module.Config(vocab_size=2, seq_len=12, block_len=4, n_layer=1)
-    for steps, n_rows in ((None, 1500), (60, 500)):
-        out = write(module, Blocks(toy, 12, 4), cfg, n_rows=n_rows, steps=steps)
-        assert abs(chi_square_z(toy.counts(out.tokens), toy.p)) < Z_LIMIT
-        assert (out.length == 12).all() and out.nfe <= (12 if steps is None else 180)
-        if steps is None:
-            order = out.order.view(-1, 3, 4).sort(2)[0].flatten(1)
-            assert torch.equal(order, torch.arange(1, 13).expand(n_rows, -1))
-            first = (out.order == 1).sum(0)[:4]
-            assert abs(chi_square_z(first, torch.ones(4))) < Z_LIMIT
-
-
-def check_sampler_continues(module):
-    """After a prompt, of another length in each half of the batch, the conditional given it."""
-    toy = Joint(correlated(2, 4).sqrt())
-    known, is_known = torch.ones(8000, 4, dtype=torch.int64), torch.zeros(8000, 4).bool()
-    is_known[:4000, :3] = is_known[4000:, :1] = True
-    cfg = module.Config(vocab_size=2, seq_len=4, block_len=2, n_layer=1)
-    out = write(module, Blocks(toy, 4, 2), cfg, known, is_known)
-    for rows, n in ((slice(4000), 3), (slice(4000, 8000), 1)):
-        law = toy.p * (toy.states[:, :n] == 1).all(1)
-        assert abs(chi_square_z(toy.counts(out.tokens[rows]), law)) < Z_LIMIT
-
-
-def check_stop(module):
-    """A row is what it would be without an end, cut before the first stop that is not its first."""
-    toy = Iid([0.1, 0.5, 0.4])
-    cfg = module.Config(vocab_size=3, seq_len=16, block_len=4, n_layer=1)
-    model, length = Blocks(toy, 16, 4), 18
-    known = torch.zeros(200, length, dtype=torch.int64)
-    is_known = torch.zeros(200, length, dtype=torch.bool)
-    is_known[100:, :5] = True  # these begin with five stops of the user's own
-    free = write(module, model, cfg, known, is_known)
-    seen = []
-    out = write(module, model, cfg, known, is_known, stop=0,
-                watch=lambda x, nfe: seen.append(((x == 3).sum(), nfe)))
-    for i in range(200):
-        row, begin = free.tokens[i].tolist(), 5 if i >= 100 else 1
-        end = row.index(0, begin) if 0 in row[begin:] else length
-        assert out.length[i] == end
-        assert out.tokens[i].tolist() == row[:end] + [0] * (length - end)
-    assert len(set(out.length.tolist())) > 10 and (free.length == length).all()
-    assert seen[-1] == (0, out.nfe) and (out.order <= out.nfe).all()
-    few = write(module, Blocks(Iid([0.9, 0.05, 0.05]), 16, 4), cfg, n_rows=4, stop=0)
-    assert few.nfe == 4 and few.length.max() < 4  # no pass behind the last end
-
-
-def check_rows_are_independent(module):
-    """A row alone, or in front of others with other prompts, is the same; rows and seeds differ."""
-    model, cfg = small_model(module)
-    model, known = model.double(), tokens(6)
-    is_known = torch.arange(T) < torch.tensor([9, 9, 0, 4, 5, 6])[:, None]
-    for steps in (None, 3):
-        many = write(module, model, cfg, known, is_known, steps=steps)
-        few = write(module, model, cfg, known[:2], is_known[:2], steps=steps)
-        assert torch.equal(many.tokens[:2], few.tokens)
-        many = write(module, model, cfg, n_rows=6, steps=steps)
-        assert len(many.tokens.unique(dim=0)) == 6
-        other = write(module, model, cfg, n_rows=6, seed=1, steps=steps)
-        assert not torch.equal(other.tokens, many.tokens)
-
-
 def uncached(model):
     return lambda xt, x0, rows, cache: model(xt, x0, rows)
 
@@ -437,61 +372,9 @@ def check_cache(module):
                     assert "choose" in how or kept.nfe <= 3 * how.get("steps", L)
 
 
-def check_logits_with_cache(module):
-    """Blocks one by one, or several at a time, and rows."""
-    for names in SWITCHES.values():
-        model, cfg = small_model(module, **names)
-        x0 = tokens(3, n_values=5)
-        xt = torch.where(torch.rand(3, T, generator=seeded()) < 0.5, V, x0)
-        rows = torch.tensor([9, T + 8, 2 * T + 11])
-        with torch.no_grad():
-            whole = model(xt, x0)
-            for ends in ((L, L, 2 * L, T), (2 * L, T), (T,)):
-                cache = [module.LayerCache(cfg, T) for _ in model.layers]
-                for end in ends:
-                    part = model(xt[:, :end], x0[:, :end], cache=cache)
-                    assert (part - whole[:, end - L:end]).abs().max() < 1e-5
-                picked = model(xt, x0, rows, cache)
-                assert (picked - take_rows(whole, rows)).abs().max() < 1e-5
-
-
-def check_window(module):
-    """Beyond seq_len: what a whole pass gives in which every block sees the newest seq_len tokens;
-    the cache keeps no more than it needs, and a long prompt enters it in pieces."""
-    def banded(n, block_len, device, flex):
-        at = torch.arange(2 * n)
-        q, k = at[:, None] % n // block_len, at % n // block_len
-        mask = module.sees(at[:, None], at, n, block_len) & (q - k < T // L)
-        return {n: mask[:n], 2 * n: mask}
-
-    whole_mask = module.two_copy_masks
-    for names in SWITCHES.values():
-        model, cfg = small_model(module, **names)
-        long = 5 * T + 2
-        known = tokens(3, long, n_values=5)
-        for prompts in ((0, 0, 0), (30, 41, 33), (1, 40, 7)):
-            is_known = torch.arange(long) < torch.tensor(prompts)[:, None]
-            out = write(module, model, cfg, known, is_known)
-            try:
-                model.masks.clear()
-                module.two_copy_masks = banded
-                again = write(module, uncached(model), cfg, known, is_known)
-            finally:
-                module.two_copy_masks = whole_mask
-                model.masks.clear()
-            assert torch.equal(out.tokens, again.tokens)
-    cache = [module.LayerCache(cfg, 1000) for _ in model.layers]
-    for end in range(L, 200, L):
-        model(known[:, :1].expand(3, end), known[:, :1].expand(3, end), cache=cache)
-    assert cache[0].done == end - L and cache[0].k.size(2) <= 2 * T
-    assert cache[0].first == end - T
-
-
 CHECKS = [check_mask, check_clean_half, check_documents, check_likelihood_sums_to_one,
           check_likelihood_token_by_token, check_one_block_is_mdlm, check_flex_attention,
-          check_counts, check_coins, check_weights, check_bound_of_toys, check_block_cut_short,
-          check_sampler_of_joint, check_sampler_continues, check_stop, check_rows_are_independent,
-          check_cache, check_logits_with_cache, check_window]
+          check_counts, check_coins, check_weights, check_bound_of_toys, check_block_cut_short]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda f: f.__name__)
@@ -528,39 +411,6 @@ def test_flex_attention_on_a_gpu():
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_cached_passes_take_one_block():
-    """What the cache is for: behind the prompt, a pass embeds a block a row, or two."""
-    model, cfg = small_model(seq_len=20)
-    seen = []
-    model.embed.register_forward_hook(lambda module, args, out: seen.append(tuple(args[0].shape)))
-    known = tokens(2, 20)
-    write(train_block, model, cfg, known, (torch.arange(20) < 10).expand(2, -1))
-    assert seen == [(2, 12), *[(2, 4)], *2 * [(2, 8), *3 * [(2, 4)]]]
-
-
-def test_watch_sees_every_pass():
-    cfg, seen = config(vocab_size=3, seq_len=4, block_len=2, n_layer=1), []
-    known, is_known = torch.ones(1, 3, dtype=torch.int64), torch.tensor([[True, False, False]])
-
-    def likeliest(log_probs):
-        return torch.full_like(log_probs, -math.inf).scatter(1, log_probs.argmax(1, True), 0.0)
-
-    def left_to_right(log_probs, is_mask, *, step, steps, u):
-        return is_mask & (torch.arange(2) > step)
-
-    write(train_block, Blocks(Iid([0.5, 0.3, 0.2]), 4, 2), cfg, known, is_known, warp=likeliest,
-          choose=left_to_right, watch=lambda x, nfe: seen.append((x[0].tolist(), nfe)))
-    assert seen == [([1, 3, 3], 1), ([1, 0, 3], 2), ([1, 0, 0], 3), ([1, 0, 0], 4)]
-
-
-def test_what_it_cannot_do_is_refused():
-    model, cfg = small_model()
-    for gap in (0, 4, 5):
-        is_known = (torch.arange(T) != gap).expand(2, -1)
-        with pytest.raises(ValueError, match="train_mdlm"):
-            write(train_block, model, cfg, tokens(2), is_known)
-
-
 # ----------------------------------------------------------------------------- mutants
 
 MUTANTS = {
@@ -586,9 +436,6 @@ MUTANTS = {
     "FlexAttention forgets documents": (
         "score_mod = None if docs is None else same_document", "score_mod = None",
         (check_flex_attention,)),
-    "the clean half stands behind the noised one": (
-        "rotary_tables(at % T,", "rotary_tables(at,",
-        (check_likelihood_token_by_token, check_cache)),
     "a weight of 1/k with an eps": (
         "weight = size / k if", "weight = size / (k + 0.3) if",
         (check_bound_of_toys, check_counts)),
@@ -608,30 +455,6 @@ MUTANTS = {
     "the loss counts blocks": (
         "loss = losses.sum() / (B * T)", "loss = losses.sum() / (xt != x0).sum()",
         (check_one_block_is_mdlm,)),
-    "the cache keeps the noised block": (
-        "self.length, self.done = end - L, self.done + N - L",
-        "self.length, self.done = end, self.done + N", (check_cache, check_logits_with_cache)),
-    "the window is a block short": (
-        "cfg.block_len, cfg.seq_len - cfg.block_len\n", "cfg.block_len, cfg.seq_len // 3\n",
-        (check_window, check_cache)),
-    "the window has no end": (
-        "at[:, None] % T // L - self.cfg.seq_len // L", "at[:, None] % T // L - 10**6",
-        (check_window,)),
-    "stops behind the end of a row count": (
-        "ends = (block == stop) & ~fixed[:, here]", "ends = block == stop", (check_stop,)),
-    "a stop may not come first": ("ends[:, 0] &= start > 0", "pass", (check_stop,)),
-    "known tokens are masked again": (
-        "new_mask &= ~fixed[:, here] & (i < passes - 1)", "new_mask &= i < passes - 1",
-        (check_cache,)),
-    "random numbers hang on the batch": (
-        "u = [torch.rand(passes, 2, L, generator=g, dtype=torch.float64) for g in gens]\n"
-        "        if not (tokens[:, here] == mask_id).any():\n            continue\n",
-        "if not (tokens[:, here] == mask_id).any():\n            continue\n"
-        "        u = [torch.rand(passes, 2, L, generator=g, dtype=torch.float64) for g in gens]\n",
-        (check_rows_are_independent,)),
-    "a pick decides the token, too": (
-        "picks, u = torch.stack(u, 2).unbind(1)", "picks = u = torch.stack(u, 2)[:, 0]",
-        (check_sampler_of_joint,)),
 }
 
 
