@@ -30,7 +30,7 @@ QUADRATURE_STEPS = 10_000
 TELLING = {"graph": "train_sedd", "block_len": "train_block", "schedule": "train_mdlm"}
 # Settings that may differ between runs of one recipe: which run it is, and how a machine runs it.
 NO_RECIPE = set("data out seed preset resume micro_batch checkpoint_layers device compile backend "
-                "log_every ckpt_every eval_every max_bad_steps".split())
+                "log_every ckpt_every eval_every val_tokens val_draws max_bad_steps".split())
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,12 @@ def require(condition, message):
 
 def read_log(path):
     """What log.txt of a run says. A resumed run may repeat steps: the last line of each counts."""
-    data = path.read_bytes()
+    data, name = path.read_bytes(), path if path.name == "log.txt" else path.name
     source, muon, rest = (data.decode("utf-8").split(SEPARATOR, 2) + ["", ""])[:3]
     head = re.match(r"(python .+ numpy \S+ (.+) ranks (\d+))\n({.+})\n", rest)
     shape = re.search(r"^([\d.]+)M parameters, (\S+) MFLOP per token, .+: ([\d,]+) tokens$", rest,
                       re.M)
-    require(head and shape, f"{path}: not the log of a training script, or cut short")
+    require(head and shape, f"{name}: not the log of a training script, or cut short")
     config = json.loads(head[4])
     steps = re.findall(r"^step:(\d+)/(\d+) ", rest, re.M)
     # A run may be resumed with more steps than it was started for.
@@ -110,7 +110,8 @@ def read_log(path):
     referee = dict(pair for line in re.findall(r"^referee (.*)$", rest, re.M)
                    for pair in re.findall(r"(\w+):(\S+)", line))
     return SimpleNamespace(
-        path=path, sha256=hashlib.sha256(data).hexdigest(), source=source, muon=muon,
+        path=path, name=name,  # in messages
+        sha256=hashlib.sha256(data).hexdigest(), source=source, muon=muon,
         versions=head[1], machine=head[2], ranks=int(head[3]), config=config,
         parameters=shape[1],  # in millions, as the run counted them
         mflop=shape[2],  # of training, per token
@@ -128,66 +129,66 @@ def objective_of(config):
 def check_finished(log):
     steps = log.config["steps"]
     require(log.step == steps and log.seconds,
-            f"{log.path}: ends at step {log.step} of {steps}, finish it with --resume=1")
+            f"{log.name}: ends at step {log.step} of {steps}, finish it with --resume=1")
 
 
 def check_same_recipe(log, other):
     a, b = ({"source": x.source, "muon.py": x.muon, **x.config} for x in (log, other))
     names = [k for k in {**a, **b} if k not in NO_RECIPE and a.get(k) != b.get(k)]
-    require(not names, f"{log.path}: another {', '.join(names)} than {other.path}")
+    require(not names, f"{log.name}: another {', '.join(names)} than {other.path}")
 
 
 def check_run(log, track):
     """Rules of the track for every run, the baseline too."""
     check_finished(log)
     found = log.config | {"data": Path(log.config["data"]).name}
-    for name, value in (track.settings | {"data": track.data}).items():
-        require(found.get(name) == value, f"{name} is {found.get(name)!r}, in the track {value!r}")
+    for key, value in (track.settings | {"data": track.data}).items():
+        require(found.get(key) == value, f"{log.name}: {key} is {found.get(key)!r}, the track has "
+                f"{value!r}")
     limit = track.max_tokens or log.corpus
-    require(log.trained <= limit, f"{log.trained:,} training tokens, at most {limit:,}")
+    require(log.trained <= limit, f"{log.name}: {log.trained:,} training tokens, at most {limit:,}")
 
 
 def check_verdict(log, track):
     """What evaluate.py said of a run."""
     said = log.referee
-    require(said, "no verdict: records/evaluate.py adds it to the run's log.txt")
-    require(said["objective"] in track.objectives, f"the track has no {said['objective']}")
+    require(said, f"{log.name}: no verdict: records/evaluate.py adds it to the run's log.txt")
+    is_known = said["objective"] in track.objectives
+    require(is_known, f"{log.name}: the track has no objective {said['objective']}")
     n = int(said["parameters"])
-    require(n <= track.max_parameters, f"{n:,} parameters, at most {track.max_parameters:,}")
+    fits = n <= track.max_parameters
+    require(fits, f"{log.name}: {n:,} parameters, at most {track.max_parameters:,}")
     expected = dict(tokens=track.val_tokens, step=log.config["steps"], leak="none",
                     shard_sha256=track.val_sha256 or said["shard_sha256"])
-    for name, value in expected.items():
-        require(said[name] == str(value), f"verdict: {name} is {said[name]}, not {value}")
+    for key, value in expected.items():
+        require(said[key] == str(value), f"{log.name}: verdict: {key} is {said[key]}, not {value}")
 
 
 def read_runs(folder, track):
     """A record's folder -> (logs of seeds 0..n-1, log of the baseline or None)."""
     logs = {}
     for path in sorted(folder.glob("*.txt")):
-        try:
-            logs[path.stem] = log = read_log(path)
-            check_run(log, track)
-            if path.stem != "baseline":
-                check_verdict(log, track)
-                require(path.stem == str(log.config["seed"]), f"seed is {log.config['seed']}")
-        except ValueError as e:
-            raise ValueError(f"{path.name}: {e}") from None
+        logs[path.stem] = log = read_log(path)
+        check_run(log, track)
+        if path.stem != "baseline":
+            check_verdict(log, track)
+            require(path.stem == str(log.config["seed"]), f"{log.name}: a run of another seed")
     baseline = logs.pop("baseline", None)
     seeds = [str(seed) for seed in range(len(logs))]
-    require(seeds and logs.keys() == {*seeds}, f"has seeds {', '.join(logs) or 'none'}: a record "
+    require(seeds and logs.keys() == {*seeds}, f"seeds {', '.join(logs) or 'none'}: a record "
             "has all from 0 to n - 1")
     require(baseline or not track.baseline, "baseline.txt: missing")
     return [logs[seed] for seed in seeds], baseline
 
 
 def check_record(runs, baseline, track, leader):
-    """Do the runs belong together, and is the baseline the right one? leader: Record or None."""
+    """Do the runs belong together, and is the baseline the right one? leader: record to beat."""
     first = runs[0]
     for log in runs:
         check_same_recipe(log, first)
     for log in (*runs, baseline or first):
         require(log.versions == first.versions,
-                f"{log.path.name}: another machine or other versions than {first.path.name}")
+                f"{log.name}: another machine or other versions than {first.name}")
     if baseline and leader:
         check_same_recipe(baseline, leader.runs[0])
     elif baseline:
@@ -203,8 +204,8 @@ def figure(runs, name):
 
 
 def read_record(folder, track, leaders, by=""):
-    """A folder that keeps to the rules. leaders: {objective: best ranked record before it}. by: the
-    author, for a new folder, whose record.json is written."""
+    """A folder that keeps to the rules. leaders: {objective: best ranked record before this one}.
+    by: the author of a new one, whose record.json is written."""
     require(re.fullmatch(r"\d{4}-\d\d-\d\d_\w+", folder.name), "not named YYYY-MM-DD_Slug")
     title = (folder / "README.md").read_text(encoding="utf-8").partition("\n")[0].strip("# ")
     runs, baseline = read_runs(folder, track)

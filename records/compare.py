@@ -124,8 +124,8 @@ def main(argv):
         first = rows[0][1][0]
         for run in (run for _, runs in rows for run in runs):
             for key, value in first.evaluated_on.items():
-                check.require(run.evaluated_on[key] == value, f"{run.log.path}: evaluated on {key} "
-                        f"{run.evaluated_on[key]}, {first.log.path} on {value}")
+                check.require(run.evaluated_on[key] == value, f"{run.log.name}: evaluated on {key} "
+                        f"{run.evaluated_on[key]}, {first.log.name} on {value}")
     except (OSError, ValueError) as error:
         parser.error(error)
     print(table(rows))
