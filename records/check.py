@@ -29,8 +29,8 @@ QUADRATURE_STEPS = 10_000
 # Config fields that only one script has; gpt.py has none of them.
 TELLING = {"graph": "train_sedd", "block_len": "train_block", "schedule": "train_mdlm"}
 # Settings that may differ between runs of one recipe: which run it is, and how a machine runs it.
-NO_RECIPE = set("data out seed preset resume micro_batch checkpoint_layers device compile backend "
-                "log_every ckpt_every eval_every val_tokens val_draws max_bad_steps".split())
+NO_RECIPE = set("data out seed preset resume micro_batch checkpoint_layers device compile "
+                "log_every ckpt_every eval_every val_tokens val_draws".split())
 
 
 @dataclass(frozen=True)
