@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import runs
-from runs import one_thread  # noqa: F401
 
 import gpt
 import train_block
@@ -47,19 +46,18 @@ def error(values):
     return np.std(values, ddof=1) / math.sqrt(len(values))
 
 
-def table(capsys, *argv):
+def table(*argv):
     """The cells of the table that is printed, row by row, the head among them; and the note."""
-    compare.main([str(arg) for arg in argv])
-    text, err = capsys.readouterr()
-    lines = text.splitlines()
-    assert err == "" and lines[1] == "|" + " --- |" * 9
-    rows = [line.strip("|").split("|") for line in lines if line.startswith("|")]
+    done = runs.train(*argv, script=compare)
+    lines = done.out.splitlines()
+    assert done.err == "" and lines[1] == "|" + " --- |" * 9
+    rows = [line[1:-1].split("|") for line in lines if line.startswith("|")]
     return [[cell.strip() for cell in row] for row in rows[:1] + rows[2:]], lines[-1]
 
 
-def test_single_runs(out, capsys):
+def test_single_runs(out):
     (head, a, b, c), note = table(
-        capsys, out / "gpt_0", f"blocks={out}/block_0", f"{out}/mdlm_0/")
+        out / "gpt_0", f"blocks={out}/block_0", f"{out}/mdlm_0/")
     assert head[0] == "run" and head[-1] == "minus gpt_0"
     assert [row[:2] for row in (a, b, c)] == [
         ["gpt_0", "gpt"], ["blocks", "train_block"], ["mdlm_0", "train_mdlm"]]
@@ -76,9 +74,9 @@ def test_single_runs(out, capsys):
     assert "8 pairs" in note and "over seeds" not in note
 
 
-def test_seeds_are_paired_where_they_are_the_same(out, capsys):
+def test_seeds_are_paired_where_they_are_the_same(out):
     mdlm = f"mdlm={out}/mdlm_2,{out}/mdlm_0,{out}/mdlm_1"
-    (head, a, b, c), note = table(capsys, f"gpt={out}/gpt_*", mdlm, f"{out}/mdlm_[01]")
+    (head, a, b, c), note = table(f"gpt={out}/gpt_*", mdlm, f"{out}/mdlm_[01]")
     assert head[-1] == "minus gpt" and "/ over seeds" in note
     x = nats(out, "gpt_0", "gpt_1", "gpt_2")
     y = nats(out, "mdlm_0", "mdlm_1", "mdlm_2")
@@ -98,12 +96,10 @@ def change(path, old, new):
     path.write_text(text.replace(old, new))
 
 
-def refused(capsys, *argv):
-    with pytest.raises(SystemExit) as stop:
-        compare.main([str(arg) for arg in argv])
-    text, err = capsys.readouterr()
-    assert stop.value.code == 2 and text == "" and err.count("\n") == 1, err
-    return err
+def refused(*argv):
+    done = runs.train(*argv, script=compare)
+    runs.assert_refused(done)
+    return done.err
 
 
 @pytest.mark.parametrize(("name", "old", "new", "words"), [
@@ -114,25 +110,25 @@ def refused(capsys, *argv):
     ("log.txt", "step:2/2 ", "step:2/4 ", "ends at step 2 of 4"),
     ("log.txt", "parameters, ", "", "not the log"),
 ])
-def test_what_does_not_compare_is_refused(out, tmp_path, capsys, name, old, new, words):
+def test_what_does_not_compare_is_refused(out, tmp_path, name, old, new, words):
     other = shutil.copytree(out / "mdlm_0", tmp_path / "other")
     change(other / name, old, new)
-    message = refused(capsys, out / "gpt_0", other)
+    message = refused(out / "gpt_0", other)
     assert words in message and str(other) in message
 
 
-def test_rows_that_are_no_seeds_of_one_setting_are_refused(out, tmp_path, capsys):
-    assert "another source" in refused(capsys, f"{out}/gpt_0,{out}/mdlm_1")
+def test_rows_that_are_no_seeds_of_one_setting_are_refused(out, tmp_path):
+    assert "another source" in refused(f"{out}/gpt_0,{out}/mdlm_1")
     other = shutil.copytree(out / "gpt_1", tmp_path / "other")
     change(other / "log.txt", '"lr": 0.025', '"lr": 0.03')
-    assert "another lr than" in refused(capsys, f"{out}/gpt_0,{other}")
+    assert "another lr than" in refused(f"{out}/gpt_0,{other}")
     for argv, words in (([out / "none"], "none"), ([f"a={out}/none_*"], "none_*"), ([], "runs"),
                         ([out], "log.txt"), (["--last", out], "--last"),
                         ([f"{out}/gpt_0,"], "gpt_0,: no")):
-        assert words in refused(capsys, *argv)
+        assert words in refused(*argv)
 
 
-def test_a_resumed_run_counts_as_it_ended(out, tmp_path, capsys):
+def test_a_resumed_run_counts_as_it_ended(out, tmp_path):
     """Another evaluation of the same step, before a kill, stands in both logs."""
     other = shutil.copytree(out / "mdlm_0", tmp_path / "mdlm_0")
     last = json.loads((other / "log.jsonl").read_text().splitlines()[-1])
@@ -140,7 +136,7 @@ def test_a_resumed_run_counts_as_it_ended(out, tmp_path, capsys):
            + json.dumps(last))
     change(other / "log.txt", "step:2/2 loss", "step:2/2 loss:9\nresuming x after step 1\n"
            "step:2/2 loss")
-    assert table(capsys, other) == table(capsys, out / "mdlm_0")
+    assert table(other) == table(out / "mdlm_0")
 
 
 def test_the_command(out):
@@ -151,6 +147,3 @@ def test_the_command(out):
     done = subprocess.run([sys.executable, "-c", code], cwd=out, capture_output=True, text=True)
     assert done.stderr == "" and done.stdout.splitlines()[-1] == "False"
     assert "| lr=1 |" in done.stdout and "minus lr=1" in done.stdout
-    script = [sys.executable, str(ROOT / "records" / "compare.py"), "--help"]
-    done = subprocess.run(script, capture_output=True, text=True)
-    assert done.returncode == 0 and "compare.py out/gpt" in done.stdout
