@@ -37,17 +37,13 @@ def call(main, *args, **names):
     return runs.train(*args, script=types.SimpleNamespace(main=functools.partial(main, **names)))
 
 
-def test_student_against_tables():
-    for dof, p, t in ((1, 0.01, 31.821), (2, 0.01, 6.965), (3, 0.05, 2.353), (30, 0.01, 2.457)):
-        assert check.t_below(-t, dof) == pytest.approx(p, rel=2e-3)
-        assert check.t_below(t, dof) == pytest.approx(1 - p, rel=1e-4)
-
-
 def test_p_values_of_runs():
-    values = [3.43, 3.435, 3.431]  # mean 3.432, std .002646; two degrees have a closed form
-    t = -0.008 / (math.sqrt(7e-6) / math.sqrt(3))
+    for dof, p, t in ((1, 0.01, 31.821), (2, 0.01, 6.965), (3, 0.05, 2.353), (30, 0.01, 2.457)):
+        assert check.t_below(-t, dof) == pytest.approx(p, rel=2e-3)  # of tables
+        assert check.t_below(t, dof) == pytest.approx(1 - p, rel=1e-4)
+    t = -0.008 / math.sqrt(7e-6 / 3)  # of the mean below 3.44; two degrees have a closed form
     closed = (1 + t / math.sqrt(2 + t * t)) / 2
-    assert check.p_lower(values, [3.44]) == pytest.approx(closed, rel=1e-6)
+    assert check.p_lower([3.43, 3.435, 3.431], [3.44]) == pytest.approx(closed, rel=1e-6)
     a, b = [1.0, 2.0, 3.0], [4.0, 5.0, 6.0]  # equal spread: the pooled test, 4 degrees
     assert check.p_lower(a, b) == pytest.approx(check.t_below(-3 / math.sqrt(2 / 3), 4), rel=1e-9)
     assert check.p_lower(b, a) == pytest.approx(1 - check.p_lower(a, b))
@@ -91,14 +87,12 @@ def test_both_figures_are_integrals_over_t():
         assert float((figure * chance).sum()) == pytest.approx(integral, rel=1e-5)
 
 
-def mutant(module, old, new):
-    """The module with one text replaced."""
-    source = Path(module.__file__).read_text(encoding="utf-8")
+def fork(path, script, old, new):
+    """Write a script with one text replaced -> its module."""
+    source = (ROOT / f"{script}.py").read_text(encoding="utf-8")
     assert source.count(old) == 1, old
-    changed = types.ModuleType(module.__name__)
-    changed.__file__ = module.__file__
-    exec(compile(source.replace(old, new), module.__file__, "exec"), changed.__dict__)
-    return changed
+    path.write_text(source.replace(old, new), encoding="utf-8")
+    return evaluate.sample.load_script(path)
 
 
 @torch.no_grad()
@@ -125,8 +119,8 @@ def test_honest_networks_pass(name, flags):
     # other rows
     ("train_mdlm", "self.embed_tokens(tokens)", "self.embed_tokens(tokens).roll(1, 0)", {}),
 ])
-def test_networks_that_see_too_much_are_refused(name, old, new, flags):
-    model, cfg = small_model(mutant(SCRIPTS[name], old, new), **flags)
+def test_networks_that_see_too_much_are_refused(name, old, new, flags, tmp_path):
+    model, cfg = small_model(fork(tmp_path / f"{name}.py", name, old, new), **flags)
     with pytest.raises(ValueError, match="must not see"):
         check_leaks(name, model, cfg)
 
@@ -176,28 +170,22 @@ def test_run_judge_enter(name, place, root):
     assert row[3:5] == [verdict["bound"].split("+-")[0], "1, unverified"] and "First" in row[-1]
 
 
-def fork(place, name, old, new):
-    """A copy of train_block.py with one text replaced, trained -> flags of evaluate.py."""
-    source = (ROOT / "train_block.py").read_text(encoding="utf-8")
-    assert source.count(old) == 1
-    path = place / f"{name}.py"
-    path.write_text(source.replace(old, new), encoding="utf-8")
-    train(evaluate.sample.load_script(path), f"out/{name}", "--val_tokens=2048", "--lr=0.1")
-    return f"--ckpt=out/{name}", "--tokens=4096", f"--script={path}"
-
-
 def test_forks_are_judged_by_the_repository(place):
     """A fork's network counts, its bound does not; a network that leaks is refused."""
-    flags = fork(place, "kind", "return losses.new_zeros(B).index_add(0, rows // T, losses)",
-                 "return 0.5 * losses.new_zeros(B).index_add(0, rows // T, losses)")
-    said = call(evaluate.main, *flags)
+    text = "return losses.new_zeros(B).index_add(0, rows // T, losses)"
+    kind = fork(place / "kind.py", "train_block", text, text.replace("return", "return 0.5 *"))
+    leaky = fork(place / "leaky.py", "train_block", "(k_block < q_block) &",
+                 "(k_block <= q_block) &")
+    for module in (kind, leaky):
+        train(module, f"out/{module.SCRIPT}", "--val_tokens=2048", "--lr=0.1")
+    said = call(evaluate.main, "--ckpt=out/kind", "--tokens=4096", "--script=kind.py")
     bound = float(re.search(r" bound:(\S+)\+-", said.out)[1])
     own = (place / "out" / "kind" / "log.txt").read_text()
     assert float(re.findall(r"val_nelbo:(\S+)\+-", own)[-1]) == pytest.approx(bound / 2, rel=0.05)
-    leaky = fork(place, "leaky", "(k_block < q_block) & (k", "(k_block <= q_block) & (k")
-    for wrong, words in ((flags[:2], "--script=FILE"), (leaky, "must not see"),
-                         ((*flags[:2], f"--script={ROOT / 'train_block.py'}"), "another script")):
-        runs.assert_refused(call(evaluate.main, *wrong), words)
+    for flags, words in ((["--ckpt=out/kind"], "--script=FILE"),
+                         (["--ckpt=out/kind", "--script=leaky.py"], "another script"),
+                         (["--ckpt=out/leaky", "--script=leaky.py"], "must not see")):
+        runs.assert_refused(call(evaluate.main, *flags), words)
 
 
 def test_mistakes_at_the_referee(place):
@@ -214,27 +202,30 @@ def test_mistakes_at_the_referee(place):
 H100 = "NVIDIA H100 80GB HBM3"
 
 
-def log_text(track, seed, bound, *, seconds=600, source="print()\n", machine=H100, ranks=8,
-             **settings):
+REAL = ROOT / "records" / "shakespeare" / "2026-11-20_MaskedDiffusion" / "0.txt"
+
+
+def shakespeare_log(seed, bound):
+    """A real log, altered."""
+    text = REAL.read_text(encoding="utf-8").replace('"seed": 0', f'"seed": {seed}')
+    return re.sub(r" bound:\S+", f" bound:{bound}+-0.0030", text)
+
+
+def speedrun_log(seed, bound, *, seconds=600, ranks=8, **settings):
     """log.txt of a run that might have been, with its verdict."""
-    fast = track == "speedrun"
     config = dict(
-        data="finewebedu10B" if fast else "data/shakespeare", preset="", seed=seed, shuffle=False,
-        seq_len=1024 if fast else 128, init_from="", steps=10_000 if fast else 400, lr=0.025,
-        batch_tokens=131_072 if fast else 5000, block_len=16) | settings
-    steps, parameters = config["steps"], 162_137_100 if fast else 3_220_000
+        data="data/finewebedu10B", preset="", seed=seed, shuffle=False, seq_len=1024, lr=0.025,
+        init_from="", steps=10_000, batch_tokens=131_072, block_len=16) | settings
     return "".join([
-        source, check.SEPARATOR, "muon\n", check.SEPARATOR,
-        f"python 3.11.7 torch 2.13.0 numpy 2.4.6 {machine} ranks {ranks}\n{json.dumps(config)}\n",
-        f"{parameters / 1e6:.2f}M parameters, 738.8 MFLOP per token, {ranks} x {machine} "
-        f"in bfloat16, data/x: {1_400_000_000 if fast else 1_003_776:,} tokens\n",
-        f"step:{steps}/{steps} loss:3.5000 lr:2.50e-02 tok/s:1 mfu:0.410 eta:0:01:00\n",
-        f"step:{steps}/{steps} val_nelbo:{bound:.4f}+-0.0030 bpb:1.0000 ppl:30.00 "
+        "print()\n", check.SEPARATOR, "muon\n", check.SEPARATOR,
+        f"python 3.11.7 torch 2.13.0 numpy 2.4.6 {H100} ranks {ranks}\n{json.dumps(config)}\n",
+        f"162.14M parameters, 738.8 MFLOP per token, {ranks} x {H100} in bfloat16, "
+        "finewebedu10B: 1,400,000,000 tokens\n",
+        "step:10000/10000 loss:3.5000 lr:2.50e-02 tok/s:1 mfu:0.410 eta:0:01:00\n",
+        "step:10000/10000 val_nelbo:3.4000+-0.0030 bpb:1.0000 ppl:30.00 "
         f"train_time:{1000 * seconds}ms step_avg:1.00ms\n",
-        f"referee bound:{bound:.4f}+-0.0030 published:{bound - 0.02:.4f}+-0.0030 "
-        f"tokens:{10_485_760 if fast else 111_360}\n",
-        f"referee objective:{'train_block' if fast else 'train_mdlm'} parameters:{parameters} "
-        f"step:{steps} leak:none shard_sha256:cd\n"])
+        f"referee bound:{bound:.4f}+-0.0030 published:{bound - 0.02:.4f}+-0.0030 tokens:10485760\n",
+        "referee objective:train_block parameters:162137100 step:10000 leak:none shard_sha256:cd\n"])
 
 
 def enter(root, track, slug, logs):
@@ -246,14 +237,14 @@ def enter(root, track, slug, logs):
     return run_check(root, f"--new={folder}", "--by=A. Nonymous")
 
 
-def make_record(root, track, slug, bounds, baseline=None, **names):
-    logs = {f"{i}.txt": log_text(track, i, bound, **names) for i, bound in enumerate(bounds)}
-    if track == "speedrun":
-        baseline = names | {"preset": "nano_block", "seconds": 900} | (baseline or {})
-        logs["baseline.txt"] = log_text(track, 0, 3.5, **baseline)
-    done = enter(root, track, slug, logs)
+def speedrun(root, slug, bounds, baseline=None, **names):
+    """Enter a record of the speedrun -> its folder."""
+    logs = {f"{i}.txt": speedrun_log(i, bound, **names) for i, bound in enumerate(bounds)}
+    baseline = names | {"preset": "nano_block", "seconds": 900} | (baseline or {})
+    logs["baseline.txt"] = speedrun_log(0, 3.5, **baseline)
+    done = enter(root, "speedrun", slug, logs)
     assert done.status == 0, done.out + done.err
-    return root / track / slug
+    return root / "speedrun" / slug
 
 
 @pytest.fixture
@@ -276,13 +267,13 @@ def table(root, track):
 def test_speedrun_table(root):
     """Ranked by time, and only where runs, certainty and machine allow it."""
     bounds = (3.4500, 3.4510, 3.4490)
-    make_record(root, "speedrun", "2026-01-01_First", bounds)
-    make_record(root, "speedrun", "2026-02-01_Second", bounds, seconds=540, lr=0.02,
+    speedrun(root, "2026-01-01_First", bounds)
+    speedrun(root, "2026-02-01_Second", bounds, seconds=540, lr=0.02,
                 baseline=dict(seconds=600, lr=0.025, preset=""))
     behind = dict(baseline=dict(seconds=540, lr=0.02, preset=""), seconds=500, lr=0.01)
-    make_record(root, "speedrun", "2026-03-01_Once", bounds[:1], **behind)
-    make_record(root, "speedrun", "2026-03-02_Elsewhere", bounds, ranks=1, **behind)
-    make_record(root, "speedrun", "2026-03-03_Uncertain", (3.42, 3.47, 3.43), **behind)
+    speedrun(root, "2026-03-01_Once", bounds[:1], **behind)
+    speedrun(root, "2026-03-02_Elsewhere", bounds, ranks=1, **behind)
+    speedrun(root, "2026-03-03_Uncertain", (3.42, 3.47, 3.43), **behind)
     assert run_check(root).status == 1  # the table does not have them yet
     assert run_check(root, "--write").status == 0 == run_check(root).status
     rows = table(root, "speedrun")
@@ -298,7 +289,8 @@ def test_shakespeare_table(root):
                          ("2026-01-02_Pair", (1.9, 1.91)),
                          ("2026-01-03_Luck", (2.0, 2.015, 2.02)),
                          ("2026-01-04_Better", (1.95, 1.951, 1.952))):
-        make_record(root, "shakespeare", slug, bounds, machine="cpu", ranks=1)
+        logs = {f"{i}.txt": shakespeare_log(i, bound) for i, bound in enumerate(bounds)}
+        assert enter(root, "shakespeare", slug, logs).status == 0
     assert run_check(root, "--write").status == 0
     rows = table(root, "shakespeare")
     assert [(row[0], re.search(r"\[(\w+)\]", row[-1])[1]) for row in rows] == [
@@ -311,7 +303,7 @@ def test_shakespeare_table(root):
     ("0.txt", "step:10000/10000", "step:9000/10000", "ends at step 9000"),
     ("0.txt", '"seed": 0', '"seed": 1', "0.txt: a run of another seed"),
     ("0.txt", '"shuffle": false', '"shuffle": true', "shuffle is True"),
-    ("0.txt", '"finewebedu10B"', '"finewebedu"', "data is 'finewebedu'"),
+    ("0.txt", "data/finewebedu10B", "data/finewebedu", "data is 'finewebedu'"),
     ("0.txt", "1,400,000,000 tokens", "1,000,000,000 tokens", "at most 1,000,000,000"),
     ("0.txt", "parameters:162137100", "parameters:163137100", "at most 162,500,000"),
     ("0.txt", " tokens:10485760", " tokens:1048576", "tokens is 1048576"),
@@ -324,7 +316,7 @@ def test_shakespeare_table(root):
     ("baseline.txt", '"nano_block"', '"tiny"', "baseline.txt: preset"),
 ])
 def test_the_rules(name, old, new, words, root):
-    folder = make_record(root, "speedrun", "2026-01-01_First", (3.45, 3.45))
+    folder = speedrun(root, "2026-01-01_First", (3.45, 3.45))
     text, count = re.subn(old, new, (folder / name).read_text())
     assert count
     (folder / name).write_text(text)
@@ -334,7 +326,7 @@ def test_the_rules(name, old, new, words, root):
 
 def test_what_was_entered_stays(root):
     """Logs as they were, none left out; digits of the table; a baseline of the leader's script."""
-    folder = make_record(root, "speedrun", "2026-01-01_First", (3.45, 3.451, 3.452))
+    folder = speedrun(root, "2026-01-01_First", (3.45, 3.451, 3.452))
     assert run_check(root, "--write").status == 0 == run_check(root).status
     for path, old, new in ((folder / "1.txt", "tok/s:1", "tok/s:2"),
                            (root / "README.md", "3.4510", "3.4501")):
@@ -351,15 +343,14 @@ def test_what_was_entered_stays(root):
 
 
 def test_a_resumed_log_counts_its_last_lines(tmp_path):
-    """Killed after step 400 of 400, before its checkpoint; then resumed from step 200."""
-    path = tmp_path / "log.txt"
-    text = log_text("shakespeare", 0, 2.0)
+    """Killed after the last step, before its checkpoint; then resumed, and again for more steps."""
+    path, text = tmp_path / "log.txt", speedrun_log(0, 3.4)
     again = "".join(re.findall("^step:.*\n", text, re.M)).replace(":600000ms", ":500000ms")
-    path.write_text(text + "resuming out/x after step 200\n" + again)
+    path.write_text(text + "resuming out/x after step 9000\n" + again)
     log = check.read_log(path)
-    assert (log.step, log.seconds, log.config["steps"]) == (400, 500, 400)
-    path.write_text(path.read_text() + again.replace("/400", "/800"))  # --steps=800
-    with pytest.raises(ValueError, match="ends at step 400 of 800"):
+    assert (log.step, log.seconds, log.config["steps"]) == (10_000, 500, 10_000)
+    path.write_text(path.read_text() + again.replace("/10000", "/20000"))
+    with pytest.raises(ValueError, match="ends at step 10000 of 20000"):
         check.check_finished(check.read_log(path))
 
 
