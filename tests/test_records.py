@@ -202,12 +202,10 @@ def test_mistakes_at_the_referee(place):
 H100 = "NVIDIA H100 80GB HBM3"
 
 
-REAL = ROOT / "records" / "shakespeare" / "2026-11-20_MaskedDiffusion" / "0.txt"
-
-
 def shakespeare_log(seed, bound):
     """A real log, altered."""
-    text = REAL.read_text(encoding="utf-8").replace('"seed": 0', f'"seed": {seed}')
+    path = ROOT / "records" / "shakespeare" / "2026-11-20_MaskedDiffusion" / "0.txt"
+    text = path.read_text(encoding="utf-8").replace('"seed": 0', f'"seed": {seed}')
     return re.sub(r" bound:\S+", f" bound:{bound}+-0.0030", text)
 
 
@@ -224,8 +222,8 @@ def speedrun_log(seed, bound, *, seconds=600, ranks=8, **settings):
         "step:10000/10000 loss:3.5000 lr:2.50e-02 tok/s:1 mfu:0.410 eta:0:01:00\n",
         "step:10000/10000 val_nelbo:3.4000+-0.0030 bpb:1.0000 ppl:30.00 "
         f"train_time:{1000 * seconds}ms step_avg:1.00ms\n",
-        f"referee bound:{bound:.4f}+-0.0030 published:{bound - 0.02:.4f}+-0.0030 tokens:10485760\n",
-        "referee objective:train_block parameters:162137100 step:10000 leak:none shard_sha256:cd\n"])
+        f"referee bound:{bound:.4f}+-0.0030 published:{bound - 0.02:.4f}+-0.0030 tokens:10485760 "
+        "objective:train_block parameters:162137100 step:10000 leak:none shard_sha256:cd\n"])
 
 
 def enter(root, track, slug, logs):
@@ -268,9 +266,8 @@ def test_speedrun_table(root):
     """Ranked by time, and only where runs, certainty and machine allow it."""
     bounds = (3.4500, 3.4510, 3.4490)
     speedrun(root, "2026-01-01_First", bounds)
-    speedrun(root, "2026-02-01_Second", bounds, seconds=540, lr=0.02,
-                baseline=dict(seconds=600, lr=0.025, preset=""))
-    behind = dict(baseline=dict(seconds=540, lr=0.02, preset=""), seconds=500, lr=0.01)
+    speedrun(root, "2026-02-01_Second", bounds, dict(seconds=600, lr=0.025), seconds=540, lr=0.02)
+    behind = dict(baseline=dict(seconds=540, lr=0.02), seconds=500, lr=0.01)
     speedrun(root, "2026-03-01_Once", bounds[:1], **behind)
     speedrun(root, "2026-03-02_Elsewhere", bounds, ranks=1, **behind)
     speedrun(root, "2026-03-03_Uncertain", (3.42, 3.47, 3.43), **behind)
@@ -299,7 +296,6 @@ def test_shakespeare_table(root):
 
 
 @pytest.mark.parametrize("name, old, new, words", [
-    ("0.txt", r"step:10000/10000 val.*\n", "", "ends at step"),
     ("0.txt", "step:10000/10000", "step:9000/10000", "ends at step 9000"),
     ("0.txt", '"seed": 0', '"seed": 1', "0.txt: a run of another seed"),
     ("0.txt", '"shuffle": false', '"shuffle": true', "shuffle is True"),
@@ -307,7 +303,6 @@ def test_shakespeare_table(root):
     ("0.txt", "1,400,000,000 tokens", "1,000,000,000 tokens", "at most 1,000,000,000"),
     ("0.txt", "parameters:162137100", "parameters:163137100", "at most 162,500,000"),
     ("0.txt", " tokens:10485760", " tokens:1048576", "tokens is 1048576"),
-    ("0.txt", "print", "Print", "another source"),
     ("1.txt", "torch 2.13.0", "torch 2.14.0", "other versions"),
     ("1.txt", '"lr": 0.025', '"lr": 0.026', "another lr"),
     ("1.txt", r"referee .*\n", "", "no verdict"),
@@ -325,7 +320,7 @@ def test_the_rules(name, old, new, words, root):
 
 
 def test_what_was_entered_stays(root):
-    """Logs as they were, none left out; digits of the table; a baseline of the leader's script."""
+    """Logs as they were, none left out; digits of the table; the script that a baseline runs."""
     folder = speedrun(root, "2026-01-01_First", (3.45, 3.451, 3.452))
     assert run_check(root, "--write").status == 0 == run_check(root).status
     for path, old, new in ((folder / "1.txt", "tok/s:1", "tok/s:2"),
@@ -335,11 +330,10 @@ def test_what_was_entered_stays(root):
         done = run_check(root)
         assert done.status == 1 and path.name in done.out
         path.write_text(text)
+    other = {"0.txt": speedrun_log(0, 3.44), "baseline.txt": speedrun_log(0, 3.5, lr=0.03)}
+    assert "another lr than" in enter(root, "speedrun", "2026-01-02_Other", other).out
     (folder / "1.txt").unlink()
     assert "First: seeds 0, 2" in run_check(root).out
-    (folder / "baseline.txt").unlink()
-    (folder / "2.txt").unlink()
-    assert "First: baseline.txt: missing" in run_check(root).out
 
 
 def test_a_resumed_log_counts_its_last_lines(tmp_path):
@@ -355,10 +349,10 @@ def test_a_resumed_log_counts_its_last_lines(tmp_path):
 
 
 def test_mistakes_at_the_command_line(root):
-    (root / "speedrun" / "2026-01-01_X").mkdir(parents=True)
+    folder = root / "speedrun" / "2026-01-01_X"
+    folder.mkdir(parents=True)
     for flags, words in ((["--new=nowhere", "--by=A"], "--new"), (["--write=1"], "--write"),
-                         (["--check"], "--check"),
-                         ([f"--new={root / 'speedrun' / '2026-01-01_X'}"], "--by=NAME")):
+                         (["--check"], "--check"), ([f"--new={folder}"], "--by=NAME")):
         runs.assert_refused(run_check(root, *flags), words)
 
 
