@@ -29,10 +29,8 @@ def out(tmp_path_factory):
     runs.write_meta(data, [bytes([i]) * (i > 0) for i in range(256)], tokenizer="byte")
     for name, script in (("gpt", gpt), ("mdlm", train_mdlm), ("block", train_block)):
         for seed in range(3):
-            done = runs.train_tiny(f"--data={data}", f"--out={folder}/{name}_{seed}", "--steps=2",
-                                   f"--seed={seed}", "--eval_every=0", f"--log_every={seed + 1}",
-                                   script=script)
-            assert done.status == 0, done.err
+            runs.train_tiny(f"--data={data}", f"--out={folder}/{name}_{seed}", "--steps=2",
+                            f"--seed={seed}", "--eval_every=0", script=script)
     return folder
 
 
