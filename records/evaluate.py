@@ -188,8 +188,8 @@ def main(argv):
     parser.add_argument("--device", default="auto")
     try:
         run(parser.parse_args(argv))
-    except (OSError, ValueError) as error:  # a SampleError or UserError is a ValueError
-        parser.error(error)
+    except (KeyboardInterrupt, OSError, ValueError) as error:  # UserError is a ValueError
+        parser.error(str(error) or "interrupted")
 
 
 if __name__ == "__main__":
