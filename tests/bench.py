@@ -146,7 +146,8 @@ def objectives():
 def muon():
     """Muon's step against PyTorch's, on the matrices of two presets."""
     for preset, width in (("tiny", "6L 208"), ("shakespeare_10m", "6L 384")):
-        params = [p for n, p in network(preset, 2)[1].named_parameters() if mdlm.is_hidden(n)]
+        named = network(preset, 2)[1].named_parameters()
+        params = [p for name, p in named if mdlm.group_of(name) == "hidden"]
         twins = [p.detach().clone().requires_grad_() for p in params]
         for p, q in zip(params, twins, strict=True):
             p.grad = torch.randn_like(p)
