@@ -1,4 +1,4 @@
-"""Block diffusion language model (BD3-LM) in one file: data, model, training, evaluation, sampling.
+"""Block diffusion language model (BD3-LM) in one file: data, model, training, evaluation.
 
 Autoregressive over blocks of block_len = L tokens, masked diffusion inside each (Arriola et al.
 2025, arXiv 2503.09573, eq. 3 and 8). Evaluation masks exactly k tokens of a block and L + 1 - k of
@@ -927,8 +927,9 @@ def open_run(cfg, machine):
         raise UserError(f"--out={cfg.out}: another run is at work there") from None
     is_free = cfg.resume or not os.path.exists(os.path.join(cfg.out, "ckpt.pt"))
     require(is_free, f"--out={cfg.out} holds a run: --resume=1 continues it, or give another --out")
+    logging.raiseExceptions = False  # a full disk, or a closed terminal, does not stop a run
     logs = [logging.Logger(name) for name in ("log.txt", "log.jsonl")]
-    for log in logs:  # a full disk does not stop a run: logging says so and goes on
+    for log in logs:
         path = os.path.join(cfg.out, log.name)
         log.addHandler(logging.FileHandler(path, "a" if cfg.resume else "w", encoding="utf-8"))
     if not cfg.resume:  # all that it takes to make the run again

@@ -1,4 +1,4 @@
-"""Masked diffusion language model (MDLM) in one file: data, model, training, evaluation, sampling.
+"""Masked diffusion language model (MDLM) in one file: data, model, training, evaluation.
 
 Forward process: every token of x0 is replaced by the mask with probability 1 - alpha_t, t in (0,1].
 The network predicts the masked tokens of xt, all at once, and its loss bounds the likelihood,
@@ -10,6 +10,10 @@ The default estimator, exactly k masks in a row and T+1-k in the next one, draws
 order-agnostic autoregressive bound (Hoogeboom et al. 2021, arXiv 2110.02037, eq. 8):
 
     -log p(x0) <= E_{k ~ U{1..T}} E_{|S| = k} [ T/k  sum_{i in S} -log p(x0_i | x0 outside S) ]
+
+Evaluation uses this weight T/k. Training weighs all masked tokens alike, because T/k makes the
+gradient noisy where few tokens are masked: the bound gets lower that way (README). --loss_weight=
+elbo trains on the bound itself.
 
     python prepare_data.py stdlib && python train_mdlm.py --preset=tiny         # minutes on a CPU
     torchrun --nproc_per_node=8 train_mdlm.py                                   # FineWeb-Edu
@@ -855,8 +859,9 @@ def open_run(cfg, machine):
         raise UserError(f"--out={cfg.out}: another run is at work there") from None
     is_free = cfg.resume or not os.path.exists(os.path.join(cfg.out, "ckpt.pt"))
     require(is_free, f"--out={cfg.out} holds a run: --resume=1 continues it, or give another --out")
+    logging.raiseExceptions = False  # a full disk, or a closed terminal, does not stop a run
     logs = [logging.Logger(name) for name in ("log.txt", "log.jsonl")]
-    for log in logs:  # a full disk does not stop a run: logging says so and goes on
+    for log in logs:
         path = os.path.join(cfg.out, log.name)
         log.addHandler(logging.FileHandler(path, "a" if cfg.resume else "w", encoding="utf-8"))
     if not cfg.resume:  # all that it takes to make the run again

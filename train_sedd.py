@@ -1,4 +1,4 @@
-"""Score entropy discrete diffusion (SEDD) in one file: data, model, training, evaluation, sampling.
+"""Score entropy discrete diffusion (SEDD) in one file: data, model, training, evaluation.
 
 Noise replaces every token of x0 by the mask (absorb) or by a random one of the N tokens (uniform),
 with probability 1 - exp(-sigma). The network answers with the log score, an estimate of
@@ -883,8 +883,9 @@ def open_run(cfg, machine):
         raise UserError(f"--out={cfg.out}: another run is at work there") from None
     is_free = cfg.resume or not os.path.exists(os.path.join(cfg.out, "ckpt.pt"))
     require(is_free, f"--out={cfg.out} holds a run: --resume=1 continues it, or give another --out")
+    logging.raiseExceptions = False  # a full disk, or a closed terminal, does not stop a run
     logs = [logging.Logger(name) for name in ("log.txt", "log.jsonl")]
-    for log in logs:  # a full disk does not stop a run: logging says so and goes on
+    for log in logs:
         path = os.path.join(cfg.out, log.name)
         log.addHandler(logging.FileHandler(path, "a" if cfg.resume else "w", encoding="utf-8"))
     if not cfg.resume:  # all that it takes to make the run again
