@@ -231,7 +231,8 @@ def read_record(folder, track, leaders, by=""):
     if by:
         path.write_text(json.dumps({"by": by, "logs": checksums}, indent=2) + "\n")
     said = json.loads(path.read_text(encoding="utf-8"))
-    changed = [name for name in checksums if said["logs"].get(name) != checksums[name]]
+    before = said["logs"]
+    changed = [x for x in {**before, **checksums} if before.get(x) != checksums.get(x)]
     require(not changed, f"{', '.join(changed)}: not as when record.json was written")
     cells = [f"`{objective}`", f"{seconds / 60:.2f}", *texts,
              f"{n}{certainty if n >= track.min_runs else ', unverified'}",
