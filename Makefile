@@ -31,7 +31,7 @@ test: .venv/.installed-tests
 	$(PY) -m pytest -q tests
 
 torture: .venv/.installed-tests
-	$(PY) -m pytest -q --torture tests/test_survive_*.py
+	$(PY) -m pytest -q --torture tests/test_survive.py
 
 bench: .venv/.installed
 	$(PY) tests/bench.py

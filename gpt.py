@@ -143,6 +143,15 @@ def require(condition, message):
         raise UserError(message)
 
 
+@contextlib.contextmanager
+def reading(path):
+    """Name the file in whatever goes wrong while it is read."""
+    try:
+        yield
+    except Exception as e:  # a file may hold anything
+        raise UserError(f"{path}: cannot be used ({type(e).__name__}: {e})") from None
+
+
 def parse_flags(argv):
     """['--name=value', ..] -> {name: value}, typed."""
     fields, flags = {f.name: f for f in dataclasses.fields(Config)}, {}
@@ -189,9 +198,9 @@ def make_config(argv):
     require(fits, f"{source}: a checkpoint of {ckpt['script']}.py")
     saved = {f.name: ckpt["config"][f.name] for f in dataclasses.fields(Config)
              if f.name in ckpt["config"]}
-    for name in (*SHAPE_FIELDS, "seq_len"):
-        is_free = name == "seq_len" or flags.get(name, saved.get(name)) == saved.get(name)
-        require(is_free, f"--{name}: {source} has {saved.get(name)}, which stays")
+    for name in flags.keys() & set(SHAPE_FIELDS):
+        fits = flags[name] == saved.get(name)
+        require(fits, f"--{name}={flags[name]}: {source} has {saved.get(name)}, which stays")
     if not (flags["resume"] or is_eval):
         saved = base | {name: saved[name] for name in (*SHAPE_FIELDS, "seq_len") if name in saved}
     return Config(**(saved | flags)), ckpt
@@ -217,6 +226,7 @@ def validate(cfg, world):
 
 # ----------------------------------------------------------------------------- data
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
+META = "tokenizer vocab_size bos_id pattern token_bytes byte_length".split()
 
 
 def open_shard(path, seq_len):
@@ -257,13 +267,13 @@ class Windows:
 
 
 def load_meta(folder):
-    """What meta.json says of the tokens: tokenizer, vocab_size, bos_id, pattern, token_bytes,
-    byte_length. A document's first token, bos_id, stands for no text: its length is 0."""
+    """What meta.json says of the tokens. bos_id begins a document and stands for no text."""
     path = os.path.join(folder, "meta.json")
     require(os.path.exists(path), f"--data={folder}: no meta.json: run prepare_data.py again, or, "
             f"if these are published shards: python prepare_data.py meta {folder}")
-    with open(path, encoding="utf-8") as f:
-        return json.load(f)
+    with reading(path), open(path, encoding="utf-8") as f:
+        meta = json.load(f)
+        return {key: meta[key] for key in META}
 
 
 def open_data(cfg, ckpt):
@@ -280,6 +290,8 @@ def open_data(cfg, ckpt):
             f"in {cfg.split}; lower --seq_len")
     require(cfg.eval_only or len(train) >= n_rows, f"--data={cfg.data}: {len(train)} windows of "
             f"--seq_len={cfg.seq_len}, fewer than the {n_rows} of a batch; lower --batch_tokens")
+    # Find a bad token here rather than at the first evaluation.
+    val.read(range(min(len(val), max(2, cfg.val_tokens // cfg.seq_len))), cfg.vocab_size or n_ids)
     for key in ("token_bytes", "pattern", "bos_id") if ckpt else ():
         require(ckpt["meta"][key] == meta[key], f"--data={cfg.data}: {meta['tokenizer']} tokens "
                 f"with another vocabulary than the {ckpt['meta']['tokenizer']} tokens of "
@@ -667,12 +679,9 @@ CKPT_FORMAT = 3
 def load_checkpoint(path):
     """What save_checkpoint has written. Only tensors and plain values are read, never code."""
     require(os.path.isfile(path), f"{path}: no such checkpoint")
-    try:
-        with open(path, "rb") as f:
-            state = torch.load(f, map_location="cpu", weights_only=True)
+    with reading(path), open(path, "rb") as f:
+        state = torch.load(f, map_location="cpu", weights_only=True)
         version = state["format"]
-    except Exception as e:  # the unpickler meets arbitrary bytes
-        raise UserError(f"{path}: not a checkpoint, or damaged ({type(e).__name__})") from None
     require(version == CKPT_FORMAT, f"{path}: checkpoint of format {version}, this script reads "
             f"{CKPT_FORMAT}: train it again")
     return state
@@ -738,8 +747,9 @@ def open_run(cfg, machine):
         raise UserError(f"--out={cfg.out}: another run is at work there") from None
     is_free = cfg.resume or not os.path.exists(os.path.join(cfg.out, "ckpt.pt"))
     require(is_free, f"--out={cfg.out} holds a run: --resume=1 continues it, or give another --out")
+    logging.raiseExceptions = False  # a full disk, or a closed terminal, does not stop a run
     logs = [logging.Logger(name) for name in ("log.txt", "log.jsonl")]
-    for log in logs:  # a full disk does not stop a run: logging says so and goes on
+    for log in logs:
         path = os.path.join(cfg.out, log.name)
         log.addHandler(logging.FileHandler(path, "a" if cfg.resume else "w", encoding="utf-8"))
     if not cfg.resume:  # all that it takes to make the run again
@@ -748,7 +758,11 @@ def open_run(cfg, machine):
                 logs[0].info(f.read() + "=" * 100)
         logs[0].info(f"{machine}\n{json.dumps(dataclasses.asdict(cfg))}")
     logs[0].addHandler(logging.StreamHandler(sys.stdout))
-    return lock, logs[0].info, lambda record: logs[1].info(json.dumps(record))
+
+    def record(values):  # JSON has no word for NaN
+        logs[1].info(re.sub("NaN|-?Infinity", "null", json.dumps(values)))
+
+    return lock, logs[0].info, record
 
 
 def compile_losses(model, device):
@@ -836,7 +850,8 @@ def main(argv):
         torch.manual_seed(derive_seed(cfg.seed))
         model = Model(cfg)
         if ckpt:
-            model.load_state_dict((not cfg.resume and ckpt["ema"]) or ckpt["model"])
+            with reading(cfg.init_from):
+                model.load_state_dict((not cfg.resume and ckpt["ema"]) or ckpt["model"])
         if rank == 0 and not cfg.eval_only:
             versions = f"python {sys.version.split()[0]} torch {torch.__version__}"
             lock, say, record = open_run(cfg, f"{versions} numpy {np.__version__} {machine} ranks "

@@ -4,7 +4,7 @@
 #     sbatch slurm.sh train_block.py --out=out/run --data=...       (any script, any flags)
 #
 # Two minutes before the end SLURM sends USR1 to this shell. The ranks save and stop, scontrol puts
-# the job back into the queue, and the next start finds ckpt.pt and resumes. A run that ends by
+# the job back into the queue, and the next start goes on (--resume=1). A run that ends by
 # itself, because it is done or because it failed, is not queued again.
 #SBATCH --job-name=nanodlm
 #SBATCH --nodes=1
@@ -22,13 +22,6 @@
 out='' run='' warned=''    # sbatch passes on the variables of the shell it was called from
 for flag in "$@"; do case $flag in --out=*) out=${flag#--out=} ;; esac; done
 if [ -z "$out" ]; then echo "usage: sbatch slurm.sh SCRIPT.py --out=FOLDER ..." >&2; exit 2; fi
-command=()
-for flag in "$@"; do
-    case $flag in --resume=*) continue ;; --init_from=*) [ -e "$out/ckpt.pt" ] && continue ;; esac
-    command+=("$flag")
-done
-if [ -e "$out/ckpt.pt" ]; then command+=(--resume=1); fi
-
 # srun passes a signal on to torchrun, which must be told to care, and that to the ranks.
 trap 'warned=1; if [ -n "$run" ]; then kill -USR1 "$run"; fi' USR1
 trap : TERM    # cancelled or preempted: SLURM tells the ranks itself; wait until they have saved
@@ -36,7 +29,7 @@ trap : TERM    # cancelled or preempted: SLURM tells the ranks itself; wait unti
 #   --rdzv_id="$SLURM_JOB_ID" --rdzv_backend=c10d
 #   --rdzv_endpoint="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 srun torchrun --standalone --nproc_per_node="${SLURM_GPUS_ON_NODE:-1}" \
-    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1 "${command[@]}" &
+    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1 "$@" --resume=1 &
 run=$!
 # A trap interrupts the wait, so wait again; but once warned no longer than SLURM does.
 while [ -z "$warned" ] && kill -0 "$run" 2>/dev/null; do wait "$run"; status=$?; done

@@ -5,93 +5,43 @@
 
 An argument is a run folder, or several that are seeds of one setting: with commas between, or a
 quoted pattern; NAME= in front names the row. All runs must have been evaluated on the same windows
-with the same noise. Then they differ far less from each other in a window than windows differ, so
-the difference to the first row is taken window by window:
+with the same noise: then the difference to the first row is taken window by window.
 
     nats per token   mean over windows and seeds, <= where it is a bound, +- its standard error over
                      windows; its standard deviation over seeds stands beside their number
     minus NAME       mean difference +- its standard error over windows / over seeds: of
-                     differences of equal seeds where both rows have the same ones, otherwise of two
+                     differences of equal seeds if both rows have the same ones, otherwise of two
                      independent means
 
-Standard errors over windows take pairs of neighbouring ones, whose noise is antithetic: the two are
-not independent; pairs are. Parameters and FLOPs (training, per token) are as the runs print them.
+Standard errors over windows are those of pairs of neighbours, whose noise is antithetic.
 """
 
 import glob
 import json
 import math
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
+import check
 import numpy as np
-from check import read_log
 
-# Fields of Config by which a script is told from the others; gpt.py has none.
-TELLING = {"graph": "train_sedd", "block_len": "train_block", "schedule": "train_mdlm"}
-# Settings in which seeds of one setting may differ: which run it is, and how a machine runs it. The
-# number of steps is taken from the step lines, since a run may go on further than it was begun for.
-NO_SETTING = set("data out preset seed steps resume micro_batch checkpoint_layers eval_every "
-                 "ckpt_every log_every max_bad_steps device compile backend".split())
 METRICS = {"val_nll", "val_nelbo"}  # in log.jsonl: exact, or a bound
-ROUNDING = 1e-6  # nats
-
-
-def fail(message):
-    print(f"compare.py: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run folder says."""
-    folder: Path
-    script: str
-    seed: int
-    setting: dict  # config without NO_SETTING, and what it was run with
-    parameters: str
-    mflop: str  # per token
-    tokens: int  # of training
-    start: str  # checkpoint that it began with, or empty
-    exact: bool  # a likelihood, no bound on it
-    bpb: float | None
-    nats: np.ndarray  # (N,) per token, of each validation window
-    judged_on: dict  # what must agree for a comparison
+COUNTS = ("tokens", "bytes", "seed")  # of an evaluation, there as well
 
 
 def read_run(folder):
-    """Run of a folder; one that is missing, unfinished or damaged is refused."""
-    try:
-        log = read_log(folder / "log.txt")
-        records = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError as e:
-        fail(f"{folder}: no folder of a run: {Path(e.filename).name}: {e.strerror}")
-    except ValueError as e:
-        fail(f"{folder}: damaged, or not the logs of a training script: {e}")
-    try:
-        config, (step, steps) = log.config, log.progress
-        found = [r for r in map(json.loads, records) if METRICS & r.keys()][-1:]
-        path = folder / f"{config['split']}_nats.npy"
-        if step < steps or not path.exists() or not found or found[0]["step"] < steps:
-            fail(f"{folder}: not finished, at step {step} of {steps}: --resume=1 continues it")
-        (found,), seq_len = found, config["seq_len"]
-        metric = (METRICS & found.keys()).pop()
-        nats = np.load(path) / seq_len
-        agrees = nats.size * seq_len == found["tokens"] and found[metric] is not None
-        if not (agrees and abs(nats.mean() - found[metric]) < ROUNDING):
-            fail(f"{path}: not what log.jsonl says of step {step}: from another run, or damaged")
-        judged_on = {k: found[k] for k in ("tokens", "bytes", "seed")}
-        judged_on |= {"data": Path(log.data).name, "split": config["split"], "seq_len": seq_len}
-        setting = {k: v for k, v in config.items() if k not in NO_SETTING}
-        script = next((TELLING[k] for k in TELLING if k in config), "gpt")
-        setting |= {"script": script, "data": judged_on["data"], "steps": steps,
-                    "source": (log.source, log.muon)}
-        return Run(folder, script, config["seed"], setting, f"{log.millions:.2f}M", log.mflop,
-                   steps * config["batch_tokens"], config["init_from"], metric == "val_nll",
-                   found["bpb"], nats, judged_on)
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as e:
-        fail(f"{folder}: not the logs of a training script ({type(e).__name__}: {e})")
+    log = check.read_log(folder / "log.txt")
+    check.check_finished(log)
+    config = log.config
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    found = [line for line in map(json.loads, lines) if METRICS & line.keys()][-1]
+    evaluated_on = {"data": Path(config["data"]).name, **{k: found[k] for k in COUNTS},
+                    "split": config["split"], "seq_len": config["seq_len"]}
+    return SimpleNamespace(
+        log=log, seed=config["seed"], bpb=found["bpb"], is_exact="val_nll" in found,
+        nats=np.load(folder / f"{config['split']}_nats.npy") / config["seq_len"],  # (N,) per token
+        evaluated_on=evaluated_on)  # what must agree for a comparison
 
 
 def read_row(arg):
@@ -101,25 +51,18 @@ def read_row(arg):
         name, rest = "", arg
     folders = []
     for part in rest.split(","):
-        found = [part] if part and Path(part).is_dir() else sorted(glob.glob(part))
-        if not found:
-            fail(f"{part or arg}: no such run folder")
+        found = [part] if Path(part).is_dir() else sorted(glob.glob(part))
+        check.require(part and found, f"{part or arg}: no such run folder")
         folders += map(Path, found)
     runs = sorted(map(read_run, folders), key=lambda run: run.seed)
     for run in runs[1:]:
-        for key in ["script", *sorted(runs[0].setting.keys() | run.setting.keys())]:
-            if run.setting.get(key) != runs[0].setting.get(key):
-                fail(f"{run.folder}: another {key} than {runs[0].folder}: seeds of one setting "
-                     "alone share a row")
-    if len({run.seed for run in runs}) < len(runs):
-        fail(f"{arg}: the same seed twice: a row takes runs of different seeds")
+        check.check_same_recipe(run.log, runs[0].log)
     return name or rest.rstrip("/").rpartition("/")[2], runs
 
 
-# ----------------------------------------------------------------------------- statistics
 def standard_error(values):
-    """Of the mean of independent values; NaN for a single one."""
-    return values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else math.nan
+    """Of the mean of independent values."""
+    return values.std(ddof=1) / len(values) ** 0.5
 
 
 def over_windows(runs):
@@ -127,38 +70,34 @@ def over_windows(runs):
     return np.mean([run.nats for run in runs], 0).reshape(-1, 2).mean(1)
 
 
-def seed_means(runs):
+def over_seeds(runs):
+    """Nats per token of each run, the mean over windows."""
     return np.array([run.nats.mean() for run in runs])
 
 
-def seed_error(runs, others):
-    """Standard error over seeds of the mean difference of two rows; NaN for a single run."""
-    a, b = seed_means(runs), seed_means(others)
-    if [run.seed for run in runs] == [run.seed for run in others]:
-        return standard_error(a - b)
-    return math.hypot(standard_error(a), standard_error(b))
-
-
-# ----------------------------------------------------------------------------- the table
-def number(value, form=".4f"):
-    return "n/a" if value is None or math.isnan(value) else format(value, form)
+def difference(runs, first):
+    """Mean of runs - first with its standard errors."""
+    pairs = over_windows(runs) - over_windows(first)
+    text = f"{pairs.mean():+.4f} ± {standard_error(pairs):.4f}"
+    if len(runs) < 2 or len(first) < 2:
+        return text
+    a, b = over_seeds(runs), over_seeds(first)
+    error = math.hypot(standard_error(a), standard_error(b))
+    if [run.seed for run in runs] == [run.seed for run in first]:
+        error = standard_error(a - b)
+    return f"{text} / {error:.4f}"
 
 
 def cells(name, runs, first):
-    """A row of the table; first: the runs of the first row, or None there."""
-    run, pairs = runs[0], over_windows(runs)
-    seeds = "1" if len(runs) == 1 else f"{len(runs)}, sd {number(seed_means(runs).std(ddof=1))}"
-    bits = None if run.bpb is None else np.mean([r.bpb for r in runs])
-    difference = ""
-    if first:
-        d = pairs - over_windows(first)
-        difference = f"{d.mean():+.4f} ± {number(standard_error(d))}"
-        if len(runs) > 1 and len(first) > 1:
-            difference += f" / {number(seed_error(runs, first))}"
-    return [name, run.script, run.parameters, f"{run.tokens:,}" + f" after {run.start}" * bool(
-                run.start), run.mflop, seeds,
-            f"{'' if run.exact else '≤ '}{pairs.mean():.4f} ± {number(standard_error(pairs))}",
-            number(bits), difference]
+    """A row of the table; first: the runs of the first row."""
+    log, pairs = runs[0].log, over_windows(runs)
+    start, nats = log.config["init_from"], f"{pairs.mean():.4f} ± {standard_error(pairs):.4f}"
+    spread = f", sd {over_seeds(runs).std(ddof=1):.4f}" if len(runs) > 1 else ""
+    return [name, check.objective_of(log.config), f"{log.parameters}M",
+            f"{log.trained:,}{' after ' if start else ''}{start}", log.mflop,
+            f"{len(runs)}{spread}", nats if runs[0].is_exact else f"≤ {nats}",
+            f"{np.mean([run.bpb for run in runs]):.4f}",
+            "" if runs is first else difference(runs, first)]
 
 
 def table(rows):
@@ -167,31 +106,28 @@ def table(rows):
     heads = ["run", "script", "parameters", "training tokens", "MFLOP per token", "seeds",
              "nats per token", "bits per byte", f"minus {first_name}"]
     lines = [heads, ["---"] * len(heads)]
-    lines += [cells(name, runs, None if runs is first else first) for name, runs in rows]
-    on = first[0].judged_on
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + (
-        f"\n\n{on['data']}, {on['split']}: {on['tokens']:,} tokens, {on['bytes']:,} bytes, windows "
-        f"of {on['seq_len']}, noise of seed {on['seed']}. ± standard error over "
-        f"{on['tokens'] // on['seq_len'] // 2:,} pairs of windows"
-        + (", / over seeds" if any(len(runs) > 1 for _, runs in rows) else "") + ".")
+    lines += [cells(name, runs, first) for name, runs in rows]
+    on = first[0].evaluated_on
+    note = (f"{on['data']}, {on['split']}: {on['tokens']:,} tokens, {on['bytes']:,} bytes, windows "
+            f"of {on['seq_len']}, noise of seed {on['seed']}. ± standard error over "
+            f"{on['tokens'] // on['seq_len'] // 2:,} pairs of windows")
+    if any(len(runs) > 1 for _, runs in rows):
+        note += ", / over seeds"
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{note}."
 
 
 def main(argv):
-    if {"--help", "-h"} & {*argv}:
-        print(__doc__.strip())
-        return
-    if not argv:
-        fail("give run folders, as in: python records/compare.py out/a out/b")
-    flags = [arg for arg in argv if arg.startswith("-")]
-    if flags:
-        fail(f"{flags[0]}: there are no flags but --help: give run folders")
-    rows = [read_row(arg) for arg in argv]
-    first = rows[0][1][0]
-    for run in (run for _, runs in rows for run in runs):
-        for key, value in first.judged_on.items():
-            if run.judged_on[key] != value:
-                fail(f"{run.folder}: evaluated on {key} {run.judged_on[key]}, {first.folder} on "
-                     f"{value}: only the same windows and noise compare")
+    parser = check.Parser(description=__doc__)
+    parser.add_argument("runs", nargs="+")
+    try:
+        rows = [read_row(arg) for arg in parser.parse_args(argv).runs]
+        first = rows[0][1][0]
+        for run in (run for _, runs in rows for run in runs):
+            for key, value in first.evaluated_on.items():
+                check.require(run.evaluated_on[key] == value, f"{run.log.name}: evaluated on {key} "
+                        f"{run.evaluated_on[key]}, {first.log.name} on {value}")
+    except (OSError, ValueError) as error:
+        parser.error(error)
     print(table(rows))
 
 

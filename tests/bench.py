@@ -25,7 +25,9 @@ import torch
 import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from toys import with_samplers  # noqa: E402
 
 import gpt  # noqa: E402
 import prepare_data  # noqa: E402
@@ -146,7 +148,8 @@ def objectives():
 def muon():
     """Muon's step against PyTorch's, on the matrices of two presets."""
     for preset, width in (("tiny", "6L 208"), ("shakespeare_10m", "6L 384")):
-        params = [p for n, p in network(preset, 2)[1].named_parameters() if mdlm.is_hidden(n)]
+        named = network(preset, 2)[1].named_parameters()
+        params = [p for name, p in named if mdlm.group_of(name) == "hidden"]
         twins = [p.detach().clone().requires_grad_() for p in params]
         for p, q in zip(params, twins, strict=True):
             p.grad = torch.randn_like(p)
@@ -237,9 +240,11 @@ def sampling():
     batch, length = 4, 128
     known = torch.zeros(batch, length, dtype=torch.int64)
 
+    fill = with_samplers(mdlm).generate
+
     def sampler(**how):
         def run():
-            mdlm.generate(model, cfg, known, known > 0, gen=torch.Generator().manual_seed(0), **how)
+            fill(model, cfg, known, known > 0, gen=torch.Generator().manual_seed(0), **how)
         return run
 
     half = length // 2
@@ -257,46 +262,26 @@ def sampling():
             column, rate[-1], "tok/s")
 
 
-def write_both_ways(script, length, empty_cache, share, **how):
-    """Tokens per second of generate with its cache, and with the earlier tokens computed anew in
-    every pass. One run measures both, so that passes and tokens are the same: a pass is repeated
-    with an empty cache, or no more than one of `share` passes is and stands for the rest."""
-    cfg, model, *_ = network("", 2, script, **LONG)
-    model.eval()
-    with torch.no_grad():
-        model.head.weight.normal_(std=0.02)  # untrained, but not uniform
-    cached, anew, results = [], [], []
-
-    def both(*inputs):
-        *x, rows, cache = inputs
-        cached.append(seconds(lambda: results.append(model(*x, rows, cache))))
-        if len(cached) % share == share // 2:
-            empty = empty_cache(cfg, x[0].size(1))
-            anew.append(seconds(lambda: results.append(model(*x, rows, empty))))
-            assert torch.allclose(*results, atol=1e-3)
-        logits = results[0]
-        results.clear()
-        return logits
-
-    gen = torch.Generator().manual_seed(0)
-    known = torch.zeros(1, length, dtype=torch.int64)
-    total = seconds(lambda: script.generate(both, cfg, known, known > 0, gen=gen, **how))
-    rest = total - sum(cached) - sum(anew)  # draws of tokens and the like
-    return length / (rest + sum(cached)), length / (rest + share * sum(anew))
-
-
 def caching():
-    """Sampling with cached keys and values."""
-    def as_blocks(cfg, length):  # cheaper than a pass over both copies of the earlier tokens
-        return [block.LayerCache(cfg, length) for _ in range(cfg.n_layer)]
+    """Tokens per second with cached keys and values, and with all earlier tokens computed anew."""
+    for script, what, length, how in ((block, "train_block, 4 passes a block of 16", 512,
+                                       {"steps": 4}), (gpt, "gpt", 256, {})):
+        cfg, model, *_ = network("", 2, script, **LONG)
+        model.eval()
+        with torch.no_grad():
+            model.head.weight.normal_(std=0.02)  # untrained, but not uniform
+        fill = with_samplers(script).generate
+        known = torch.zeros(1, length, dtype=torch.int64)
 
-    for script, what, empty_cache, share, how in (
-            (block, "train_block, 4 passes a block of 16", as_blocks, 1, {"steps": 4}),
-            (gpt, "gpt", lambda *_: None, 8, {})):
-        for length in (32, LONG["seq_len"]):  # the first run warms up
-            rate = write_both_ways(script, length, empty_cache, share, **how)
+        def run(cached, fill=fill, model=model, cfg=cfg, known=known, how=how):
+            gen = torch.Generator().manual_seed(0)
+            fill(model, cfg, known, known > 0, gen=gen, cached=cached, **how)
+
+        times = rounds(lambda run=run: run(True), lambda run=run: run(False), n=1)
+        rate = [[length / t for t in column] for column in times]
         row("caching", f"{what}, cached / earlier tokens computed anew",
-            f"6L 384, 1 x {length:,} tokens, fp32", *([r] for r in rate), "tok/s")
+            f"6L 384, 1 x {length:,} tokens, fp32", *rate, "tok/s")
+
 
 
 def one_step_memory(name):

@@ -75,7 +75,7 @@ def measure(script, cfg):
                 cfg, n_layer=n, checkpoint_layers=False)).train(), x0, fake, cfg) for n in (2, 3)]
             layer = two[1] - two[0]
         n_params = sum(p.numel() for p in model.parameters())
-        matrices = [p for n, p in model.named_parameters() if script.is_hidden(n)]
+        matrices = [p for n, p in model.named_parameters() if script.group_of(n) == "hidden"]
         hidden, rows = (sum(sizes) for sizes in zip(
             *((p.numel(), len(p)) for p in matrices), strict=True))
     # Weight and gradient; Muon keeps one more and NorMuon one a row, AdamW two; the average.
@@ -95,7 +95,7 @@ def main(argv):
         print(f"memory.py: no script {argv[0]}: there are {', '.join(SCRIPTS)}", file=sys.stderr)
         raise SystemExit(2)
     script = importlib.import_module(argv[0].removesuffix(".py"))
-    cfg = script.parse_args(argv[1:])
+    cfg = script.make_config(argv[1:])[0]
     vocab = 256 if os.path.basename(cfg.data) in BYTE_DATA else GPT2
     cfg = dataclasses.replace(cfg, vocab_size=cfg.vocab_size or vocab)
     script.validate(cfg, 1)

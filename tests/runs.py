@@ -141,13 +141,31 @@ def babble(n, seed=0):
     return np.array(picked[:n])
 
 
+@contextlib.contextmanager
+def keep_checkpoints(script, path):
+    """Copies the first checkpoint of a run, which later ones replace."""
+    save = script.save_checkpoint
+
+    def save_and_keep(name, state):
+        save(name, state)
+        if not path.exists():
+            save(path, state)
+
+    script.save_checkpoint = save_and_keep
+    try:
+        yield
+    finally:
+        script.save_checkpoint = save
+
+
 def make_data(folder):
-    """Bytes without meta.json, the training text in two shards."""
+    """Bytes, the training text in two shards."""
     text = babble(16_000)
     write_shard(folder / "train_000001.bin", text[:9000])
     write_shard(folder / "train_000002.bin", text[9000:14_000])
     write_shard(folder / "val_000000.bin", text[14_000:])
     write_shard(folder / "test_000000.bin", babble(2000, seed=1))
+    write_meta(folder, byte_table(256), tokenizer="byte")
     return folder
 
 

@@ -331,11 +331,6 @@ def check_training_weights(mdlm):
     for estimator in ("exact_k", "bernoulli"):
         flat = draw(estimator, loss_weight="uniform")[1].weight
         assert (flat == flat[0]).all() and flat[0] > 0
-    cfg, noise = draw("bernoulli", loss_weight="masked_mean", schedule="cosine")
-    toy = Iid([0.6, 0.3, 0.1])
-    x0 = toy.draw(n_rows, seq_len, seeded(17))
-    ce = -toy.p.log()[x0[mdlm.corrupt(x0, noise, cfg) == N_VALUES]]
-    assert math.isclose(mdlm.loss_fn(toy, x0, noise, cfg).item(), ce.mean(), rel_tol=1e-5)
 
 
 # Masks.
@@ -506,9 +501,6 @@ MUTANTS = {
     "an eps in the weight of one schedule": (
         "weight = slope / fraction ", "weight = slope / (fraction + 1e-3) ",
         lambda m: check_schedule(m, "cosine")),
-    "the derivative of a schedule is off": (
-        "lambda t: 0.45 * math.pi * torch.sin", "lambda t: 0.5 * math.pi * torch.sin",
-        lambda m: check_schedule(m, "clipped_cosine")),
     "t is not stratified": (
         "t = 1 - (torch.randperm(n_rows, generator=gen) + u) / n_rows", "t = 1 - u",
         lambda m: check_schedule(m, "linear")),
@@ -558,8 +550,7 @@ MUTANTS = {
         "xt = torch.where(noise.score < noise.level[:, None], cfg.vocab_size, x0)\n    rows",
         "xt = corrupt(x0, noise, cfg)\n    rows", check_bound_ignores_training_masks),
     "the entropies' tilt is not clamped": (
-        "np.clip(2 - entropy / entropy.mean(), TILT_MIN, TILT_MAX)",
-        "np.clip(2 - entropy / entropy.mean(), 0, TILT_MAX)", check_entropy_masking),
+        "clamp(TILT_MIN, TILT_MAX)", "clamp(0, TILT_MAX)", check_entropy_masking),
     # 50,257 equal tokens and the mask race with fp32 Gumbel noise, as if a categorical were drawn
     # over all of them: the best of the tokens is a uniform number's root on the grid of fp32.
 }
@@ -727,24 +718,6 @@ def test_no_masked_token_is_no_loss():
     assert all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("switch", ["plain", "all"])
-@pytest.mark.parametrize("seq_len", [5, 12, 20])
-def test_network_fills_in_any_length(switch, seq_len):
-    """Rows known in part or in full beside an empty one; shorter and longer than trained."""
-    model, cfg = small_model(**SWITCHES[switch])
-    model.eval()
-    known = torch.randint(V, (3, seq_len), generator=seeded(8))
-    is_known = torch.zeros(3, seq_len, dtype=torch.bool)
-    is_known[1, ::2] = is_known[2] = True
-    for steps in (None, 3):
-        out = train_mdlm.generate(model, cfg, known, is_known, steps=steps, gen=seeded(9))
-        assert torch.equal(out.tokens[is_known], known[is_known])
-        assert (out.tokens < V).all() and (out.length == seq_len).all()
-        # The first row alone: the same numbers, so the same tokens.
-        alone = train_mdlm.generate(model, cfg, known[:1], is_known[:1], steps=steps, gen=seeded(9))
-        assert torch.equal(alone.tokens, out.tokens[:1])
-
-
 def test_tied_head_leaves_out_the_mask():
     tied, cfg = small_model(tied=True)
     free, _ = small_model(tied=False)
@@ -785,7 +758,7 @@ def test_every_preset_has_its_size_tested():
 def test_preset_fits_its_description(preset):
     """Parameter count, and a forward and backward pass at the full shape, traced without data."""
     vocab_size, low, high = PRESET_SIZES[preset]
-    cfg = train_mdlm.parse_args([f"--preset={preset}"] if preset else [])
+    cfg = train_mdlm.make_config([f"--preset={preset}"] if preset else [])[0]
     cfg = dataclasses.replace(cfg, vocab_size=vocab_size)
     train_mdlm.validate(cfg, 1)
     n_rows = min(cfg.micro_batch, cfg.batch_tokens // cfg.seq_len)

@@ -19,7 +19,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from toys import Joint, chi_square_z, correlated, take_rows
+from runs import byte_table, write_meta
+from toys import Joint, chi_square_z, correlated, take_rows, with_samplers
 
 import gpt
 import sample
@@ -48,7 +49,7 @@ def run(model, n_rows, choose, steps, *, T, V, **kwargs):
     known = torch.zeros(n_rows, T, dtype=torch.int64)
     is_known = kwargs.pop("is_known", known.bool())
     cfg, gen = SimpleNamespace(vocab_size=V, seq_len=T), seeded()
-    return train_mdlm.generate(
+    return with_samplers(train_mdlm).generate(
         model, cfg, known, is_known, steps=steps, gen=gen, choose=choose, **kwargs
     )
 
@@ -338,9 +339,8 @@ def test_refine_predicts_the_least_likely_tokens_anew(lm):
 
 def saved_tokenizer(name, table, pattern=None, bos_id=0):
     return {
-        "name": name, "vocab_size": len(table), "bos_id": bos_id, "pattern": pattern,
-        "token_bytes": torch.tensor(list(b"".join(table)), dtype=torch.uint8),
-        "token_length": torch.tensor([len(word) for word in table]),
+        "tokenizer": name, "vocab_size": len(table), "bos_id": bos_id, "pattern": pattern,
+        "token_bytes": [word.decode("latin-1") for word in table],
     }
 
 
@@ -402,6 +402,7 @@ def train(folder, name, script=train_mdlm, **flags):
             header = np.zeros(256, "<i4")
             header[:5] = 20240520, 1, len(tokens), 1, 256
             (data / shard).write_bytes(header.tobytes() + tokens.tobytes())
+        write_meta(data, byte_table(256), tokenizer="byte")
     out = folder / "out" / name
     flags = {**TINY, "data": data, "out": out, **flags}
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
@@ -566,7 +567,7 @@ def test_broken_and_foreign_files(ckpt, tmp_path, capsys):
     (tmp_path / "empty.pt").touch()
     torch.save({"model": {}}, tmp_path / "foreign.pt")
     state = torch.load(ckpt, weights_only=True)
-    torch.save({**state, "tokenizer": {"name": "byte"}}, tmp_path / "mute.pt")
+    torch.save({**state, "meta": {"tokenizer": "byte"}}, tmp_path / "mute.pt")
     torch.save({**state, "script": "os; import this"}, tmp_path / "other.pt")
     state["model"].popitem()
     torch.save({**state, "ema": None}, tmp_path / "shape.pt")
@@ -766,9 +767,9 @@ class Scripted:
 
     ENDS = (6, 30, 9)
 
-    def __call__(self, x, rows=None, cache=None):
-        B, S = x.shape
-        sure = torch.tensor([0 if S == end + 1 else 97 for end in self.ENDS[:B]])
+    def predict(self, tokens, positions, rows=None, attend=None):
+        S = int(positions[-1]) + 1
+        sure = torch.tensor([0 if S == end + 1 else 97 for end in self.ENDS[:len(tokens)]])
         return torch.where(torch.arange(256) == sure[:, None], 0.0, -1e4)
 
 
@@ -859,10 +860,9 @@ class BlockScripted:
 
     ENDS = (6, 99, 41)
 
-    def __call__(self, xt, x0, rows=None, cache=None):
-        T = xt.shape[1]
-        ends = torch.tensor(self.ENDS)[rows // T]
-        sure = torch.where(rows % T == ends, 0, 97)[:, None]
+    def predict(self, tokens, positions, rows=None, n_query=None, attend=None):
+        ends = torch.tensor(self.ENDS)[rows // n_query]
+        sure = torch.where(positions[rows % n_query] == ends, 0, 97)[:, None]
         return torch.where(torch.arange(256) == sure, 0.0, -1e4)
 
 
@@ -1128,7 +1128,7 @@ def test_mistakes_in_a_race(ckpt, gpt_ckpt, block_ckpt, tmp_path, capsys):
     table = [bytes([i]) for i in range(256)]
     table[1] = b""
     other = saved_tokenizer("byte", table, bos_id=1)
-    torch.save({**state, "tokenizer": other}, tmp_path / "other.pt")
+    torch.save({**state, "meta": other}, tmp_path / "other.pt")
     torch.save(state, tmp_path / "gpt.pt")
     for first, others, flags, message in (
         (ckpt, "", [], "--race=: "),

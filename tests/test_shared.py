@@ -1,10 +1,16 @@
-"""The training scripts share every byte outside their docstring and their two objective regions.
+"""The training scripts share every byte outside their docstring and their two objective regions,
+and no file grows beyond what a person reads in one sitting.
 
+    python tests/test_shared.py                          lines and tokens of every file
     python tests/test_shared.py --write train_mdlm.py    copy its shared text to the other scripts
 """
+import ast
 import difflib
+import itertools
 import re
 import sys
+import token
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -13,6 +19,48 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("train_mdlm.py", "gpt.py", "train_block.py", "train_sedd.py")
 OPEN, CLOSE = "# >>> objective", "# <<< objective"
 DOCSTRING = re.compile(r'(""".*?"""\n)', re.S)
+
+
+# Lines, and Python tokens without comments and line ends, at the most.
+LIMITS = {
+    "train_mdlm.py": (1140, 9900),
+    "gpt.py": (1030, 8600),
+    "train_sedd.py": (1170, 10_200),
+    "train_block.py": (1210, 10_400),
+    "sample.py": (1660, 13_800),
+    "prepare_data.py": (1150, 9900),
+}
+TESTS_LINES = 9600
+FUNCTION_LINES, MAIN_LINES = 90, 190
+NO_TOKEN = (token.NEWLINE, tokenize.NL, tokenize.COMMENT, tokenize.ENCODING, token.INDENT,
+            token.DEDENT, token.ENDMARKER)
+
+
+def size(path):
+    """(lines, tokens) of a Python file."""
+    with open(path, encoding="utf-8") as f:
+        tokens = [t for t in tokenize.generate_tokens(f.readline) if t.type not in NO_TOKEN]
+    return len(path.read_text(encoding="utf-8").splitlines()), len(tokens)
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_no_file_outgrows_its_reader(name):
+    lines, tokens = size(ROOT / name)
+    assert (lines, tokens) <= LIMITS[name] and tokens <= LIMITS[name][1], (lines, tokens)
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_no_function_outgrows_a_screen(name):
+    for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef):
+            n_lines = node.end_lineno - node.lineno + 1
+            assert n_lines <= (MAIN_LINES if node.name == "main" else FUNCTION_LINES), node.name
+
+
+def test_tests_and_records_stay_small():
+    for folder, limit in (("tests", TESTS_LINES), ("records", 650)):
+        lines = sum(size(path)[0] for path in (ROOT / folder).glob("*.py"))
+        assert lines <= limit, folder
 
 
 class Broken(ValueError):
@@ -68,6 +116,11 @@ def write(source, folder):
 
 
 def main(argv, folder=ROOT):
+    if not argv:
+        for name, limit in LIMITS.items():
+            print("{:16} {:5} lines of {:5}, {:6} tokens of {:6}".format(
+                name, *itertools.chain(*zip(size(ROOT / name), limit, strict=True))))
+        return
     if len(argv) != 2 or argv[0] != "--write" or Path(argv[1]).name not in SCRIPTS:
         print(f"test_shared.py: usage: --write SCRIPT, one of {', '.join(SCRIPTS)}",
               file=sys.stderr)
@@ -193,7 +246,7 @@ def test_other_than_two_regions_are_refused(folder, old, new, capsys):
     assert {p: p.read_bytes() for p in folder.iterdir()} == before
 
 
-@pytest.mark.parametrize("argv", [[], ["--write"], ["--write", "fork.py"], ["train_mdlm.py"],
+@pytest.mark.parametrize("argv", [["--write"], ["--write", "fork.py"], ["train_mdlm.py"],
                                   ["--write", "train_sedd.py"]])
 def test_mistakes_end_in_one_line(folder, argv, capsys):
     with pytest.raises(SystemExit) as stop:

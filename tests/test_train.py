@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 from runs import (
-    ROOT,
     ROWS,
     SCRIPT,
     SEQ_LEN,
@@ -48,7 +47,6 @@ import train_mdlm
 
 FROZEN = tuple(f"--{name}=0" for name in "lr embed_lr head_lr scalar_lr cond_lr".split())
 CONSTANT_RATE = ("--cooldown=0", "--momentum_warmup=0")  # a step then does not depend on --steps
-BYTES = 256
 
 
 @pytest.fixture(scope="module")
@@ -161,47 +159,11 @@ def test_stopped_run_continues_bit_for_bit(how, continued, uninterrupted, runs):
     assert evaluations(again.out)[-1] == evaluations(straight.out)[-1]
 
 
-def test_log_of_a_stopped_run_is_that_of_a_whole_one(continued, uninterrupted, runs):
-    for how, (variant, *_) in STOPS.items():
-        lines = log(runs / how)
-        assert [x["step"] for x in lines if "loss" in x] == [*range(7, 120, 7), 120], how
-        # A signal in a step that ends with an evaluation leaves that to the run that goes on.
-        often = "--eval_every=1" in VARIANTS[variant]
-        due = list(range(1, 121)) if often else [25, 50, 75, 100, 120]
-        assert [x["step"] for x in lines if "val_nelbo" in x] == due, how
-        assert lines == log(uninterrupted[variant][0]), how
-
-
 def test_resumed_run_is_evaluated_as_itself(continued, uninterrupted, runs):
     for how, (variant, *_) in STOPS.items():
         alone = train("--eval_only=1", f"--init_from={runs / how / 'ckpt.pt'}")
         assert alone.status == 0, alone.err
         assert evaluations(alone.out) == evaluations(uninterrupted[variant][1].out)[-1:], how
-
-
-def test_evaluation_that_is_made_again_is_logged_once(data, tmp_path, monkeypatch):
-    """Broken off by a signal, made after --resume=1, lost with all that came after it, made again.
-    """
-    out, nelbo_fn, calls = tmp_path / "run", train_mdlm.nelbo_fn, []
-
-    def signalled(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return nelbo_fn(*args, **kwargs)
-
-    monkeypatch.setattr(train_mdlm, "nelbo_fn", signalled)
-    flags = ("--steps=4", "--eval_every=2", "--ckpt_every=0", "--micro_batch=4", f"--data={data}")
-    result = train_tiny(*flags, f"--out={out}")
-    assert result.status == 0 and "stopped after step 2" in result.out
-    shutil.copy(out / "ckpt.pt", tmp_path / "stopped.pt")
-    for _ in range(2):
-        shutil.copy(tmp_path / "stopped.pt", out / "ckpt.pt")
-        assert train("--resume=1", f"--out={out}").status == 0
-        lines = log(out)
-        assert [x["step"] for x in lines if "val_nelbo" in x] == [2, 4]
-        assert [x["step"] for x in lines if "loss" in x] == [1, 2, 3, 4]
-        assert len(evaluations((out / "log.txt").read_text())) == 2
 
 
 def test_finished_run_stays_as_it_is(short_run):
@@ -211,20 +173,6 @@ def test_finished_run_stays_as_it_is(short_run):
     assert result.status == 0
     assert_same_state(before, checkpoint(folder))
     assert [x["step"] for x in log(folder) if "loss" in x] == [1, 2, 3, 4]
-
-
-def test_previous_checkpoint_is_kept_and_log_holds_the_source(short_run):
-    folder, result = short_run
-    assert result.status == 0, result.err
-    assert checkpoint(folder)["step"] == 4
-    assert checkpoint(folder, "ckpt_prev.pt")["step"] == 3
-    assert {p.name for p in folder.glob("*.partial")} == set()
-    text = (folder / "log.txt").read_text()
-    assert text.startswith(SCRIPT.read_text())
-    assert (ROOT / "muon.py").read_text() in text
-    assert torch.__version__ in text and '"n_embd": 32' in text
-    for line in result.out.splitlines()[1:]:
-        assert line in text
 
 
 def test_speed_is_that_of_the_steps_shown(data, tmp_path):
@@ -237,8 +185,8 @@ def test_speed_is_that_of_the_steps_shown(data, tmp_path):
     assert speed == pytest.approx(ROWS * SEQ_LEN / seconds, rel=0.01)
 
 
-def test_full_disk_keeps_the_checkpoint_before(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_mdlm, "END_RETRY", 1)
+def test_full_disk_keeps_the_checkpoint_before(data, tmp_path):
+    """A line for a checkpoint that has no room; training goes on; the run ends with status 1."""
     flags = (*CONSTANT_RATE, f"--data={data}", f"--out={tmp_path / 'run'}")
     assert train_tiny(*flags, "--steps=2").status == 0
     before = checkpoint(tmp_path / "run")
@@ -249,10 +197,17 @@ def test_full_disk_keeps_the_checkpoint_before(data, tmp_path, monkeypatch):
         result = train("--resume=1", "--steps=4", "--ckpt_every=1", f"--out={tmp_path / 'run'}")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert result.status == 2
-    assert_refused(result, "run", os.strerror(errno.EFBIG))
+    assert result.status == 1 and "step:4/4" in result.out
+    assert result.out.count("not written") == 2 and os.strerror(errno.EFBIG) in result.out
     assert_same_state(checkpoint(tmp_path / "run"), before)
-    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_second_run_in_a_folder_is_refused(data, tmp_path):
+    first = launch(SCRIPT, *tiny("--steps=100000", f"--data={data}", f"--out={tmp_path / 'run'}"))
+    wait_for(first, "step:1/")
+    result = train_tiny("--steps=2", f"--data={data}", f"--out={tmp_path / 'run'}")
+    first.kill()
+    assert_refused(result, "--out", "another run")
 
 
 # ----------------------------------------------------------------------------- ranks
@@ -328,7 +283,7 @@ GENTLE = ("--optimizer=adamw",
           *(f"--{name}=0.001" for name in "lr embed_lr head_lr scalar_lr".split()))
 
 
-@pytest.mark.parametrize("options", [(), ("--estimator=bernoulli", "--loss_weight=masked_mean")])
+@pytest.mark.parametrize("options", [(), ("--estimator=bernoulli",)])
 def test_accumulation_gives_the_same_run(options, short_run, data, tmp_path):
     """From trained weights and by AdamW: at the zero weights of a start, any optimizer that fixes
     the size of its step makes large steps out of rounding errors."""
@@ -588,6 +543,7 @@ def poisoned(data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train_mdlm, "loss_fn", planted)
     write_shard(tmp_path / "val_000000.bin", babble(600))
+    write_meta(tmp_path, byte_table(256), tokenizer="byte")
 
     def write_train(bad_steps, steps):
         rows = babble(steps * ROWS * SEQ_LEN).reshape(steps, -1)
@@ -602,7 +558,7 @@ def poisoned(data, tmp_path, monkeypatch):
 def test_non_finite_steps_are_skipped_and_counted(poisoned):
     flags, folder, write_train = poisoned
     write_train((3, 4), 6)
-    result = train(*flags, "--steps=6", "--max_bad_steps=3", "--optimizer=adamw", "--lr=0.001")
+    result = train(*flags, "--steps=6", "--optimizer=adamw", "--lr=0.001")
     assert result.status == 0, result.err
     assert re.search(r"step:3\b.*skipped", result.out)
     assert "skipped:2" in result.out
@@ -616,10 +572,11 @@ def test_non_finite_steps_are_skipped_and_counted(poisoned):
     assert made == {4.0}
 
 
-def test_too_many_non_finite_steps_stop_the_run(poisoned):
+def test_too_many_non_finite_steps_stop_the_run(poisoned, monkeypatch):
     flags, folder, write_train = poisoned
+    monkeypatch.setattr(train_mdlm, "MAX_BAD_STEPS", 3)
     write_train((2, 4, 5, 6, 7, 8), 8)
-    result = train(*flags, "--steps=8", "--max_bad_steps=3")
+    result = train(*flags, "--steps=8")
     assert result.status not in (0, None)
     assert result.err.count("\n") == 1 and "non-finite" in result.err
     # The three bad steps in a row are 4, 5 and 6.
@@ -630,43 +587,34 @@ def test_too_many_non_finite_steps_stop_the_run(poisoned):
     train_mdlm.build_model(state)
 
 
-def test_exploding_learning_rate_stops_the_run(data, tmp_path):
-    result = train_tiny("--steps=20", "--head_lr=1e38", "--max_bad_steps=4", f"--data={data}",
-                   f"--out={tmp_path / 'run'}", "--ckpt_every=1", "--eval_every=0")
-    assert result.status not in (0, None)
-    assert "Traceback" not in result.err and result.err.count("\n") == 1
-    assert "head.weight is not finite" in result.err
-    assert not (tmp_path / "run" / "ckpt.pt").exists()  # nothing was good enough
-
-
 # ----------------------------------------------------------------------------- reading data
-def order_of_windows(folder, ckpt, out, log_p, *flags):
-    """Which window each step of one row read, told from the loss of the iid model."""
-    result = train_tiny(*FROZEN, f"--data={folder}", f"--init_from={ckpt}", f"--out={out}",
-                   f"--batch_tokens={SEQ_LEN}", "--micro_batch=1", "--estimator=bernoulli",
-                   "--schedule=sqrt", "--loss_weight=masked_mean", "--eval_every=0",
-                   "--steps=36", *flags)
-    assert result.status == 0, result.err
-    losses = np.array([x["loss"] for x in log(out) if "loss" in x])
-    gaps = np.abs(losses[:, None] + log_p.numpy()[None])
-    assert gaps.min(1).max() < 1e-3
-    return list(gaps.argmin(1) - 1)
-
-
-def test_windows_cover_the_shards_once_an_epoch(data, short_run, tmp_path):
+def test_windows_cover_the_shards_once_an_epoch(data, tmp_path, monkeypatch):
     """Twelve windows in three shards whose tails are no windows, each of one token."""
     folder = tmp_path / "data"
     folder.mkdir()
     names = [f"fineweb_train_{i:06d}.bin" for i in (1, 2, 10)]
     for name, ids in zip(names, (range(5), range(5, 6), range(6, 12)), strict=True):
-        tokens = constant_windows([i + 1 for i in ids])
+        tokens = np.repeat([i + 1 for i in ids], SEQ_LEN)
         write_shard(folder / name, np.append(tokens, [99] * 7))
     shutil.copy(data / "val_000000.bin", folder / "fineweb_val_000000.bin")
-    log_p = torch.linspace(0, -30, BYTES, dtype=torch.float64).log_softmax(0)
-    ckpt = save_iid(short_run[0] / "ckpt.pt", tmp_path / "iid.pt", log_p)
+    shutil.copy(data / "meta.json", folder)
+    read, seen = train_mdlm.Windows.read, []
+
+    def read_and_note(windows, indices, vocab_size):
+        x0 = read(windows, indices, vocab_size)
+        if "train" in windows.paths[0]:
+            assert (x0 == x0[:, :1]).all()
+            seen.extend((x0[:, 0] - 1).tolist())
+        return x0
+
+    monkeypatch.setattr(train_mdlm.Windows, "read", read_and_note)
 
     def order(out, *flags):
-        return order_of_windows(folder, ckpt, tmp_path / out, log_p, *flags)
+        seen.clear()
+        result = train_tiny(f"--data={folder}", f"--out={tmp_path / out}", "--micro_batch=2",
+                            f"--batch_tokens={2 * SEQ_LEN}", "--eval_every=0", "--steps=18", *flags)
+        assert result.status == 0, result.err
+        return list(seen)
 
     everything = list(range(12))
     assert order("file", "--shuffle=0") == everything * 3
@@ -678,6 +626,15 @@ def test_windows_cover_the_shards_once_an_epoch(data, short_run, tmp_path):
     assert order("seed", "--seed=1") != shuffled
 
 
+def test_llm_c_names_its_shards_by_their_end(data, tmp_path):
+    for split in ("train", "val"):
+        source = next(data.glob(f"{split}_*.bin"))
+        shutil.copy(source, tmp_path / f"tiny_shakespeare_{split}.bin")
+    shutil.copy(data / "meta.json", tmp_path)
+    result = train_tiny(f"--data={tmp_path}", f"--out={tmp_path / 'run'}", "--steps=2")
+    assert result.status == 0, result.err
+
+
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory):
     """Published GPT-2 shards, on a machine without C++ compiler, vocabulary or network."""
@@ -685,6 +642,7 @@ def bare(tmp_path_factory):
     rng = np.random.default_rng(0)
     for name in ("fineweb_train_000001.bin", "fineweb_val_000000.bin"):
         write_shard(folder / name, rng.integers(0, 50_257, 1024), itemsize=2, stated=0)
+    write_meta(folder, [b""] * 50_257)
     (folder / "empty").mkdir()
     empty, nowhere = str(folder / "empty"), "http://127.0.0.1:9"
     flags = tiny("--compile=1", f"--data={folder}", f"--out={folder / 'run'}", "--steps=2")
@@ -692,12 +650,21 @@ def bare(tmp_path_factory):
                          https_proxy=nowhere, HTTPS_PROXY=nowhere))
 
 
-def test_published_shards_without_meta_json(bare):
-    assert bare.status == 0, bare.err
-    nelbo, _, bpb = evaluations(bare.out)[0]
-    assert math.isfinite(nelbo) and math.isnan(bpb)
-    assert "Traceback" not in bare.err
-    assert "TIKTOKEN_CACHE_DIR" in bare.out + bare.err
+def test_shards_without_meta_json_are_refused_with_the_remedy(data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data" / "meta.json").unlink()
+    result = train_tiny(f"--data={tmp_path / 'data'}", f"--out={tmp_path / 'run'}")
+    assert_refused(result, f"prepare_data.py meta {tmp_path / 'data'}")
+
+
+def test_another_vocabulary_of_the_same_size_is_refused(data, short_run, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    words = [b"", *(bytes([i ^ 1]) for i in range(1, 256))]
+    write_meta(tmp_path / "data", words, tokenizer="bpe:256")
+    for flags in (["--eval_only=1"], [*TINY, f"--out={tmp_path / 'run'}"]):
+        result = train(f"--data={tmp_path / 'data'}", f"--init_from={short_run[0] / 'ckpt.pt'}",
+                       *flags)
+        assert_refused(result, "another vocabulary", "bpe:256", "byte", "--tokenizer=")
 
 
 def test_no_compiler_is_said_and_survived(bare):
@@ -738,39 +705,32 @@ def test_bf16_on_cpu_stays_close(data, tmp_path):
     (["--n_embed=32"], ["--n_embed", "n_embd"]),
     (["--frobnicate=1"], ["--frobnicate"]),
     (["n_embd=32"], ["n_embd=32"]),
-    (["--lr=0.1", "--lr=0.1"], ["--lr", "twice"]),
     (["--steps=many"], ["--steps=many"]),
     (["--steps=1.5"], ["--steps=1.5"]),
     (["--lr=fast"], ["--lr=fast"]),
-    (["--lr=nan"], ["--lr=nan"]),
     (["--ema"], ["--ema"]),
     (["--shuffle=perhaps"], ["--shuffle=perhaps"]),
-    (["--block_size=128"], ["--block_size", "--seq_len"]),
     (["--preset=tinny"], ["--preset=tinny", "tiny"]),
     (["--steps=0"], ["--steps=0"]),
-    (["--dropout=1"], ["--dropout=1"]),
-    (["--mlp_ratio=0.001"], ["--mlp_ratio=0.001"]),
     (["--mlp=gelu"], ["--mlp=gelu", "swiglu"]),
     (["--n_head=3"], ["--n_head=3", "32"]),
     (["--n_head=32"], ["--n_head=32"]),
     (["--n_head=4", "--n_kv_head=3"], ["--n_kv_head=3", "--n_head=4"]),
-    (["--batch_tokens=224"], ["--batch_tokens=224"]),
+    (["--batch_tokens=224"], ["pairs of rows"]),
     (["--micro_batch=1"], ["--micro_batch=1"]),
-    (["--micro_batch=6"], ["--micro_batch=6"]),
-    (["--batch_tokens=250"], ["--batch_tokens=250", "--seq_len=32"]),
+    (["--micro_batch=6"], ["--batch_tokens=256", "take 192"]),
+    (["--batch_tokens=250"], ["--batch_tokens=250", "take 256"]),
     (["--batch_tokens=32000", "--micro_batch=10"], ["--batch_tokens"]),
     (["--device=gpu"], ["--device=gpu"]),
     (["--dtype=fp16"], ["--dtype=fp16", "bf16", "fp32"]),
-    (["--schedule=cosine"], ["--schedule=cosine", "--estimator=bernoulli"]),
+    (["--schedule=cosine"], ["--schedule", "--estimator=bernoulli"]),
     (["--schedule=cosin", "--estimator=bernoulli"], ["--schedule=cosin", "cosine"]),
     (["--masking=entropy"], ["--estimator=bernoulli"]),
     (["--masking=entropy", "--estimator=bernoulli"], ["--token_entropy"]),
     (["--loss_weight=clipped"], ["--loss_weight=clipped", "--estimator=bernoulli"]),
-    (["--token_entropy=none.npy"], ["--token_entropy"]),
     (["--masking=entropy", "--estimator=bernoulli", "--token_entropy=none.npy"], ["none.npy"]),
     (["--data=nowhere"], ["nowhere", "prepare_data.py"]),
     (["--eval_only=1"], ["--eval_only", "--init_from"]),
-    (["--resume=1"], ["--resume", "ckpt.pt"]),
     (["--init_from=nowhere.pt"], ["nowhere.pt"]),
     (["--vocab_size=100"], ["--vocab_size=100", "256"]),
     (["--split=train"], ["--split=train"]),
@@ -794,7 +754,7 @@ def test_help_lists_every_flag():
     result = train("--help")
     assert result.status == 0
     for name in train_mdlm.Config.__dataclass_fields__:
-        assert f"--{name}=" in result.out
+        assert f" {name}: " in result.out
 
 
 def spoil_header(folder):
@@ -810,14 +770,6 @@ def cut_short(folder):
 def cut_header(folder):
     path = folder / "val_000000.bin"
     path.write_bytes(path.read_bytes()[:500])
-
-
-def mix_types(folder):
-    write_shard(folder / "train_000002.bin", babble(900), itemsize=2)
-
-
-def mix_splits(folder):
-    write_shard(folder / "val_000000.bin", babble(900), itemsize=2)
 
 
 def large_token(folder):
@@ -854,24 +806,10 @@ def meta(text):
     return change
 
 
-def unfinished(folder):
-    (folder / "state.json").write_text("{}")
-
-
-def short_table(folder):
-    write_meta(folder, byte_table(256), token_bytes=["a"] * 255)
-
-
-def foreign_table(folder):
-    write_meta(folder, byte_table(256), token_bytes=["\u20ac"] * 256)
-
-
 @pytest.mark.parametrize("change, words", [
     (spoil_header, ["train_000001.bin"]),
     (cut_short, ["train_000002.bin"]),
     (cut_header, ["val_000000.bin"]),
-    (mix_types, ["train_000002.bin"]),
-    (mix_splits, ["uint16"]),
     (large_token, ["train_00000", "100"]),
     (large_val_token, ["val_000000.bin", "200"]),
     (no_training, ["train"]),
@@ -881,11 +819,6 @@ def foreign_table(folder):
     (meta("{"), ["meta.json"]),
     (meta("[]"), ["meta.json"]),
     (meta('{"tokenizer": "byte"}'), ["meta.json"]),
-    (meta('{"tokenizer": "byte", "vocab_size": "many", "bos_id": 0, "byte_length": []}'),
-     ["meta.json"]),
-    (unfinished, ["not finished", "prepare_data.py"]),
-    (short_table, ["meta.json"]),
-    (foreign_table, ["meta.json"]),
 ], ids=lambda x: getattr(x, "__name__", None))
 def test_data_is_refused(change, words, data, tmp_path):
     folder = tmp_path / "data"
@@ -966,14 +899,11 @@ def test_checkpoint_is_refused(kind, how, short_run, data, tmp_path):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--resume=1", "--lr=0.5"], ["--lr=0.5", "0.01"]),
     (["--resume=1", "--n_embd=64"], ["--n_embd=64", "32"]),
-    (["--resume=1", "--seed=3"], ["--seed=3"]),
-    (["--resume=1", "--init_from=ckpt.pt"], ["--resume", "--init_from"]),
     (["--data={data}", *TINY], ["--resume=1", "--out"]),
     (["--eval_only=1", "--init_from={run}/ckpt.pt", "--n_embd=64"], ["--n_embd=64", "32"]),
     (["--eval_only=1", "--init_from={run}/ckpt.pt", "--n_layer=2"], ["--n_layer=2"]),
-    (["--eval_only=1", "--init_from={run}/ckpt.pt", "--data={bpe}"], ["256"]),
+    (["--eval_only=1", "--init_from={run}/ckpt.pt", "--data={bpe}"], ["vocabulary"]),
 ])
 def test_run_is_not_touched_by_a_mistake(flags, words, short_run, data, bpe):
     folder, _ = short_run
@@ -997,7 +927,7 @@ def test_another_width_is_refused_at_the_start(short_run, data, tmp_path):
 def test_out_below_a_file_is_refused(data, tmp_path):
     (tmp_path / "file").write_text("keep me")
     for out in (tmp_path / "file", tmp_path / "file" / "run"):
-        assert_refused(train_tiny(f"--data={data}", "--steps=2", f"--out={out}"), "--out")
+        assert_refused(train_tiny(f"--data={data}", "--steps=2", f"--out={out}"), "file")
     assert (tmp_path / "file").read_text() == "keep me"
 
 

@@ -6,6 +6,9 @@ signature builds its own context (an autoregressive one masks what lies ahead, a
 earlier blocks from x0) and asks `log_conditional` for it.
 """
 import math
+import sys
+import types
+from pathlib import Path
 
 import torch
 
@@ -169,3 +172,38 @@ def chi_square_z(counts, p):
 
 def _grid(base, n):
     return torch.cartesian_prod(*[torch.arange(base)] * n).view(-1, n)
+
+
+def with_samplers(script, sampler=None):
+    """A training script with the sampler of sample.py, or of a mutant of it, that belongs to it:
+    generate(model, cfg, known, is_known, *, gen, ..) for a network or an exact denoiser."""
+    import sample
+
+    sampler = sampler or sample
+    script = types.SimpleNamespace(**vars(script))
+
+    def generate(model, cfg, known, is_known, *, cached=True, **how):
+        lm = types.SimpleNamespace(
+            script=script, cfg=cfg, net=model, predict=getattr(model, "predict", None),
+            is_cached=cached and hasattr(model, "predict"),
+            block_len=getattr(cfg, "block_len", None))
+        if script.SCRIPT == "gpt":
+            return sampler.continue_rows(lm, known, is_known, **how)
+        fill = sampler.redraw_rows if script.SCRIPT == "train_sedd" else sampler.fill_blocks
+        return fill(lm, known, is_known, **how)
+
+    script.generate, script.draw_tokens = generate, sampler.draw_tokens
+    return script
+
+
+def mutant_of_sample(snippet, replacement):
+    """sample.py with one snippet of its text replaced."""
+    import sample
+
+    source = Path(sample.__file__).read_text(encoding="utf-8")
+    assert source.count(snippet) == 1, f"to be found once in sample.py: {snippet}"
+    module = types.ModuleType("mutant_of_sample")
+    module.__file__ = sample.__file__
+    sys.modules[module.__name__] = module  # its dataclasses look there
+    exec(compile(source.replace(snippet, replacement), "mutant", "exec"), module.__dict__)
+    return module

@@ -1,0 +1,305 @@
+"""Runs that are killed, told to stop, lose a rank or go on with another number of them.
+
+Real processes, SIGKILLs and signals: a run that was killed and resumed, however often, ends in the
+very bits of one that was left alone (make torture: 20 kills for every script and number of ranks).
+"""
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from runs import (
+    LAUNCHED,
+    ROOT,
+    SCRIPT,
+    SEQ_LEN,
+    TORTURE,
+    assert_refused,
+    assert_same_state,
+    babble,
+    byte_table,
+    checkpoint,
+    children,
+    evaluations,
+    finish,
+    launch,
+    log,
+    make_data,
+    tiny,
+    torchrun,
+    train,
+    wait_for,
+    write_meta,
+    write_shard,
+)
+
+import gpt
+import train_block
+import train_mdlm
+import train_sedd
+
+SCRIPTS = {"mdlm": train_mdlm, "gpt": gpt, "block": train_block, "sedd": train_sedd}
+FLAGS = tiny("--n_layer=2", "--micro_batch=2", "--dropout=0.1", "--ema=0.9", "--lr=0.005",
+             "--eval_every=5", "--ckpt_every=3")
+CONSTANT_RATE = ("--cooldown=0", "--momentum_warmup=0")  # a step then does not depend on --steps
+MORE = 6  # steps that a stopped run then does: an evaluation and two checkpoints
+# Runs that end when they are told to; with a constant rate a step does not depend on --steps.
+ENDLESS = tiny(*FLAGS, *CONSTANT_RATE, "--steps=1000000")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+def start(script, ranks, *flags, **environment):
+    """As a user starts it, on one rank or by torchrun."""
+    if ranks == 1:
+        return launch(script.__file__, *flags, **environment)
+    return torchrun(*flags, script=script.__file__, ranks=ranks, **environment)
+
+
+def run_whole(script, ranks, out, *flags):
+    """A run that nobody disturbs, or what is left of one."""
+    result = finish(start(script, ranks, *flags, f"--out={out}"))
+    assert result.status == 0, result
+    return result.out
+
+
+def read_to(process, pattern):
+    """Read the output of a process to a line that matches, or to its end."""
+    return any(re.search(pattern, line) for line in process.stdout)
+
+
+def assert_same_run(out, whole):
+    """The same weights, averages and optimizer states, and the same figures in the log, of which
+    the last of repeated steps count."""
+    assert_same_state(checkpoint(out), checkpoint(whole))
+    logs = [{(x["step"], "loss" in x): x for x in log(folder)} for folder in (out, whole)]
+    evaluated = [{k: x for k, x in records.items() if not k[1]} for records in logs]
+    assert evaluated[0] == evaluated[1]
+    assert (out / "val_nats.npy").read_bytes() == (whole / "val_nats.npy").read_bytes()
+
+
+# ----------------------------------------------------------------------------- killed
+MOMENTS = ("write", "step", "evaluation", "start")
+KILLS = [(name, ranks) for name in SCRIPTS for ranks in (1, 2)] if TORTURE else [
+    ("block", 1), ("mdlm", 2)]
+
+
+def strike(process, out, moment, rng):
+    """Kill every process of a run at a moment of it."""
+    if moment == "start":
+        time.sleep(rng.uniform(0, 4))
+    elif moment == "write":
+        read_to(process, r"step:\d+/\d+ loss")
+        end = time.monotonic() + 10
+        while not list(out.glob("*.partial")) and process.poll() is None:
+            assert time.monotonic() < end
+            time.sleep(0.0002)
+    else:
+        last_digits = "05" if moment == "evaluation" else "0-9"
+        for _ in range(rng.randint(1, 3)):
+            read_to(process, rf"step:\d*[{last_digits}]/\d+ loss")
+        time.sleep(rng.uniform(0, 0.03))
+    for number in (process.pid, *children(process.pid)):
+        os.kill(number, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("name, ranks", KILLS)
+def test_killed_run_ends_as_one_left_alone(name, ranks, data, tmp_path):
+    script, out, whole = SCRIPTS[name], tmp_path / "out", tmp_path / "whole"
+    steps = 400 if TORTURE else 40
+    flags = (*tiny(*FLAGS, "--n_embd=128", f"--steps={steps}"), f"--data={data}", "--resume=1")
+    rng, step = random.Random(f"{name} {ranks}"), -1
+    for moment in MOMENTS * 5 if TORTURE else MOMENTS[:2]:
+        process = start(script, ranks, *flags, f"--out={out}")
+        strike(process, out, moment, rng)
+        result = finish(process)
+        assert result.status == -signal.SIGKILL, result  # it was not over before
+        assert "Traceback" not in result.err, result.err
+        if (out / "ckpt.pt").exists():  # always one that loads, and never an older one
+            step, before = checkpoint(out)["step"], step
+            assert step >= before
+    run_whole(script, ranks, out, *flags)
+    run_whole(script, ranks, whole, *flags)
+    assert_same_run(out, whole)
+
+
+# ----------------------------------------------------------------------------- other ranks
+GENTLE = ("--optimizer=adamw",
+          *(f"--{name}=0.001" for name in "lr embed_lr head_lr scalar_lr".split()))
+
+
+def gap(a, b):
+    """Largest distance of a parameter of two checkpoints, relative to its norm."""
+    return max(float((x - b[part][name]).norm() / x.norm())
+               for part in ("model", "ema") for name, x in a[part].items())
+
+
+@pytest.mark.parametrize("name", SCRIPTS if TORTURE else ["sedd"])
+def test_run_of_two_ranks_goes_on_with_one_and_with_four(name, data, tmp_path):
+    """Losses can agree so well only if batches, noise and dropout are the same."""
+    script = SCRIPTS[name]
+    flags = (*tiny(*FLAGS, *CONSTANT_RATE, *GENTLE, "--eval_every=3"), f"--data={data}")
+    run_whole(script, 2, tmp_path / "saved", *flags, "--steps=6")
+    run_whole(script, 1, tmp_path / "alone", *flags, "--steps=12")
+    expected = checkpoint(tmp_path / "alone")
+    for world in (1, 4):
+        out = tmp_path / str(world)
+        shutil.copytree(tmp_path / "saved", out)
+        run_whole(script, world, out, "--resume=1", "--steps=12")
+        for a, b in zip(log(out), log(tmp_path / "alone"), strict=True):
+            assert a == pytest.approx(b, rel=2e-4), world
+        assert gap(checkpoint(out), expected) < 5e-4
+
+
+# ----------------------------------------------------------------------------- a rank is lost
+def test_rank_that_dies_ends_the_others_and_torchrun_restarts_them(data, tmp_path):
+    flags = (*tiny(*FLAGS, "--steps=60", "--ckpt_every=20"), f"--data={data}", "--resume=1")
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    process = torchrun(*flags, f"--out={out}", options=("--max-restarts=1",))
+    before = wait_for(process, "step:27/")
+    os.kill(max(children(process.pid)), signal.SIGKILL)
+    result = finish(process, before)
+    assert result.status == 0 and "resuming" in result.out, result
+    run_whole(train_mdlm, 2, whole, *flags)
+    assert_same_run(out, whole)
+
+
+def test_torchrun_ends_a_run_that_lost_a_rank(data, tmp_path):
+    process = torchrun(*ENDLESS, f"--data={data}", f"--out={tmp_path / 'out'}")
+    before = wait_for(process, "step:7/")
+    os.kill(min(children(process.pid)), signal.SIGKILL)
+    assert finish(process, before).status == 1
+    assert checkpoint(tmp_path / "out")["step"] >= 6
+
+
+# ----------------------------------------------------------------------------- told to stop
+ROWS = 2048  # of the batch of a long step
+LONG = {
+    "step": (f"--batch_tokens={ROWS * SEQ_LEN}", "--ckpt_every=0"),
+    "evaluation": ("--val_draws=100000", "--ckpt_every=0"),
+}
+
+
+@pytest.fixture(scope="module")
+def large_data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("large")
+    text = babble(20_000)
+    write_shard(folder / "train_000001.bin", np.tile(text, ROWS * SEQ_LEN // len(text) + 1))
+    write_shard(folder / "val_000000.bin", text[:2000])
+    write_meta(folder, byte_table(256), tokenizer="byte")
+    return folder
+
+
+def stopped_at(out, result):
+    """The step that the last line names, with all that goes with it."""
+    lines = re.findall(r"^stopped after step (\d+); continue with: (.*)$", result.out, re.M)
+    assert len(lines) == 1, result
+    step, command = int(lines[0][0]), lines[0][1]
+    assert "--resume=1" in command and f"--out={out}" in shlex.split(command), command
+    return step
+
+
+@pytest.mark.parametrize("long, name", [("step", "USR1"), ("evaluation", "TERM"), ("step", "INT")])
+def test_long_step_or_evaluation_is_broken_off(long, name, data, large_data, tmp_path):
+    """A step that is dropped costs nothing: its noise and its batch come back."""
+    out, folder = tmp_path / "out", large_data if long == "step" else data
+    process = launch(SCRIPT, *tiny(*FLAGS, *LONG[long], f"--data={folder}", "--steps=7"),
+                     f"--out={out}")
+    before = wait_for(process, " parameters, " if long == "step" else "step:5/7 loss")
+    time.sleep(1)
+    process.send_signal(getattr(signal, f"SIG{name}"))
+    result = finish(process, before)
+    assert result.status == (130 if name == "INT" else 0), result
+    assert stopped_at(out, result) == (0 if long == "step" else 5)
+    assert "Traceback" not in result.err and not evaluations(result.out)
+    if long == "evaluation":
+        again = train("--resume=1", f"--out={out}", "--val_draws=1", "--ckpt_every=3")
+        assert again.status == 0, again.err
+        flags = tiny(*FLAGS, f"--data={data}", "--steps=7", "--val_draws=1")
+        assert train(*flags, f"--out={tmp_path / 'whole'}").status == 0
+        assert_same_run(out, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("target, name", [
+    (target, name) for target in ("launcher", "0", "1") for name in ("TERM", "USR1", "INT")
+] if TORTURE else [("launcher", "TERM")])
+def test_two_ranks_stop_at_the_same_step_and_save(target, name, data, tmp_path):
+    flags = (*tiny(*ENDLESS, "--ckpt_every=0"), f"--data={data}")
+    options = ("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1",)
+    process = torchrun(*flags, f"--out={tmp_path / 'out'}", options=options)
+    before = wait_for(process, "step:7/")
+    workers = sorted(children(process.pid))
+    os.kill(process.pid if target == "launcher" else workers[int(target)],
+            getattr(signal, f"SIG{name}"))
+    result = finish(process, before)
+    steps = f"--steps={stopped_at(tmp_path / 'out', result) + MORE}"
+    run_whole(train_mdlm, 2, tmp_path / "out", "--resume=1", steps)
+    run_whole(train_mdlm, 2, tmp_path / "whole", *tiny(*flags, steps))
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
+
+
+# ----------------------------------------------------------------------------- SLURM
+# Stand-ins: srun passes a signal to every process of its step, scontrol keeps what it was asked.
+STAND_INS = {
+    "torchrun": f'exec "{sys.executable}" -m torch.distributed.run "$@"',
+    "srun": '"$@" & step=$!\n'
+            'trap \'kill -USR1 $step $(cat /proc/$step/task/$step/children)\' USR1\n'
+            'while kill -0 $step 2>/dev/null; do wait $step; status=$?; done; exit $status',
+    "scontrol": 'echo "$@" >> "$CALLS"',
+}
+
+
+@pytest.fixture
+def sbatch(tmp_path):
+    """(arguments) -> the batch script with them, started as by SLURM; and what scontrol heard."""
+    if not shutil.which("bash"):
+        pytest.skip("no bash")
+    calls, programs = tmp_path / "calls", tmp_path / "bin"
+    programs.mkdir()
+    calls.touch()
+    for name, text in STAND_INS.items():
+        (programs / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (programs / name).chmod(0o755)
+    job = dict(SLURM_JOB_ID="71", CALLS=str(calls), OMP_NUM_THREADS="1", SLURM_GPUS_ON_NODE="1",
+               PATH=f"{programs}{os.pathsep}{os.environ['PATH']}")
+
+    def begin(*arguments):
+        process = subprocess.Popen(
+            ["bash", ROOT / "slurm.sh", *arguments], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, env={**os.environ, **job})
+        LAUNCHED.append(process)
+        return process
+
+    return begin, lambda: calls.read_text().splitlines()
+
+
+def test_batch_script_queues_itself_again_until_done(sbatch, data, tmp_path):
+    begin, calls = sbatch
+    out, flags = tmp_path / "out", (*ENDLESS, f"--data={data}")
+    process = begin("train_block.py", *flags, f"--out={out}")
+    before = wait_for(process, "step:7/")
+    process.send_signal(signal.SIGUSR1)  # to the batch shell alone, as --signal=B: says
+    result = finish(process, before)
+    assert result.status == 0 and calls() == ["requeue 71"], result
+    flags = tiny(*flags, f"--steps={stopped_at(out, result) + MORE}")
+    result = finish(begin("train_block.py", *flags, f"--out={out}"))
+    assert result.status == 0 and "resuming" in result.out and "done:" in result.out, result
+    assert calls() == ["requeue 71"]
+    run_whole(train_block, 1, tmp_path / "whole", *flags)
+    assert_same_run(out, tmp_path / "whole")
+
+
+def test_batch_script_says_when_a_run_has_no_folder(sbatch):
+    begin, calls = sbatch
+    assert_refused(finish(begin("train_block.py", "--steps=3")), "--out")
+    assert not calls()
