@@ -56,11 +56,11 @@ import torch.nn.functional as F
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = ("train_mdlm", "train_block", "train_sedd", "gpt")
-NEEDED = ("METRIC", "load_checkpoint", "build_model", "pick_device", "pick_dtype", "nelbo_fn")
-DEFAULT_BLANK, DEFAULT_LENGTH, DEFAULT_DRAWS = 16, 256, 8
+DEFAULT_LENGTH, DEFAULT_DRAWS = 256, 8
 TEXT_BYTES = 2**24  # of a file; scoring takes about a hundred times that of memory
 MAX_REPLACED = 0.01  # share of a file's characters that may be invalid
 BATCH_NUMBERS = 2**27  # logits, or attention scores of a layer, in one forward pass
+FIRST_STREAM = 0x5EED  # of random numbers
 MAX_ROWS = 512  # samples at once, so that the first of many are soon there
 DOCUMENT_BREAK = "\n\n---\n\n"  # how the beginning of a document is shown
 BLANK = re.compile("_{3,}")
@@ -89,7 +89,7 @@ class Options:
     prompt: str | None = None  # text to continue
     prompt_file: str | None = None  # the same from a file
     infill: str | None = None  # text with blanks: each run of three or more underscores is one
-    blank: list | None = None  # tokens in a blank, for all of them or one by one: N[,N..]; None: 16
+    blank: str = "16"  # tokens in a blank, for all of them or one by one: N[,N..]
     n: int = 1  # samples
     length: int | None = None  # tokens in a sample, prompt included; None: 256 new ones up to the
     # context, or no more than the infill, which otherwise goes on after its end
@@ -123,24 +123,19 @@ class Options:
         for field in dataclasses.fields(self):
             value, choices = getattr(self, field.name), get_args(field.type)
             if field.type is Literal[choices]:
-                near = difflib.get_close_matches(str(value), filter(None, choices), 1)
-                near = f"did you mean {near[0]}?" if near else f"there are {choices}"
-                check(value in choices, field.name, value, near)
-        for name, (low, high) in RANGES.items():
-            value = getattr(self, name)
-            check(value is None or low <= value <= high, name, value, f"from {low} to {high}")
-        blank = ",".join(map(str, self.blank or [1]))
-        check(min(self.blank or [1]) >= 1, "blank", blank, "at least 1 token each")
-        one_a_pass = self.order == "first_hitting" and self.steps is not None
-        check(not one_a_pass, "steps", self.steps, "first_hitting fixes one token a pass: drop it")
-        is_ranked = self.threshold is None or self.order in (None, *RANKS)
-        check(is_ranked, "threshold", self.threshold, "goes with --order=" + "|".join(RANKS))
-        if self.remask is not None:
-            is_name = re.fullmatch(f"({'|'.join(REMASK_ETA)})(:(0?\\.\\d+|1))?", self.remask)
-            known = f"there are {', '.join(REMASK_ETA)}, with an ETA up to 1 as in cap:0.02"
-            check(is_name, "remask", self.remask, known)
-            is_alone = self.threshold is None and self.order in (None, "ancestral")
-            check(is_alone, "remask", self.remask, "has its own order: drop --order and --threshold")
+                check(value in choices, field.name, value, f"there are {choices}")
+            low, high = RANGES.get(field.name, (0, 0))
+            fits = field.name not in RANGES or value is None or low <= value <= high
+            check(fits, field.name, value, f"from {low} to {high}")
+        fits = self.order != "first_hitting" or self.steps is None
+        check(fits, "steps", self.steps, "first_hitting fixes one token a pass: drop it")
+        fits = self.threshold is None or self.order in (None, *RANKS)
+        check(fits, "threshold", self.threshold, "goes with --order=" + "|".join(RANKS))
+        kind = re.fullmatch(r"(\w+)(:(0?\.\d+|1))?", self.remask or "cap")
+        check(kind and kind[1] in REMASK_ETA, "remask", self.remask,
+              f"there are {', '.join(REMASK_ETA)}, with an ETA up to 1 as in cap:0.02")
+        fits = not self.remask or self.threshold is None and self.order in (None, "ancestral")
+        check(fits, "remask", self.remask, "has its own order: drop --order and --threshold")
 
     @property
     def order_name(self):
@@ -149,10 +144,9 @@ class Options:
         return self.order or (by_steps if self.threshold is None else "confidence")
 
 
-RANGES = {"n": (1, math.inf), "length": (1, math.inf), "seed": (0, 2**62 - 1),
-          "steps": (1, math.inf), "threshold": (0, 1), "temperature": (0, math.inf),
-          "top_k": (1, math.inf), "top_p": (0, 1), "refine": (0, 1), "draws": (2, math.inf)}
-KINDS = {int: "a whole number", float: "a number", list: "whole numbers with commas between"}
+RANGES = dict(n=(1, math.inf), length=(1, math.inf), seed=(0, 2**62 - 1), steps=(1, math.inf),
+              threshold=(0, 1), temperature=(0, math.inf), top_k=(1, math.inf), top_p=(0, 1),
+              refine=(0, 1), draws=(2, math.inf))
 
 
 class SampleError(ValueError):
@@ -180,12 +174,10 @@ def parse_args(argv):
         try:
             if kind is bool:
                 given[name] = ("0", "1", "").index(text) > 0
-            elif kind is list:
-                given[name] = [int(number) for number in text.split(",")]
             else:
                 given[name] = kind(text) if kind in (int, float) else text
         except ValueError:
-            raise SampleError(f"{arg}: {KINDS.get(kind, '0 or 1')} expected") from None
+            raise SampleError(f"{arg}: {kind.__name__} expected") from None
     return Options(**given)
 
 
@@ -202,18 +194,14 @@ class Tokenizer:
         self.table += [b""] * (mask_id - len(self.table))  # ids that stand for no text
         self.table[self.bos_id] = b""
         self.encoding = None
-        if self.name == "byte":
-            return
-        if meta["pattern"] not in PATTERNS:
-            raise SampleError(f"the pattern of its {self.name} tokenizer is not GPT-2's")
-        try:
+        if self.name != "byte":
             import tiktoken
-        except ImportError:
-            need = f"the {self.name} tokenizer needs tiktoken: pip install tiktoken"
-            raise SampleError(need) from None
-        self.encoding = tiktoken.Encoding(
-            self.name, pat_str=meta["pattern"], special_tokens={"<|endoftext|>": self.bos_id},
-            mergeable_ranks={word: i for i, word in enumerate(self.table) if word})
+
+            if meta["pattern"] not in PATTERNS:
+                raise SampleError(f"the pattern of its {self.name} tokenizer is not GPT-2's")
+            self.encoding = tiktoken.Encoding(
+                self.name, pat_str=meta["pattern"], special_tokens={"<|endoftext|>": self.bos_id},
+                mergeable_ranks={word: i for i, word in enumerate(self.table) if word})
 
     def encode(self, text):
         """Tokens of a text; never bos_id."""
@@ -344,9 +332,7 @@ def read_row(model, tokens, is_mask, rows):
 # ----------------------------------------------------------------------------- samplers
 # All take known (B, T) int64 and is_known (B, T) bool. gen (CPU) seeds a generator for every row, so
 # that rows do not depend on their batch. warp changes the log-probabilities that tokens are drawn
-# from; watch(tokens (B, T), nfe) sees every pass. begins {position: (V,) bool}: the tokens that may
-# stand there, which are drawn first, so that the others follow the conditional given them.
-# -> tokens (B, T), length (B,) of each row, number of forward passes
+# from; watch(tokens (B, T), nfe) sees every pass. -> tokens (B, T), length (B,) of each row, number of forward passes
 def row_generators(gen, n_rows):
     seeds = [int(torch.randint(2**62, (), generator=gen)) for _ in range(n_rows)]
     return [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -371,15 +357,9 @@ def draw_tokens(log_probs, u):
     return torch.minimum(token, last).to(device)
 
 
-def draw_among(log_probs, allowed, u, warp):
-    """Of log_probs (R, V), those allowed (V,) -> tokens (R,)"""
-    log_probs = log_probs.masked_fill(~allowed, -math.inf).log_softmax(-1)
-    return draw_tokens(log_probs if warp is None else warp(log_probs), u)
-
-
 @torch.no_grad()
 def fill_blocks(model, cfg, known, is_known, *, kind, gen, steps=None, choose=None, warp=None,
-                watch=None, stop=None, begins=None):
+                watch=None, stop=None):
     """Fill in the unknown positions, block after block. Masked diffusion (kind mdlm) is a block as
     long as the row, with known tokens anywhere; gpt has blocks of one token.
 
@@ -407,12 +387,6 @@ def fill_blocks(model, cfg, known, is_known, *, kind, gen, steps=None, choose=No
         if not (tokens[:, here] == mask_id).any():
             uniforms(gens, passes, n_numbers, L)  # the numbers of later blocks do not depend on this one
             continue
-        for at in (at for at in begins or () if start <= at < start + L):
-            rows = torch.arange(B, device=device) * L + at - start
-            log_probs = read(tokens[:, :start + L], tokens[:, here] == mask_id, rows)
-            nfe += 1
-            tokens[:, at] = draw_among(log_probs, begins[at], uniforms(gens), warp)
-            fixed[:, at] = True
         psi = torch.full((B, L), math.inf, dtype=torch.float64)
         for i in range(passes):
             numbers = uniforms(gens, n_numbers, L)
@@ -502,17 +476,6 @@ def redraw_rows(model, cfg, known, is_known, *, total_noise, steps, gen, is_eule
     start = V if is_absorb else (start * V).long().to(device)
     tokens = torch.where(is_known, known, start)
     nfe, is_changed = 0, True
-    for at, allowed in (begins or {}).items():
-        rows = torch.arange(B, device=device) * T + at
-        if is_absorb:
-            log_law = read_row(model, tokens, tokens == V, rows)
-        else:
-            log_score = model(tokens, torch.full((B,), sigmas[0], device=device), rows).to(where)
-            current = tokens[:, at].to(where)
-            log_law = uniform_law(log_score, current, sigmas[0], 0.0, None, None).to(device)
-        nfe += 1
-        tokens[:, at] = draw_among(log_law, allowed, uniforms(gens), warp)
-        is_known = is_known | (torch.arange(T, device=device) == at)
     for i in range(passes):
         sigma, is_last = sigmas[i], i == passes - 1
         rate = slopes[i].item() / passes if is_euler and not is_last else None
@@ -538,6 +501,8 @@ def redraw_rows(model, cfg, known, is_known, *, total_noise, steps, gen, is_eule
             nfe += 1
             current = tokens.flatten()[rows].to(where)
             log_law = uniform_law(log_score, current, sigma, sigmas[i + 1], rate, warp)
+            for at, allowed in (begins or {}).items():
+                log_law[(rows % T == at)[:, None] & ~allowed] = -math.inf
         drawn = draw_tokens(log_law, u.flatten()[rows.cpu()]).to(device)
         new = tokens.flatten().index_put((rows,), drawn).view(B, T)
         tokens, is_changed = new, not torch.equal(new, tokens)
@@ -680,11 +645,13 @@ class LM:
         wanted = self.cfg.dtype if self.device.type == "cuda" else "fp32"
         wanted = wanted if opts.dtype == "auto" else opts.dtype
         self.dtype = script.pick_dtype(wanted, self.device)
+        self.amp = functools.partial(torch.autocast, self.device.type, self.dtype,
+                                     self.dtype != torch.float32)
         self.model.to(self.device)
         self.where = f"{str(self.dtype).removeprefix('torch.')} on {self.device.type}"
         averaged = "ema" if opts.weights == "ema" and ckpt["ema"] else "raw"
         n = sum(p.numel() for p in self.model.parameters())
-        self.summary = one_line(
+        self.summary = (
             f"{path}: {self.name}, {n / 1e6:.2f}M parameters, {averaged} weights of step "
             f"{ckpt['step']}, {self.tokenizer.name} tokens, context {self.cfg.seq_len}"
             + ("" if is_cached else ", no cache: forward and predict of its model differ"))
@@ -703,9 +670,6 @@ class LM:
                 law = read(x[:, :end], None, torch.arange(2 * unit))
             laws.append(law)
         return torch.allclose(*laws, atol=1e-3)
-
-    def amp(self):
-        return torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32)
 
     def batch_rows(self, length):
         """How many rows of that many tokens to run at once."""
@@ -737,74 +701,81 @@ class LM:
 
     def canvas(self, opts):
         """A prompt, or a text with blanks, and the room behind it -> (known (T,) int64, is_known
-        (T,) bool, begins: see samplers)"""
+        (T,) bool, {position: (V,) bool, the tokens that may stand there})"""
         self.check_able(opts)
         is_infill = opts.infill is not None
         texts = BLANK.split(opts.infill) if is_infill else [opts.prompt or ""]
-        blanks, n_blanks = opts.blank or [DEFAULT_BLANK], len(texts) - 1
-        blanks = blanks * n_blanks if len(blanks) == 1 else blanks
-        if is_infill:
-            check(n_blanks, "infill", opts.infill, "no blank: write ___ where one should be")
-            fits = len(blanks) == n_blanks
-            check(fits, "blank", ",".join(map(str, blanks)), f"the text has {n_blanks} blanks")
-        known, is_known, begins = [], [], {}
-        for text, n_new in zip(texts, [*blanks, 0], strict=True):
-            goes_on, space = n_new or not is_infill or opts.length is not None, ""
-            if goes_on:
+        try:
+            blanks = [int(n) for n in opts.blank.split(",")]
+            blanks *= len(texts) - 1 if len(blanks) == 1 else 1
+        except ValueError:
+            blanks = [0]
+        check(len(texts) > 1 or not is_infill, "infill", opts.infill, "no blank: write ___ for one")
+        fits = not is_infill or min(blanks) > 0 and len(blanks) == len(texts) - 1
+        check(fits, "blank", opts.blank, f"a number of tokens, or {len(texts) - 1} as in 8,16")
+        tokens, begins = [], {}
+        for text, n_new in zip(texts, [*blanks, 0] if is_infill else [0], strict=True):
+            if n_new or not is_infill or opts.length:
                 text, space = self.tokenizer.split_space(text)
-            tokens = self.tokenizer.encode(text)
-            known += tokens
-            is_known += [True] * len(tokens)
-            if space:
-                begins[len(known)] = self.tokenizer.beginning_with(space)
-            known += [0] * n_new
-            is_known += [False] * n_new
-        n, limit = len(known), math.inf if self.block_len else self.cfg.seq_len
+                tokens += self.tokenizer.encode(text)
+                begins |= {len(tokens): self.tokenizer.beginning_with(space)} if space else {}
+            else:
+                tokens += self.tokenizer.encode(text)
+            tokens += [None] * n_new
+        n, limit = len(tokens), math.inf if self.block_len else self.cfg.seq_len
         least = n + (not is_infill or n in begins)
-        if least > limit:
-            raise SampleError(f"--{'infill' if is_infill else 'prompt'}: {n} tokens do not fit into "
-                              f"the context of {limit}: shorten the text")
+        check(least <= limit, "infill" if is_infill else "prompt", f"{n} tokens",
+              f"they do not fit into the context of {limit}: shorten the text")
         length = opts.length or (least if is_infill else min(limit, n + DEFAULT_LENGTH))
         check(length <= limit, "length", length, f"{self.name} goes up to {limit} (its seq_len)")
         check(length >= least, "length", length, f"the text alone takes {least}")
-        known, is_known = (torch.tensor(x + [0] * (length - n)) for x in (known, is_known))
-        return known, is_known.bool(), begins
+        tokens += [None] * (length - n)
+        known = torch.tensor([token or 0 for token in tokens])
+        return known, torch.tensor([token is not None for token in tokens]), begins
 
     @torch.inference_mode()
     def batches(self, canvas, opts, watch=None, stops=True):
-        """Fill the canvas n times; yield (tokens: a list of lists, forward passes, seconds) of as
-        many rows as fit in a batch.
+        """Fill the canvas n times; yield (lists of tokens, number of forward passes) of as many rows
+        as fit in a batch. watch(tokens (B, T), nfe) sees every pass. stops: at the end of a
+        document, where the model writes in order.
 
-        Sample i depends on (seed, i) alone. watch(tokens (B, T), nfe) sees every pass. stops: at the
-        end of a document, where the model writes in order."""
+        Sample i depends on (seed, i) alone. A token whose beginning is known is drawn first, so that
+        the others follow the conditional given it; a uniform score keeps to it in every pass."""
         known, is_known = (x.to(self.device) for x in canvas[:2])
         begins = {at: allowed.to(self.device) for at, allowed in canvas[2].items()}
-        T, stop = len(known), self.tokenizer.bos_id if stops else None
-        size = min(MAX_ROWS, self.batch_rows(min(T, self.cfg.seq_len)))
-        # The refining pass has a stream of its own: both hand out one seed a row.
-        gens = [torch.Generator().manual_seed(s) for s in (opts.seed, opts.seed ^ 2**62)]
+        firsts = {} if getattr(self.cfg, "graph", None) == "uniform" else begins
+        warp = make_warp(opts.temperature, opts.top_k, opts.top_p) or (lambda log_probs: log_probs)
+        how = dict(begins=begins, stop=self.tokenizer.bos_id if stops else None)
+        T, size = len(known), min(MAX_ROWS, self.batch_rows(min(len(known), self.cfg.seq_len)))
+        # Streams of their own for refining and for those first tokens: all hand out a seed a row.
+        streams = opts.seed, opts.seed ^ 2**62, opts.seed ^ FIRST_STREAM
+        gens = [torch.Generator().manual_seed(seed) for seed in streams]
         for first in range(0, opts.n, size):
-            start, n_rows = time.perf_counter(), min(size, opts.n - first)
-            x, given = known.expand(n_rows, T), is_known.expand(n_rows, T)
+            x, given = (t.repeat(min(size, opts.n - first), 1) for t in (known, is_known))
             with self.amp():
-                tokens, length, nfe = self.fill(x, given, opts, gens[0], watch, stop, begins)
+                for at, allowed in firsts.items():
+                    end = at + 1 if self.kind in ("gpt", "block") else T  # what the token can see
+
+                    def among(log_probs, allowed=allowed):
+                        return warp(log_probs.masked_fill(~allowed, -math.inf).log_softmax(-1))
+
+                    one = self.fill(x[:, :end], given[:, :end], Options(steps=1), gens[2], among)
+                    x[:, at], given[:, at] = one[0][:, at], True
+                tokens, length, nfe = self.fill(x, given, opts, gens[0], warp, watch, **how)
+                nfe += len(firsts)
                 if opts.refine > 0:
-                    for at in begins:
-                        given = given | (torch.arange(T, device=self.device) == at)
                     keep, n_passes = self.likeliest(tokens, given, opts.refine)
                     seen = nfe = nfe + n_passes
                     more = watch and (lambda tokens, n, seen=seen: watch(tokens, seen + n))
-                    tokens, _, n = self.fill(tokens, keep, opts, gens[1], more, stop, {})
+                    tokens, _, n = self.fill(tokens, keep, opts, gens[1], warp, more, **how)
                     nfe += n
-            rows = [row[:n] for row, n in zip(tokens.tolist(), length.tolist(), strict=True)]
-            yield rows, nfe, time.perf_counter() - start
+            yield [row[:n] for row, n in zip(tokens.tolist(), length.tolist(), strict=True)], nfe
 
-    def fill(self, known, is_known, opts, gen, watch, stop, begins):
+    def fill(self, known, is_known, opts, gen, warp, watch=None, stop=None, begins=None):
         """One run of a sampler."""
-        how = dict(steps=opts.steps, gen=gen, watch=watch, begins=begins,
-                   warp=make_warp(opts.temperature, opts.top_k, opts.top_p))
+        how = dict(steps=opts.steps, gen=gen, warp=warp, watch=watch)
         if self.kind == "sedd":
-            return redraw_rows(self.net, self.cfg, known, is_known, **how,
+            return redraw_rows(self.net, self.cfg, known, is_known, **how, begins=begins,
                                total_noise=self.script.total_noise, is_euler=opts.order == "euler")
         block_len = 1 if self.kind == "gpt" else self.block_len or known.size(1)
         if opts.order_name == "ancestral" and opts.steps is None:
@@ -837,15 +808,15 @@ class LM:
         """n texts of `length` tokens that begin with the prompt; `how`: the flags' names."""
         return self.texts(Options(prompt=prompt, **how))
 
-    def infill(self, text, blank=DEFAULT_BLANK, **how):
+    def infill(self, text, blank=16, **how):
         """n versions of a text whose blanks (___) are filled with `blank` tokens, an int or a list.
         """
-        blank = [blank] if isinstance(blank, int) else list(blank)
+        blank = ",".join(map(str, [blank] if isinstance(blank, int) else blank))
         return self.texts(Options(infill=text, blank=blank, **how))
 
     def texts(self, opts):
         batches = self.batches(self.canvas(opts), opts)
-        return [self.tokenizer.decode(row) for rows, *_ in batches for row in rows]
+        return [self.tokenizer.decode(row) for rows, _ in batches for row in rows]
 
     @torch.inference_mode()
     def score(self, text, draws=None, seed=0):
@@ -868,11 +839,10 @@ class LM:
             size = self.batch_rows(cfg.seq_len)
             for draw in range(n_draws):
                 noise = self.script.draw_noise(cfg, len(x0), gen, bound=True)
-                for a in range(0, len(x0), size):
-                    piece = type(noise)(*(v[a:a + size].to(self.device) for v in noise))
-                    batch = x0[a:a + size].to(self.device)
+                for rows in torch.arange(len(x0)).split(size):
+                    piece = self.script.take_rows(noise, rows, self.device)
                     with self.amp():
-                        nats = self.script.nelbo_fn(self.model, batch, piece, cfg)
+                        nats = self.script.nelbo_fn(self.model, x0[rows].to(self.device), piece, cfg)
                     totals[draw] += nats.double().sum().cpu() / n_copies
         nats = totals.mean().item()
         stderr = totals.std().item() / math.sqrt(n_draws) if n_draws > 1 else 0.0
@@ -923,13 +893,11 @@ def load_script(path):
     script = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     sys.path[:0] = [str(path.resolve().parent), str(HERE)]  # it imports muon
     try:
-        spec.loader.exec_module(script)
-    except (Exception, SystemExit) as e:
-        raise SampleError(f"--script={path}: {type(e).__name__}: {e}") from e
+        with naming(f"--script={path}"):
+            spec.loader.exec_module(script)
     finally:
         del sys.path[:2]
-    missing = [name for name in NEEDED if not hasattr(script, name)]
-    check(not missing, "script", path, f"not a training script: it has no {', '.join(missing)}")
+    check(hasattr(script, "nelbo_fn"), "script", path, "not a training script")
     return script
 
 
@@ -969,14 +937,17 @@ def printable(text):
                    "Zp") else c.encode("unicode_escape").decode() for c in text)
 
 
-def one_line(text):
-    """For a message, which may quote anything."""
-    return printable(text).replace("\n", "\\n")[:500]
+def show(spans, stream):
+    """Print [(text, kind)]; a terminal gets no control characters, but styles, unless it is dumb."""
+    if stream.isatty():
+        kinds = STYLES if is_terminal(stream) else ()
+        spans = [(styled(printable(text), kind in kinds and kind), kind) for text, kind in spans]
+    print("".join(text for text, _ in spans), file=stream, flush=True)
 
 
 def note(text):
-    """What is not text of the model goes to stderr."""
-    print(styled(text, "note") if is_terminal(sys.stderr) else text, file=sys.stderr, flush=True)
+    """What is no text of the model goes to stderr."""
+    show([(text, "note")], sys.stderr)
 
 
 def lines_of(spans, width):
@@ -998,49 +969,73 @@ def lines_of(spans, width):
     return lines
 
 
-def redraw(lines, height, stream):
+def redraw(lines, height, stream, is_last=False):
     """Draw over a picture of so many lines -> the height of the new one."""
-    del lines[max(1, shutil.get_terminal_size().lines - 1):]  # the rest would scroll away
+    if not is_last:  # what has scrolled away cannot be drawn over
+        del lines[max(1, shutil.get_terminal_size().lines - 1):]
     up = f"\x1b[{height - 1}A" if height > 1 else ""
     stream.write((f"\r{up}\x1b[J" if height else "") + "\n".join(lines))
     stream.flush()
     return len(lines)
 
 
-class Watch:
-    """Looks on while a batch is filled, on stderr. A terminal gets a line of progress, and below it
-    the text with --watch; a file gets, with --watch, the first sample at a few milestones."""
-    def __init__(self, lm, canvas, opts, has_text):
-        self.lm, self.is_known, self.has_text = lm, canvas[1].tolist(), has_text
+class Run:
+    """A model at work on a canvas. It counts, and shows on stderr how far it is: a line on a
+    terminal, and the text below it with --watch; in a file, with --watch, the first sample at a few
+    milestones. For a race it keeps pictures. Its clock stands still while it does all that."""
+    def __init__(self, lm, opts, is_race=False):
+        self.lm, self.opts, self.is_race, self.canvas = lm, opts, is_race, lm.canvas(opts)
+        known, is_known, _ = self.canvas
+        self.has_text, self.is_known = opts.watch and not is_race, is_known.tolist()
         # Where no mask shows how far it is, the number of passes does.
         is_uniform = getattr(lm.cfg, "graph", None) == "uniform"
-        self.n_passes = (opts.steps or len(self.is_known)) if is_uniform else None
-        self.height, self.drawn = 0, -math.inf
-        self.begin()
+        self.n_passes = (opts.steps or len(known)) if is_uniform else None
+        row = torch.where(is_known, known, lm.cfg.vocab_size).tolist()
+        self.frames = [(0.0, 0, row)]  # seconds, passes, tokens of a sample
+        self.nfe, self.seconds, self.bits, self.n_new, self.n_done = 0, 0.0, 0.0, 0, 0
+        self.height, self.drawn, self.last, self.due = 0, -math.inf, None, MILESTONES
 
-    def begin(self):
-        """Wipe the picture; a new batch."""
-        self.height = redraw([], self.height, sys.stderr)
-        self.last, self.due = None, list(MILESTONES)
+    def rows(self):
+        """Write; yield the tokens of every sample."""
+        known, is_known, _ = self.canvas
+        if self.is_race:  # the end of a document stops none; and some tokens to warm up
+            warm = known, is_known | (torch.arange(len(known)) < len(known) - WARM_UP), {}
+            list(self.lm.batches(warm, self.opts, stops=False))
+        self.since = time.perf_counter()
+        for rows, nfe in self.lm.batches(self.canvas, self.opts, self, not self.is_race):
+            self.seconds += time.perf_counter() - self.since
+            self.nfe += nfe
+            self.height = redraw([], self.height, sys.stderr)
+            self.last, self.due = None, MILESTONES
+            for row in rows:
+                new = [token for token, old in zip(row, self.is_known, strict=False) if not old]
+                counts = torch.tensor(new).unique(return_counts=True)[1]
+                self.bits += torch.special.entr(counts / len(new)).sum().item() / math.log(2)
+                self.n_new += len(new)
+                self.n_done += 1
+                yield row
+            self.since = time.perf_counter()
 
     def __call__(self, tokens, nfe):
-        n_free = len(tokens) * self.is_known.count(False)
-        n_left = int((tokens == self.lm.cfg.vocab_size).sum())
-        done = nfe / self.n_passes if self.n_passes else 1 - n_left / n_free
-        if is_terminal(sys.stderr):
-            now, size = time.monotonic(), shutil.get_terminal_size()
-            if now - self.drawn >= FRAME or done == 1:
-                lines, rows = [styled(f"{self.lm.name}: {done:4.0%}, {nfe} passes", "note")], tokens.tolist()
-                for row, before in zip(rows, self.last or rows, strict=True):
-                    if self.has_text:
-                        lines += lines_of([("", None), *self.spans(row, before)], size.columns)
-                self.height = redraw(lines, self.height, sys.stderr)
-                self.last, self.drawn = rows, now
-        elif self.has_text and self.due and self.due[0] <= done < 1:
+        n_left = int((tokens == self.lm.cfg.vocab_size).sum())  # waits for the device
+        self.seconds += time.perf_counter() - self.since
+        done = 1 - n_left / (len(tokens) * self.is_known.count(False))
+        done = nfe / self.n_passes if self.n_passes else done
+        rows, now = tokens.tolist(), time.monotonic()
+        if self.is_race:
+            self.frames.append((self.seconds, self.nfe + nfe, rows[0]))
+        if is_terminal(sys.stderr) and (now - self.drawn >= FRAME or done == 1):
+            lines = [styled(f"{self.lm.name}: {done:4.0%}, {nfe} passes", "note")]
+            for row, before in zip(rows, self.last or rows, strict=True):
+                width = shutil.get_terminal_size().columns
+                lines += ["", *lines_of(self.spans(row, before), width)] if self.has_text else []
+            self.height = redraw(lines, self.height, sys.stderr)
+            self.last, self.drawn = rows, now
+        elif not is_terminal(sys.stderr) and self.has_text and self.due[0] <= done < 1:
             self.due = [share for share in self.due if share > done]
-            row = tokens[0].tolist()
-            text = "".join(text for text, _ in self.spans(row, row))
+            text = "".join(text for text, _ in self.spans(rows[0], rows[0]))
             note(f"[{done:.0%} after {nfe} passes] {text}")
+        self.since = time.perf_counter()
 
     def spans(self, row, before):
         """[(text, kind)] of a row, without what fills it behind its end."""
@@ -1052,6 +1047,21 @@ class Watch:
                  for token, old, is_known in zip(row, before, self.is_known, strict=True)]
         return tokenizer.spans(row[:n], kinds[:n])
 
+    def column(self, now, width):
+        """Lines that show how far it was at a time: counters, and a sample."""
+        i = bisect.bisect(self.frames, now, key=lambda frame: frame[0]) - 1
+        _, nfe, row = self.frames[i]
+        before = row if i + 1 == len(self.frames) else self.frames[max(0, i - 1)][2]
+        counters = f"{nfe} passes, {min(now, self.seconds):.1f} s\n\n"
+        spans = [(f"{self.lm.name}\n", "known"), (counters, "note"), *self.spans(row, before)]
+        return lines_of(spans, width)
+
+    def figures(self):
+        """(passes, seconds, tokens a second, entropy of a sample's token frequencies, which is low
+        when it repeats itself, and how it was written)"""
+        rate, bits = self.n_new / self.seconds, self.bits / self.n_done
+        return self.nfe, self.seconds, rate, f"{bits:.2f} bits", self.lm.describe(self.opts)
+
 
 # ----------------------------------------------------------------------------- race
 WARM_UP = 8  # tokens that a model writes before its clock starts
@@ -1059,124 +1069,73 @@ MIN_COLUMN = 24  # cells, of a text beside another
 BAR = " │ "  # between the two
 
 
-class Racer(Watch):
-    """One model of a race. It keeps pictures of its run; its clock stands still while it does."""
-    def __init__(self, lm, opts, length):
-        ignored = {name: getattr(Options, name) for name in PASSES if lm.kind == "gpt"}
-        self.opts = dataclasses.replace(opts, length=length, **ignored)
-        self.canvas = lm.canvas(self.opts)
-        super().__init__(lm, self.canvas, self.opts, False)
-        known, is_known, _ = self.canvas
-        self.frames = [(0.0, 0, torch.where(is_known, known, lm.cfg.vocab_size).tolist())]
-        self.nfe, self.seconds, self.texts = 0, 0.0, []
-
-    def run(self):
-        known, is_known, begins = self.canvas
-        T, n_known = len(known), int(is_known.sum())
-        warm = (known, is_known | (torch.arange(T) < T - WARM_UP), {})
-        for _ in self.lm.batches(warm, self.opts, stops=False):
-            pass
-        self.since = time.perf_counter()
-        for rows, nfe, _ in self.lm.batches(self.canvas, self.opts, self, stops=False):
-            self.texts += rows
-            self.nfe += nfe
-            self.begin()
-            self.since = time.perf_counter()
-
-    def __call__(self, tokens, nfe):
-        row = tokens[0].tolist()  # waits for the device
-        self.seconds += time.perf_counter() - self.since
-        self.frames.append((self.seconds, self.nfe + nfe, row))
-        super().__call__(tokens, nfe)
-        self.since = time.perf_counter()
-
-    def column(self, now, width):
-        """Lines that show how far it was at a time: counters, and a sample."""
-        i = bisect.bisect(self.frames, now, key=lambda frame: frame[0]) - 1
-        seconds, nfe, row = self.frames[i]
-        before = row if i + 1 == len(self.frames) else self.frames[max(0, i - 1)][2]
-        counters = f"{nfe} passes, {min(now, self.seconds):.1f} s\n\n"
-        spans = [(f"{self.lm.name}\n", "known"), (counters, "note"), *self.spans(row, before)]
-        return lines_of(spans, width)
+def load_as(opts, path, script=None):
+    """The model of a path, as the flags want it."""
+    return load(path, script, weights=opts.weights, device=opts.device, dtype=opts.dtype)
 
 
-def replay(racers):
-    """Draw the runs side by side in real time; the last picture stays, and is whole."""
-    start, now, height = time.monotonic(), 0.0, 0
-    end = max(racer.seconds for racer in racers)
-    while now < end:
-        now = min(end, time.monotonic() - start)
-        step = (shutil.get_terminal_size().columns + len(BAR)) // len(racers)
-        columns = [racer.column(now, step - len(BAR)) for racer in racers]
-        bars = ["", *(f"\x1b[{i * step - len(BAR) + 1}G{BAR}" for i in range(1, len(racers)))]
-        lines = ["".join(map("".join, zip(bars, cells, strict=True)))
-                 for cells in itertools.zip_longest(*columns, fillvalue="")]
-        height = redraw(lines, height, sys.stdout)
-        time.sleep(FRAME)
-    print("\n")
-
-
-def print_race(opts):
+def load_racers(opts):
+    """The models of --ckpt and --race; what would make a race of unlike things is refused."""
     paths = [find_checkpoint(path or None) for path in (opts.ckpt, *opts.race.split(","))]
     is_new = len({os.path.realpath(path) for path in paths}) == len(paths)
     check(is_new, "race", opts.race, "the same checkpoint twice: name another")
-    how = dict(weights=opts.weights, device=opts.device, dtype=opts.dtype)
-    scripts = [opts.script, *[None] * len(paths)]
-    lms = [load(path, script, **how) for path, script in zip(paths, scripts, strict=False)]
+    lms = [load_as(opts, path, opts.script if i == 0 else None) for i, path in enumerate(paths)]
     for path, lm in zip(paths, lms, strict=True):
-        note(lm.summary)
         words = itertools.zip_longest(lms[0].tokenizer.table, lm.tokenizer.table, fillvalue=b"")
         is_same = lms[0].tokenizer.bos_id == lm.tokenizer.bos_id and all(a == b for a, b in words)
         check(is_same, "race", opts.race, f"the tokens of {path} are not those of {paths[0]}")
         check(lm.where == lms[0].where, "dtype", opts.dtype, f"{path} runs in {lm.where}, "
               f"{paths[0]} in {lms[0].where}: give fp32 or bf16")
+    return lms
+
+
+def replay(runs):
+    """Draw the runs side by side in real time; the last picture stays, and is whole."""
+    start, now, height = time.monotonic(), 0.0, 0
+    end = max(run.seconds for run in runs)
+    while now < end:
+        now = min(end, time.monotonic() - start)
+        step = (shutil.get_terminal_size().columns + len(BAR)) // len(runs)
+        columns = [run.column(now, step - len(BAR)) for run in runs]
+        bars = ["", *(f"\x1b[{i * step - len(BAR) + 1}G{BAR}" for i in range(1, len(runs)))]
+        lines = ["".join(map("".join, zip(bars, cells, strict=True)))
+                 for cells in itertools.zip_longest(*columns, fillvalue="")]
+        height = redraw(lines, height, sys.stdout, is_last=now == end)
+        time.sleep(FRAME)
+    print("\n")
+
+
+def print_race(opts):
+    lms, none = load_racers(opts), {name: getattr(Options, name) for name in PASSES}
     if all(lm.kind == "gpt" for lm in lms):
         lms[0].check_able(opts)
-    no_passes = dataclasses.replace(opts, **{name: getattr(Options, name) for name in PASSES})
-    length = min(len(lm.canvas(no_passes)[0]) for lm in lms)
-    racers = [Racer(lm, opts, length) for lm in lms]
+    length = min(len(lm.canvas(dataclasses.replace(opts, **none))[0]) for lm in lms)
+    runs = [Run(lm, dataclasses.replace(opts, length=length, **(none if lm.kind == "gpt" else {})),
+                is_race=True) for lm in lms]
+    note("\n".join(lm.summary for lm in lms))
     note(f"{opts.n} x {length} tokens, {lms[0].where}, one model after another\n")
-    for racer in racers:
-        racer.run()
-    room = (shutil.get_terminal_size().columns + len(BAR)) // len(lms) - len(BAR)
-    if is_terminal(sys.stdout) and room >= MIN_COLUMN:
-        replay(racers)
+    firsts = [[*run.rows()][0] for run in runs]
+    if is_terminal(sys.stdout) and shutil.get_terminal_size().columns >= MIN_COLUMN * len(lms):
+        replay(runs)
     else:
-        for racer in racers:
-            show([(f"--- {racer.lm.name}\n{racer.lm.tokenizer.decode(racer.texts[0])}\n", None)])
+        for lm, row in zip(lms, firsts, strict=True):
+            show([(f"--- {lm.name}\n{lm.tokenizer.decode(row)}\n", None)], sys.stdout)
     width = max(len(lm.name) for lm in lms)
     print(f"{'':{width}}  passes  seconds  tokens/s  entropy")
-    for racer in racers:
-        n_new = racer.is_known.count(False)
-        bits = sum(entropy_bits(row[-n_new:]) for row in racer.texts) / opts.n
-        print(f"{racer.lm.name:{width}}  {racer.nfe:6}  {racer.seconds:7.2f}  "
-              f"{opts.n * n_new / racer.seconds:8.0f}  {bits:.2f} bits, "
-              f"{racer.lm.describe(racer.opts)}")
+    for run in runs:
+        nfe, seconds, rate, bits, how = run.figures()
+        print(f"{run.lm.name:{width}}  {nfe:6}  {seconds:7.2f}  {rate:8.0f}  {bits}, {how}")
 
 
 # ----------------------------------------------------------------------------- command line
-def entropy_bits(tokens):
-    """Entropy in bits of a sample's own token frequencies: low when it repeats itself."""
-    counts = torch.tensor(tokens).unique(return_counts=True)[1]
-    return torch.special.entr(counts / counts.sum()).sum().item() / math.log(2)
-
-
-def show(spans):
-    """[(text, kind)] on stdout."""
-    if sys.stdout.isatty():
-        is_styled = is_terminal(sys.stdout)
-        spans = [(styled(printable(text), kind if is_styled else None), kind) for text, kind in spans]
-    print("".join(text for text, _ in spans), flush=True)
-
-
 def text_of(opts, flag):
     """(The text of --FLAG or --FLAG_file, what it is); (None, ..) without either."""
     text, path = getattr(opts, flag), getattr(opts, f"{flag}_file")
     if flag == "score" and text and os.path.isfile(text):
         path = text
     if path is None:
-        is_text = text is None or not FILE_NAME.fullmatch(text)
-        check(is_text, flag, text, f"no such file; a text like that goes in one: --{flag}_file=PATH")
+        is_file = text is not None and FILE_NAME.fullmatch(text)
+        check(not is_file, flag, text, f"no such file; as a text, put it in one: --{flag}_file=PATH")
         return text, "the text given"
     try:
         with open(path, "rb") as file:
@@ -1190,72 +1149,55 @@ def text_of(opts, flag):
     return text, f"file {path}"
 
 
-def print_score(lm, opts, text, what):
+def print_score(lm, opts, what):
     note(lm.summary)
-    score = lm.score(text, opts.draws, opts.seed)
-    what = one_line(f"{what}: {score.n_tokens} tokens, {score.n_bytes} bytes; ")
-    if lm.kind == "gpt":
-        print(f"-log p = {score.nats:.2f} nats, {score.bits_per_byte:.4f} bits per byte ({what}"
-              f"exact, {lm.where})")
-    else:
-        print(f"-log p <= {score.nats:.2f} +- {score.nats_stderr:.2f} nats, "
-              f"{score.bits_per_byte:.4f} +- {score.bits_stderr:.4f} bits per byte ({what}"
-              f"{opts.draws or DEFAULT_DRAWS} noise draws, seed {opts.seed}, {lm.where})")
+    score = lm.score(opts.score, opts.draws, opts.seed)
+    is_exact = lm.kind == "gpt"
+    nats = "= {:.2f}" if is_exact else "<= {:.2f} +- {:.2f}"
+    bits = "{:.4f}" if is_exact else "{:.4f} +- {:.4f}"
+    noise = f"{opts.draws or DEFAULT_DRAWS} noise draws, seed {opts.seed}"
+    print(f"-log p {nats.format(score.nats, score.nats_stderr)} nats, "
+          f"{bits.format(score.bits_per_byte, score.bits_stderr)} bits per byte ({what}: "
+          f"{score.n_tokens} tokens, {score.n_bytes} bytes; {'exact' if is_exact else noise}, "
+          f"{lm.where})")
 
 
 def print_samples(lm, opts):
-    canvas = lm.canvas(opts)
+    run = Run(lm, opts)
     note(lm.summary)
-    watch, given = Watch(lm, canvas, opts, opts.watch), canvas[1].tolist()
-    kinds = ["known" if is_known else None for is_known in given]
-    total_nfe, total_seconds, bits, n_done, n_new = 0, 0.0, 0.0, 0, 0
-    for rows, nfe, seconds in lm.batches(canvas, opts, watch):
-        watch.begin()
-        total_nfe += nfe
-        total_seconds += seconds
-        for row in rows:
-            new = [token for token, is_known in zip(row, given, strict=False) if not is_known]
-            bits += entropy_bits(new)
-            n_done += 1
-            n_new += len(new)
-            if opts.n > 1:
-                note(f"--- sample {n_done} of {opts.n}")
-            end = "\n" if opts.n > 1 else ""
-            show([*lm.tokenizer.spans(row, kinds[:len(row)]), (end, None)])
-    note(f"NFE {total_nfe}, {n_new / total_seconds:.0f} tokens/s, {lm.where}, {lm.describe(opts)}, "
-         f"entropy {bits / n_done:.2f} bits")
-
-
-def run(opts):
-    prompt, _ = text_of(opts, "prompt")
-    text, what = text_of(opts, "score")
-    opts = dataclasses.replace(opts, prompt=prompt, score=text)
-    modes = [name for name in ("prompt", "infill", "score") if getattr(opts, name) is not None]
-    modes += ["race"] if opts.race is not None and modes != ["prompt"] else []
-    if len(modes) > 1:
-        raise SampleError(f"--{modes[0]} and --{modes[1]} exclude each other: drop one")
-    for name, needed in (("blank", "infill"), ("draws", "score")):
-        value = getattr(opts, name)
-        check(value is None or needed in modes, name, value, f"goes with --{needed}")
-    if opts.race is not None:
-        print_race(opts)
-        return
-    how = dict(weights=opts.weights, device=opts.device, dtype=opts.dtype)
-    lm = load(opts.ckpt, opts.script, **how)
-    if text is None:
-        print_samples(lm, opts)
-    else:
-        print_score(lm, opts, text, what)
+    for row in run.rows():
+        kinds = ["known" if is_known else None for is_known in run.is_known[:len(row)]]
+        spans = lm.tokenizer.spans(row, kinds)
+        if opts.n > 1:
+            note(f"--- sample {run.n_done} of {opts.n}")
+            spans.append(("\n", None))
+        show(spans, sys.stdout)
+    nfe, _, rate, bits, how = run.figures()
+    note(f"NFE {nfe}, {rate:.0f} tokens/s, {lm.where}, {how}, entropy {bits}")
 
 
 def main(argv):
     try:
-        run(parse_args(argv))
+        opts = parse_args(argv)
+        (prompt, _), (text, what) = text_of(opts, "prompt"), text_of(opts, "score")
+        opts = dataclasses.replace(opts, prompt=prompt, score=text)
+        modes = [flag for flag in ("infill", "score", "prompt", "race")
+                 if getattr(opts, flag) is not None]
+        if len(modes) > 1 and modes != ["prompt", "race"]:
+            raise SampleError(f"--{modes[0]} and --{modes[1]} exclude each other: drop one")
+        check(opts.draws is None or "score" in modes, "draws", opts.draws, "goes with --score")
+        if opts.race is not None:
+            print_race(opts)
+        elif text is not None:
+            print_score(load_as(opts, opts.ckpt, opts.script), opts, what)
+        else:
+            print_samples(load_as(opts, opts.ckpt, opts.script), opts)
         sys.stdout.flush()
     except (SampleError, OSError, MemoryError, torch.OutOfMemoryError) as e:
         is_pipe = isinstance(e, BrokenPipeError)  # as in "sample.py | head"
+        line = printable(str(e)).replace("\n", " ")
         if not is_pipe:
-            print(f"sample.py: {one_line(str(e)) or 'out of memory'}", file=sys.stderr)
+            print(f"sample.py: {line[:500] or 'out of memory'}", file=sys.stderr)
         if isinstance(e, OSError):  # do not try again at the exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise SystemExit(141 if is_pipe else 2) from None
