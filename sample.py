@@ -13,13 +13,10 @@ flag about passes. train_block.py writes block after block, any length; the flag
 inside each block, and it takes no --infill and no --refine. Both stop at the end of a document.
 train_sedd.py draws all tokens anew in each pass; it takes no --threshold, --remask or --refine.
 
-A space before a blank, or at the end of a prompt, becomes the beginning of what is written, as
-GPT-2's words begin with their space: that token is drawn first, from those that begin so.
+A space before a blank or at the end of a prompt becomes the beginning of what is written, as
+GPT-2's words begin with theirs. Samples, scores and tables go to stdout, all else to stderr.
+Nothing in a checkpoint is run. From Python:
 
-Samples, scores and tables go to stdout, everything else to stderr. A terminal is shown control
-characters as escapes (\\x1b). Nothing in a checkpoint is run.
-
-From Python:
     lm = sample.load("out/demo/ckpt.pt")
     lm.generate("def ", n=4, length=256, steps=64, order="confidence", threshold=0.9)
     lm.infill("def ___(x):", blank=8)
@@ -43,9 +40,9 @@ import signal
 import sys
 import time
 import unicodedata
-import warnings
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from types import SimpleNamespace
+from typing import Literal, get_args
 
 if __name__ == "__main__":  # Ctrl-C ends the program without a traceback, while torch loads too
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -60,9 +57,8 @@ DEFAULT_LENGTH, DEFAULT_DRAWS = 256, 8
 TEXT_BYTES = 2**24  # of a file; scoring takes about a hundred times that of memory
 MAX_REPLACED = 0.01  # share of a file's characters that may be invalid
 BATCH_NUMBERS = 2**27  # logits, or attention scores of a layer, in one forward pass
-FIRST_STREAM = 0x5EED  # of random numbers
 MAX_ROWS = 512  # samples at once, so that the first of many are soon there
-DOCUMENT_BREAK = "\n\n---\n\n"  # how the beginning of a document is shown
+FIRST_STREAM = 0x5EED  # of random numbers
 BLANK = re.compile("_{3,}")
 FILE_NAME = re.compile(r"\S*[/\\]\S*|.*\.(txt|text|md|rst|tex|log|jsonl?|csv|tsv|xml|html?|py|gz|"
                        r"zst|pdf|docx?|epub|parquet)", re.I)
@@ -91,49 +87,48 @@ class Options:
     infill: str | None = None  # text with blanks: each run of three or more underscores is one
     blank: str = "16"  # tokens in a blank, for all of them or one by one: N[,N..]
     n: int = 1  # samples
-    length: int | None = None  # tokens in a sample, prompt included; None: 256 new ones up to the
-    # context, or no more than the infill, which otherwise goes on after its end
+    # Tokens in a sample, prompt included. None: 256 new ones, up to the context; an infill ends
+    # with its text, and goes on up to a given length.
+    length: int | None = None
     seed: int = 0  # the same seed gives the same samples, however many there are
-    # how: first_hitting (default; one random token a pass), ancestral (default with --steps) and
-    # random are exact, the latter two for many steps. confidence (default with --threshold), entropy
-    # and margin are mode-seeking, so not samples of the model's distribution. tweedie (default) and
-    # euler are train_sedd's, exact for many steps
+    # How. Exact: first_hitting (the default: a random token a pass) and, for many steps, ancestral
+    # (the default with --steps) and random. Mode-seeking, so not samples of the model's law:
+    # confidence (the default with --threshold), entropy, margin. train_sedd has tweedie and euler.
     order: Literal[None, "first_hitting", "ancestral", "random", "confidence", "entropy", "margin",
                    "tweedie", "euler"] = None
     steps: int | None = None  # passes, with train_block in each block; None: one a token
     threshold: float | None = None  # fix every token whose top probability exceeds this, too
     temperature: float = 1.0  # below 1 sharper; 0 takes the likeliest token
     top_k: int | None = None  # draw from that many likeliest tokens
-    top_p: float | None = None  # draw from the likeliest tokens that together reach this probability
-    remask: str | None = None  # ReMDM masks some tokens again, so that errors can be mended:
-    # loop, cap or rescale, :ETA .02 unless given, or conf, :ETA 1
+    top_p: float | None = None  # draw from the likeliest tokens that together reach this
+    # ReMDM masks some tokens again, so that errors can be mended: loop, cap, rescale or conf, with
+    # :ETA behind it (.02; conf: 1).
+    remask: str | None = None
     refine: float = 0.0  # at the end, mask this fraction, the least likely, and predict it anew
     watch: bool = False  # show the text appearing
-    # racing
-    race: str | None = None  # checkpoints with commas between, which write as much as --ckpt does,
-    # one after the other; a terminal then shows them side by side in real time. gpt ignores flags
-    # about passes; the end of a document stops none
-    # scoring
-    score: str | None = None  # text or file: the bound in nats and bits per byte; gpt: exactly
+    # Checkpoints, with commas, that race --ckpt: each writes the same number of tokens, one after
+    # the other; a terminal then shows them side by side in real time. gpt ignores flags about
+    # passes; the end of a document stops none.
+    race: str | None = None
+    score: str | None = None  # text or file: its bound in nats and bits per byte; gpt: exact
     score_file: str | None = None  # the same, always a file
-    draws: int | None = None  # independent noise draws; None: 8
+    draws: int | None = None  # independent noise draws of a score; None: 8
     encoding: str = "utf-8"  # of a file that is read
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value, choices = getattr(self, field.name), get_args(field.type)
-            if field.type is Literal[choices]:
-                check(value in choices, field.name, value, f"there are {choices}")
-            low, high = RANGES.get(field.name, (0, 0))
-            fits = field.name not in RANGES or value is None or low <= value <= high
-            check(fits, field.name, value, f"from {low} to {high}")
+            name, value, choices = field.name, getattr(self, field.name), get_args(field.type)
+            low, high = RANGES.get(name, (0, math.inf))
+            fits = name not in RANGES or value is None or low <= value <= high  # NaN does not
+            check(fits, name, value, f"from {low} to {high}")
+            fits = field.type is not Literal[choices] or value in choices
+            check(fits, name, value, f"there are {choices}")
         fits = self.order != "first_hitting" or self.steps is None
         check(fits, "steps", self.steps, "first_hitting fixes one token a pass: drop it")
         fits = self.threshold is None or self.order in (None, *RANKS)
         check(fits, "threshold", self.threshold, "goes with --order=" + "|".join(RANKS))
-        kind = re.fullmatch(r"(\w+)(:(0?\.\d+|1))?", self.remask or "cap")
-        check(kind and kind[1] in REMASK_ETA, "remask", self.remask,
-              f"there are {', '.join(REMASK_ETA)}, with an ETA up to 1 as in cap:0.02")
+        fits = re.fullmatch(r"(loop|cap|rescale|conf)(:(0?\.\d+|1))?", self.remask or "cap")
+        check(fits, "remask", self.remask, f"{', '.join(REMASK_ETA)}, with ETA as in cap:0.02")
         fits = not self.remask or self.threshold is None and self.order in (None, "ancestral")
         check(fits, "remask", self.remask, "has its own order: drop --order and --threshold")
 
@@ -144,7 +139,7 @@ class Options:
         return self.order or (by_steps if self.threshold is None else "confidence")
 
 
-RANGES = dict(n=(1, math.inf), length=(1, math.inf), seed=(0, 2**62 - 1), steps=(1, math.inf),
+RANGES = dict(n=(1, math.inf), length=(1, math.inf), seed=(0, 2**62), steps=(1, math.inf),
               threshold=(0, 1), temperature=(0, math.inf), top_k=(1, math.inf), top_p=(0, 1),
               refine=(0, 1), draws=(2, math.inf))
 
@@ -154,7 +149,7 @@ class SampleError(ValueError):
 
 
 def check(condition, flag, value, remedy):
-    if not condition:  # NaN fails every comparison and lands here
+    if not condition:
         raise SampleError(f"--{flag}={value}: {remedy}")
 
 
@@ -172,16 +167,17 @@ def parse_args(argv):
         kind = (get_args(fields[name].type) or (fields[name].type,))[0]
         check(equals or kind is bool, name, "VALUE", "needs a value")
         try:
-            if kind is bool:
-                given[name] = ("0", "1", "").index(text) > 0
-            else:
-                given[name] = kind(text) if kind in (int, float) else text
+            value = ("0", "1", "").index(text) > 0 if kind is bool else text
+            given[name] = kind(value) if kind in (int, float) else value
         except ValueError:
             raise SampleError(f"{arg}: {kind.__name__} expected") from None
     return Options(**given)
 
 
 # ----------------------------------------------------------------------------- tokens
+BREAK = "\n\n---\n\n"  # how the beginning of a document is shown
+
+
 class Tokenizer:
     """Text <-> tokens, by the bytes of every token that the checkpoint carries."""
     def __init__(self, meta, mask_id):
@@ -215,16 +211,12 @@ class Tokenizer:
         return tokens
 
     def split_space(self, text):
-        """A text that goes on -> (what is known, what the next token begins with): its last space,
-        or the last of several white-space characters, as GPT-2 cuts them."""
+        """A text that goes on -> (what is known, which tokens (V,) may be next, or None): its last
+        space, or the last of several white-space characters, begins a token as GPT-2 cuts them."""
         found = re.search(r" \Z|(?<=\s)\s\Z", text, re.A)
-        if found and self.beginning_with(found[0]).sum() > 1:
-            return text[:-1], found[0]
-        return text, ""
-
-    def beginning_with(self, text):
-        """(V,) bool, the tokens that begin with an ASCII text."""
-        return torch.tensor([word.startswith(text.encode()) for word in self.table])
+        space = found[0].encode() if found else b""
+        allowed = torch.tensor([word.startswith(space) for word in self.table])
+        return (text[:-1], allowed) if found and allowed.sum() > 1 else (text, None)
 
     def spans(self, tokens, kinds):
         """[(text, kind)] of a row: characters take the kind of the token that completes them."""
@@ -233,7 +225,7 @@ class Tokenizer:
         for token, kind in zip(tokens, kinds, strict=True):
             if token in (self.bos_id, self.mask_id):
                 pieces.append((decoder.decode(b"", final=True), kind))
-                pieces.append((DOCUMENT_BREAK if token == self.bos_id else "░", kind))
+                pieces.append((BREAK if token == self.bos_id else "░", kind))
             else:
                 pieces.append((decoder.decode(self.table[token]), kind))
         pieces.append((decoder.decode(b"", final=True), kind))
@@ -246,11 +238,10 @@ class Tokenizer:
 
 # ----------------------------------------------------------------------------- networks
 class Cache:
-    """Attention that keeps keys and values, for Trunk.predict of gpt and train_block. In blocks, the
-    first block_len positions of a pass are the noised block, which the next pass writes over; the
-    others stay, and as many of the newest are seen as fit into the context.
-
-    A model without predict computes earlier tokens anew in every pass."""
+    """Attention that keeps keys and values, for Trunk.predict of gpt and train_block. In blocks,
+    the first block_len positions of a pass are the noised block, which the next pass writes over;
+    the others stay, and as many of the newest are seen as fit into the context. A model without
+    predict computes earlier tokens anew in every pass."""
     def __init__(self, model, cfg, T):
         self.model, self.cfg, self.is_cached = model, cfg, hasattr(model, "predict")
         self.n_noised = getattr(cfg, "block_len", 0)
@@ -282,7 +273,7 @@ class Cache:
 
     def read_token(self, tokens, is_mask, rows):
         """gpt: tokens (B, S) -> log p of the last one (R, V) in rows (R,)"""
-        (B, S), done, device = tokens.shape, self.done, tokens.device
+        S, done, device = tokens.size(1), self.done, tokens.device
         x = F.pad(tokens[:, :-1], (1, 0), value=self.cfg.vocab_size)  # (B, S), the start first
         if not self.is_cached:
             return self.model(x, (rows + 1) * S - 1).log_softmax(-1)
@@ -314,15 +305,6 @@ class Cache:
         logits = self.model.predict(tokens[:, at], at, rows=rows, n_query=L, attend=self)
         return logits.log_softmax(-1)
 
-    def read_prompt(self, tokens, n_known):
-        """Take in a prompt that is longer than the context, piece by piece -> forward passes"""
-        L, T = self.n_noised, self.cfg.seq_len
-        ends = range(T, n_known // L * L, max(L, T - L)) if self.is_cached else ()
-        for end in ends:
-            self.read_block(tokens[:, :end], None, tokens.new_zeros(0))
-        return len(ends)
-
-
 def read_row(model, tokens, is_mask, rows):
     """train_mdlm: log p (R, V) at flat positions rows (R,) of tokens (B, T)."""
     sigma = -torch.log1p(-is_mask.sum(1).clamp(min=1) / (tokens.size(1) + 1))
@@ -330,9 +312,10 @@ def read_row(model, tokens, is_mask, rows):
 
 
 # ----------------------------------------------------------------------------- samplers
-# All take known (B, T) int64 and is_known (B, T) bool. gen (CPU) seeds a generator for every row, so
-# that rows do not depend on their batch. warp changes the log-probabilities that tokens are drawn
-# from; watch(tokens (B, T), nfe) sees every pass. -> tokens (B, T), length (B,) of each row, number of forward passes
+# All take known (B, T) int64 and is_known (B, T) bool -> tokens (B, T), length (B,) of every row,
+# number of forward passes. gen (CPU) seeds a generator for each row, so that rows do not depend on
+# their batch. warp changes the log-probabilities that tokens are drawn from; watch(tokens (B, T),
+# nfe) sees every pass.
 def row_generators(gen, n_rows):
     seeds = [int(torch.randint(2**62, (), generator=gen)) for _ in range(n_rows)]
     return [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -360,15 +343,14 @@ def draw_tokens(log_probs, u):
 @torch.no_grad()
 def fill_blocks(model, cfg, known, is_known, *, kind, gen, steps=None, choose=None, warp=None,
                 watch=None, stop=None):
-    """Fill in the unknown positions, block after block. Masked diffusion (kind mdlm) is a block as
-    long as the row, with known tokens anywhere; gpt has blocks of one token.
+    """Fill in the unknown positions, block after block: train_block's (kind block), the whole row
+    (mdlm), or one token (gpt).
 
     steps=N: ancestral sampling on N equal steps of t (arXiv 2406.07524, eq. 6 with SUBS), each
     masked token drawn with probability (t - s) / t. steps=None: first-hitting (arXiv 2409.02908),
-    one uniformly random token a row and pass: as ancestral for N -> inf. Without a token to draw
-    there is no forward pass. choose (see orders, below) replaces both. stop=ID: a row ends where
-    that token stands in a finished block, unless it is its first or known; it is not counted in the
-    length, and the row is filled up with it."""
+    one uniformly random token a row and pass: as ancestral for N -> inf. choose (see orders, below)
+    replaces both. stop=ID: a row ends where that token stands in a finished block, unless it is its
+    first or known; it is not counted in the length, and the row is filled up with it."""
     (B, T), mask_id, device = known.shape, cfg.vocab_size, known.device
     L = cfg.block_len if kind == "block" else 1 if kind == "gpt" else T
     gens, passes, nfe = row_generators(gen, B), L if steps is None else steps, 0
@@ -378,14 +360,17 @@ def fill_blocks(model, cfg, known, is_known, *, kind, gen, steps=None, choose=No
     tokens = F.pad(torch.where(is_known, known, mask_id), (0, whole - T), value=mask_id)
     length = torch.full((B,), T, device=device)
     cache = Cache(model, cfg, whole)
-    read = dict(gpt=cache.read_token, block=cache.read_block, mdlm=functools.partial(read_row, model))
-    read = read[kind]
+    read = functools.partial(read_row, model) if kind == "mdlm" else cache.read_token
     if kind == "block":
-        nfe = cache.read_prompt(tokens, int(is_known.sum(1).min()))
+        read, known_len = cache.read_block, int(is_known.sum(1).min()) // L * L
+        # A prompt that is longer than the context enters the cache piece by piece.
+        for end in range(cfg.seq_len, cache.is_cached * known_len, max(L, cfg.seq_len - L)):
+            read(tokens[:, :end], None, tokens.new_zeros(0))
+            nfe += 1
     for start in range(0, whole, L):
         here = slice(start, start + L)
         if not (tokens[:, here] == mask_id).any():
-            uniforms(gens, passes, n_numbers, L)  # the numbers of later blocks do not depend on this one
+            uniforms(gens, passes, n_numbers, L)  # those of later blocks do not depend on this one
             continue
         psi = torch.full((B, L), math.inf, dtype=torch.float64)
         for i in range(passes):
@@ -457,24 +442,23 @@ def uniform_law(log_score, current, sigma, sigma_next, rate, warp):
 
 
 @torch.no_grad()
-def redraw_rows(model, cfg, known, is_known, *, total_noise, steps, gen, is_euler=False, warp=None,
-                watch=None, begins=None):
-    """train_sedd: steps=N passes (None: T), on N equal steps of t. Each draws every position anew by
+def redraw_rows(model, cfg, known, is_known, *, total_noise, gen, steps=None, is_euler=False,
+                warp=None, watch=None, begins=None):
+    """train_sedd: steps=N passes (None: T) on N equal steps of t. Each draws every position anew by
     Tweedie's law, the exact one of a position if it moved alone (arXiv 2310.16834, theorem 4.2);
     is_euler: by the rates at the step's start. The last pass denoises: all noise that is left goes
     in one step of Tweedie's. Under absorb a pass without a change needs no new forward pass. warp
     acts under absorb on what a mask becomes, not when; under uniform on the clean token that the
-    score implies, before the noise of that time. total_noise(t, cfg) -> sigma, dsigma/dt"""
+    score implies, before the noise of that time; begins {position: (V,) bool} says which tokens may
+    stand there. total_noise(t, cfg) -> sigma, dsigma/dt"""
     (B, T), V, device = known.shape, cfg.vocab_size, known.device
     where = "cpu" if device.type == "mps" else device  # MPS has no float64
     gens, passes = row_generators(gen, B), T if steps is None else steps
     is_absorb = cfg.graph == "absorb"
-    times = torch.arange(passes, 0, -1, dtype=torch.float64) / passes
-    sigmas, slopes = total_noise(times, cfg)
+    sigmas, slopes = total_noise(torch.arange(passes, 0, -1, dtype=torch.float64) / passes, cfg)
     sigmas = [*sigmas.tolist(), 0.0]
-    start = uniforms(gens, T)
-    start = V if is_absorb else (start * V).long().to(device)
-    tokens = torch.where(is_known, known, start)
+    start = (uniforms(gens, T) * V).long().to(device)
+    tokens = torch.where(is_known, known, V if is_absorb else start)
     nfe, is_changed = 0, True
     for i in range(passes):
         sigma, is_last = sigmas[i], i == passes - 1
@@ -546,12 +530,6 @@ def ordered(name, threshold=None):
     return choose
 
 
-def loop_alpha(t):
-    if t > LOOP_ON:
-        return LOOP_ALPHA * (1 - t) / (1 - LOOP_ON)
-    return LOOP_ALPHA if t > LOOP_OFF else 1 - (1 - LOOP_ALPHA) * t / LOOP_OFF
-
-
 def remasking(text):
     """Remasking diffusion (ReMDM, 2503.00307). A fixed token is masked again with probability sigma
     <= sigma_max = min(1, (1-alpha_s)/alpha_t), a masked one is fixed with probability
@@ -560,7 +538,13 @@ def remasking(text):
     eta sigma_max out over the fixed tokens by softmax(-psi)."""
     kind, _, eta = text.partition(":")
     eta = float(eta) if eta else REMASK_ETA[kind]
-    alpha = loop_alpha if kind == "loop" else lambda t: 1 - t
+
+    def alpha(t):
+        if kind != "loop":
+            return 1 - t
+        if t > LOOP_ON:
+            return LOOP_ALPHA * (1 - t) / (1 - LOOP_ON)
+        return LOOP_ALPHA if t > LOOP_OFF else 1 - (1 - LOOP_ALPHA) * t / LOOP_OFF
 
     def choose(log_probs, is_mask, *, step, steps, u, psi):
         device, is_mask = is_mask.device, is_mask.cpu()
@@ -617,17 +601,6 @@ WAYS = {  # how a kind of model writes, and the flags that it cannot take
     "sedd": ("all tokens in every pass, by its score", ("threshold", "remask", "refine"))}
 
 
-class Score(NamedTuple):
-    """A bound on -log p of a text, with the standard error over independent noise draws; or the
-    exact value, whose error is 0."""
-    nats: float
-    nats_stderr: float
-    bits_per_byte: float
-    bits_stderr: float
-    n_tokens: int
-    n_bytes: int
-
-
 class LM:
     """A trained model with its tokenizer. Made by load()."""
     def __init__(self, script, ckpt, path, opts):
@@ -642,9 +615,9 @@ class LM:
         self.net = self.model if is_cached else self.model.__call__
         with naming(f"--device={opts.device}"):
             self.device = script.pick_device(opts.device, 0)
-        wanted = self.cfg.dtype if self.device.type == "cuda" else "fp32"
-        wanted = wanted if opts.dtype == "auto" else opts.dtype
-        self.dtype = script.pick_dtype(wanted, self.device)
+        trained = self.cfg.dtype if self.device.type == "cuda" else "fp32"
+        name = trained if opts.dtype == "auto" else opts.dtype
+        self.dtype = script.pick_dtype(name, self.device)
         self.amp = functools.partial(torch.autocast, self.device.type, self.dtype,
                                      self.dtype != torch.float32)
         self.model.to(self.device)
@@ -679,25 +652,21 @@ class LM:
     def check_able(self, opts):
         """Refuse what this kind of model cannot do."""
         how, refused = WAYS[self.kind]
-        if self.kind != "gpt":
-            is_able = opts.order is None or (opts.order in SCORE_ORDERS) == (self.kind == "sedd")
-            refused = refused if is_able else ("order",)
+        is_score = opts.order in SCORE_ORDERS
+        if self.kind != "gpt" and opts.order and is_score != (self.kind == "sedd"):
+            refused = ("order",)
         for name in refused:
-            is_default = getattr(opts, name) == getattr(Options, name)
-            other = "train_sedd" if opts.order in SCORE_ORDERS else "train_mdlm"
-            check(is_default, name, getattr(opts, name), f"{self.name} writes {how}: drop the flag "
-                  f"or take a checkpoint of {other}")
+            value, other = getattr(opts, name), "train_sedd" if is_score else "train_mdlm"
+            check(value == getattr(Options, name), name, value, f"{self.name} writes {how}: drop "
+                  f"the flag or take a checkpoint of {other}")
 
     def describe(self, opts):
         """How it writes, in words, with what its samples are not."""
-        if self.kind in ("gpt", "sedd"):
-            return "left to right" if self.kind == "gpt" else opts.order or SCORE_ORDERS[0]
         words = f"remask {opts.remask}" if opts.remask else opts.order_name
-        words += "" if opts.threshold is None else f" threshold {opts.threshold:g}"
-        if opts.order_name in RANKS and (opts.order_name != "random" or opts.threshold is not None):
-            words += " (mode-seeking)"
-        words += f", refine {opts.refine:g}" if opts.refine else ""
-        return words + (f" in blocks of {self.block_len}" if self.block_len else "")
+        is_exact = opts.order_name not in RANKS or (opts.order, opts.threshold) == ("random", None)
+        words = words if is_exact else f"{words} (mode-seeking)"
+        words += f" in blocks of {self.block_len}" if self.block_len else ""
+        return {"gpt": "left to right", "sedd": opts.order or SCORE_ORDERS[0]}.get(self.kind, words)
 
     def canvas(self, opts):
         """A prompt, or a text with blanks, and the room behind it -> (known (T,) int64, is_known
@@ -715,12 +684,11 @@ class LM:
         check(fits, "blank", opts.blank, f"a number of tokens, or {len(texts) - 1} as in 8,16")
         tokens, begins = [], {}
         for text, n_new in zip(texts, [*blanks, 0] if is_infill else [0], strict=True):
+            allowed = None
             if n_new or not is_infill or opts.length:
-                text, space = self.tokenizer.split_space(text)
-                tokens += self.tokenizer.encode(text)
-                begins |= {len(tokens): self.tokenizer.beginning_with(space)} if space else {}
-            else:
-                tokens += self.tokenizer.encode(text)
+                text, allowed = self.tokenizer.split_space(text)
+            tokens += self.tokenizer.encode(text)
+            begins |= {} if allowed is None else {len(tokens): allowed}
             tokens += [None] * n_new
         n, limit = len(tokens), math.inf if self.block_len else self.cfg.seq_len
         least = n + (not is_infill or n in begins)
@@ -735,16 +703,17 @@ class LM:
 
     @torch.inference_mode()
     def batches(self, canvas, opts, watch=None, stops=True):
-        """Fill the canvas n times; yield (lists of tokens, number of forward passes) of as many rows
-        as fit in a batch. watch(tokens (B, T), nfe) sees every pass. stops: at the end of a
+        """Fill the canvas n times; yield (lists of tokens, number of forward passes) of as many
+        rows as fit in a batch. watch(tokens (B, T), nfe) sees every pass. stops: at the end of a
         document, where the model writes in order.
 
-        Sample i depends on (seed, i) alone. A token whose beginning is known is drawn first, so that
-        the others follow the conditional given it; a uniform score keeps to it in every pass."""
+        Sample i depends on (seed, i) alone. A token whose beginning is known is drawn first, so
+        that the others follow the conditional given it; a uniform score keeps to it in every pass.
+        """
         known, is_known = (x.to(self.device) for x in canvas[:2])
         begins = {at: allowed.to(self.device) for at, allowed in canvas[2].items()}
         firsts = {} if getattr(self.cfg, "graph", None) == "uniform" else begins
-        warp = make_warp(opts.temperature, opts.top_k, opts.top_p) or (lambda log_probs: log_probs)
+        warp = make_warp(opts.temperature, opts.top_k, opts.top_p)
         how = dict(begins=begins, stop=self.tokenizer.bos_id if stops else None)
         T, size = len(known), min(MAX_ROWS, self.batch_rows(min(len(known), self.cfg.seq_len)))
         # Streams of their own for refining and for those first tokens: all hand out a seed a row.
@@ -754,13 +723,14 @@ class LM:
             x, given = (t.repeat(min(size, opts.n - first), 1) for t in (known, is_known))
             with self.amp():
                 for at, allowed in firsts.items():
-                    end = at + 1 if self.kind in ("gpt", "block") else T  # what the token can see
-
                     def among(log_probs, allowed=allowed):
-                        return warp(log_probs.masked_fill(~allowed, -math.inf).log_softmax(-1))
+                        log_probs = log_probs.masked_fill(~allowed, -math.inf).log_softmax(-1)
+                        return log_probs if warp is None else warp(log_probs)
 
-                    one = self.fill(x[:, :end], given[:, :end], Options(steps=1), gens[2], among)
-                    x[:, at], given[:, at] = one[0][:, at], True
+                    end = at + 1 if self.kind in ("gpt", "block") else T  # of what the token sees
+                    there = x[:, :end], given[:, :end]
+                    drawn, *_ = self.fill(*there, Options(steps=1), gens[2], among)
+                    x[:, at], given[:, at] = drawn[:, at], True
                 tokens, length, nfe = self.fill(x, given, opts, gens[0], warp, watch, **how)
                 nfe += len(firsts)
                 if opts.refine > 0:
@@ -820,10 +790,11 @@ class LM:
 
     @torch.inference_mode()
     def score(self, text, draws=None, seed=0):
-        """Score of a text, cut into windows of seq_len tokens (the last may be shorter).
+        """-log p of a text, cut into windows of seq_len tokens (the last may be shorter): nats,
+        nats_stderr, bits_per_byte, bits_stderr, n_tokens, n_bytes.
 
-        A draw masks every window twice, as an antithetic pair; the draws are independent. gpt takes
-        one pass without noise, which is exact."""
+        A bound, with its standard error over independent draws of noise, each of which masks every
+        window twice, as an antithetic pair. gpt: one pass without noise, exact."""
         Options(draws=draws, seed=seed)  # checks their values
         is_exact = self.kind == "gpt"
         check(draws is None or not is_exact, "draws", draws, f"{self.name} needs no noise: drop it")
@@ -841,14 +812,16 @@ class LM:
                 noise = self.script.draw_noise(cfg, len(x0), gen, bound=True)
                 for rows in torch.arange(len(x0)).split(size):
                     piece = self.script.take_rows(noise, rows, self.device)
+                    batch = x0[rows].to(self.device)
                     with self.amp():
-                        nats = self.script.nelbo_fn(self.model, x0[rows].to(self.device), piece, cfg)
+                        nats = self.script.nelbo_fn(self.model, batch, piece, cfg)
                     totals[draw] += nats.double().sum().cpu() / n_copies
         nats = totals.mean().item()
         stderr = totals.std().item() / math.sqrt(n_draws) if n_draws > 1 else 0.0
         n_bytes = sum(len(self.tokenizer.table[i]) for i in tokens)
         bits = 1 / (math.log(2) * n_bytes)
-        return Score(nats, stderr, nats * bits, stderr * bits, len(tokens), n_bytes)
+        return SimpleNamespace(nats=nats, nats_stderr=stderr, bits_per_byte=nats * bits,
+                               bits_stderr=stderr * bits, n_tokens=len(tokens), n_bytes=n_bytes)
 
 
 # ----------------------------------------------------------------------------- loading
@@ -856,8 +829,7 @@ class LM:
 def naming(name):
     """Name the file or flag in whatever goes wrong inside: a checkpoint may hold anything."""
     try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
+        yield
     except Exception as e:
         line = str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
         raise SampleError(line if line.startswith(str(name)) else f"{name}: {line}") from None
@@ -878,8 +850,6 @@ def find_checkpoint(name=None):
     try:
         from huggingface_hub import hf_hub_download
         return Path(hf_hub_download(hub_name[1], hub_name[2]))
-    except ImportError:
-        raise SampleError(f"{name} needs: pip install huggingface_hub") from None
     except Exception as e:  # its errors share no base class across versions
         reason = str(e).strip().partition("\n")[0]
         raise SampleError(f"{name}: could not be downloaded: {reason}") from None
@@ -901,12 +871,12 @@ def load_script(path):
     return script
 
 
-def load(path=None, script=None, **how):
+def load(path=None, script=None, opts=None, **how):
     """LM from a checkpoint: PATH, its folder or hf:OWNER/REPO/FILE; None: the newest in out/.
 
     script: file of the training script, when it is not one beside this file. how: weights, device
     and dtype, as the flags."""
-    opts, path = Options(**how), find_checkpoint(path)
+    opts, path = opts or Options(**how), find_checkpoint(path)
     module = load_script(script or HERE / f"{SCRIPTS[0]}.py")
     with naming(path):
         ckpt = module.load_checkpoint(path)  # the same text in every script
@@ -938,11 +908,12 @@ def printable(text):
 
 
 def show(spans, stream):
-    """Print [(text, kind)]; a terminal gets no control characters, but styles, unless it is dumb."""
-    if stream.isatty():
-        kinds = STYLES if is_terminal(stream) else ()
-        spans = [(styled(printable(text), kind in kinds and kind), kind) for text, kind in spans]
-    print("".join(text for text, _ in spans), file=stream, flush=True)
+    """Print [(text, kind)]; a terminal gets styles, unless it is dumb, and no control codes."""
+    text = "".join(text for text, _ in spans)
+    if is_terminal(stream):
+        text = "".join(styled(printable(text), kind) for text, kind in spans)
+    print(printable(text) if stream.isatty() and not is_terminal(stream) else text, file=stream,
+          flush=True)
 
 
 def note(text):
@@ -1069,26 +1040,6 @@ MIN_COLUMN = 24  # cells, of a text beside another
 BAR = " │ "  # between the two
 
 
-def load_as(opts, path, script=None):
-    """The model of a path, as the flags want it."""
-    return load(path, script, weights=opts.weights, device=opts.device, dtype=opts.dtype)
-
-
-def load_racers(opts):
-    """The models of --ckpt and --race; what would make a race of unlike things is refused."""
-    paths = [find_checkpoint(path or None) for path in (opts.ckpt, *opts.race.split(","))]
-    is_new = len({os.path.realpath(path) for path in paths}) == len(paths)
-    check(is_new, "race", opts.race, "the same checkpoint twice: name another")
-    lms = [load_as(opts, path, opts.script if i == 0 else None) for i, path in enumerate(paths)]
-    for path, lm in zip(paths, lms, strict=True):
-        words = itertools.zip_longest(lms[0].tokenizer.table, lm.tokenizer.table, fillvalue=b"")
-        is_same = lms[0].tokenizer.bos_id == lm.tokenizer.bos_id and all(a == b for a, b in words)
-        check(is_same, "race", opts.race, f"the tokens of {path} are not those of {paths[0]}")
-        check(lm.where == lms[0].where, "dtype", opts.dtype, f"{path} runs in {lm.where}, "
-              f"{paths[0]} in {lms[0].where}: give fp32 or bf16")
-    return lms
-
-
 def replay(runs):
     """Draw the runs side by side in real time; the last picture stays, and is whole."""
     start, now, height = time.monotonic(), 0.0, 0
@@ -1106,9 +1057,10 @@ def replay(runs):
 
 
 def print_race(opts):
-    lms, none = load_racers(opts), {name: getattr(Options, name) for name in PASSES}
-    if all(lm.kind == "gpt" for lm in lms):
-        lms[0].check_able(opts)
+    scripts = [opts.script, *[None] * opts.race.count(","), None]
+    paths = [opts.ckpt, *opts.race.split(",")]
+    lms = [load(path, script, opts) for path, script in zip(paths, scripts, strict=True)]
+    none = {name: getattr(Options, name) for name in PASSES}
     length = min(len(lm.canvas(dataclasses.replace(opts, **none))[0]) for lm in lms)
     runs = [Run(lm, dataclasses.replace(opts, length=length, **(none if lm.kind == "gpt" else {})),
                 is_race=True) for lm in lms]
@@ -1135,7 +1087,7 @@ def text_of(opts, flag):
         path = text
     if path is None:
         is_file = text is not None and FILE_NAME.fullmatch(text)
-        check(not is_file, flag, text, f"no such file; as a text, put it in one: --{flag}_file=PATH")
+        check(not is_file, flag, text, f"no such file; for a text like that, --{flag}_file=PATH")
         return text, "the text given"
     try:
         with open(path, "rb") as file:
@@ -1150,21 +1102,18 @@ def text_of(opts, flag):
 
 
 def print_score(lm, opts, what):
-    note(lm.summary)
     score = lm.score(opts.score, opts.draws, opts.seed)
-    is_exact = lm.kind == "gpt"
-    nats = "= {:.2f}" if is_exact else "<= {:.2f} +- {:.2f}"
-    bits = "{:.4f}" if is_exact else "{:.4f} +- {:.4f}"
-    noise = f"{opts.draws or DEFAULT_DRAWS} noise draws, seed {opts.seed}"
-    print(f"-log p {nats.format(score.nats, score.nats_stderr)} nats, "
-          f"{bits.format(score.bits_per_byte, score.bits_stderr)} bits per byte ({what}: "
-          f"{score.n_tokens} tokens, {score.n_bytes} bytes; {'exact' if is_exact else noise}, "
-          f"{lm.where})")
+    nats, bits = f"= {score.nats:.2f}", f"{score.bits_per_byte:.4f}"
+    noise = "exact"
+    if lm.kind != "gpt":
+        nats, bits = f"<{nats} +- {score.nats_stderr:.2f}", f"{bits} +- {score.bits_stderr:.4f}"
+        noise = f"{opts.draws or DEFAULT_DRAWS} noise draws, seed {opts.seed}"
+    print(f"-log p {nats} nats, {bits} bits per byte ({what}: {score.n_tokens} tokens, "
+          f"{score.n_bytes} bytes; {noise}, {lm.where})")
 
 
 def print_samples(lm, opts):
     run = Run(lm, opts)
-    note(lm.summary)
     for row in run.rows():
         kinds = ["known" if is_known else None for is_known in run.is_known[:len(row)]]
         spans = lm.tokenizer.spans(row, kinds)
@@ -1188,10 +1137,13 @@ def main(argv):
         check(opts.draws is None or "score" in modes, "draws", opts.draws, "goes with --score")
         if opts.race is not None:
             print_race(opts)
-        elif text is not None:
-            print_score(load_as(opts, opts.ckpt, opts.script), opts, what)
         else:
-            print_samples(load_as(opts, opts.ckpt, opts.script), opts)
+            lm = load(opts.ckpt, opts.script, opts)
+            note(lm.summary)
+            if text is None:
+                print_samples(lm, opts)
+            else:
+                print_score(lm, opts, what)
         sys.stdout.flush()
     except (SampleError, OSError, MemoryError, torch.OutOfMemoryError) as e:
         is_pipe = isinstance(e, BrokenPipeError)  # as in "sample.py | head"
