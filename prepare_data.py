@@ -5,6 +5,7 @@
     python prepare_data.py finewebedu10B --max_tokens=900_000_000    # published GPT-2 shards
     python prepare_data.py tinystories|pg19|finewebedu|openwebtext [--max_tokens=N]    # streamed
     python prepare_data.py files --input=PATH... [--val_input=PATH...] --tokenizer=gpt2
+    python prepare_data.py meta FOLDER             # meta.json for published shards that lack it
 
 PATH is a file, a folder or a glob: .txt is one document, .jsonl one JSON object a line with the
 text in the field --text_key; both also as .gz and .xz. Tokenizers: byte, gpt2, bpe:N (trained on
@@ -1107,15 +1108,34 @@ def build(cfg, folder, still_ours):
         totals, finished, counts = tokenize(cfg, parts, tokenizer, folder, state, still_ours)
     shards = {name: {key: finished[name][key] for key in ("tokens", "bytes", "sha256")}
               for name in sorted(finished)}
+    meta = dict(name=cfg.name, source=source, splits=totals, shards=shards, settings=settings)
+    return meta | describe(tokenizer), counts
+
+
+def describe(tokenizer):
+    """What meta.json says of the tokens."""
     bpe, spelling = tokenizer.bpe, None
     if bpe:  # bytes as the characters U+0000 to U+00FF; the document start spells nothing
         by_rank = sorted(tokenizer.ranks, key=tokenizer.ranks.get)
         spelling = [token.decode("latin-1") for token in by_rank] + [""]
-    return {"format": 1, "name": cfg.name, "source": source, "tokenizer": cfg.tokenizer,
-            "vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id,
-            "pattern": bpe._pat_str if bpe else None, "token_bytes": spelling,
-            "byte_length": tokenizer.byte_length.tolist(), "splits": totals, "shards": shards,
-            "settings": settings}, counts
+    return {"format": 1, "tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size,
+            "bos_id": tokenizer.bos_id, "pattern": GPT2_PATTERN if bpe else None,
+            "token_bytes": spelling, "byte_length": tokenizer.byte_length.tolist()}
+
+
+def describe_published(folder):
+    """meta.json for shards that come without: uint16 tokens are GPT-2's, uint8 ones are bytes."""
+    paths = sorted(folder.glob("*.bin"))
+    if not paths:
+        fail(f"meta {folder}: no .bin file in it")
+    header = np.fromfile(paths[0], "<i4", 256)
+    if header.size < 256 or header[0] != MAGIC:
+        fail(f"{paths[0]}: not a token shard")
+    tokenizer = Tokenizer("byte") if header[3] == 1 else gpt2_tokenizer()
+    write_json(folder / "meta.json", {"name": folder.name, "source": "published shards",
+                                      "splits": {}, "shards": {}} | describe(tokenizer))
+    say(f"{folder / 'meta.json'}: {tokenizer.name} tokens; next: python train_mdlm.py "
+        f"--data={folder}")
 
 
 def stop(number, frame):
@@ -1125,6 +1145,9 @@ def stop(number, frame):
 def main(argv):
     if argv[:1] in (["-h"], ["--help"]):
         say(__doc__.strip())
+        return
+    if argv[:1] == ["meta"] and len(argv) == 2:
+        describe_published(Path(argv[1]))
         return
     cfg = parse(argv)
     stops = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1")

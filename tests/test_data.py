@@ -490,3 +490,19 @@ def test_missing_library_is_named(tmp_path):
     run = start("stdlib", f"--out={tmp_path / 'out'}", "--tokenizer=bpe:400",
                 env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert "pip install tokenizers" in run.communicate(timeout=30)[1] and run.returncode == 2
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_published_shards_get_the_meta_json_that_they_lack(width, tmp_path, monkeypatch, capsys):
+    header = np.zeros(256, "<i4")
+    header[:4] = 20240520, 1, 100, 0 if width == 2 else 1
+    dtype = "<u2" if width == 2 else np.uint8
+    path = tmp_path / "corpus_train.bin"
+    path.write_bytes(header.tobytes() + np.arange(100).astype(dtype).tobytes())
+    monkeypatch.setattr(prepare_data, "gpt2_tokenizer", lambda: prepare_data.bpe_tokenizer(
+        "gpt2", {bytes([i]): i for i in range(256)}))
+    prepare_data.main(["meta", str(tmp_path)])
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    assert meta["tokenizer"] == ("gpt2" if width == 2 else "byte")
+    assert len(meta["byte_length"]) == meta["vocab_size"]
+    assert meta["pattern"] == (prepare_data.GPT2_PATTERN if width == 2 else None)
