@@ -2,36 +2,36 @@
 
     python prepare_data.py stdlib                  # this Python's own source code; no network
     python prepare_data.py shakespeare             # Tiny Shakespeare, 1.1 MB
-    python prepare_data.py finewebedu10B --max_tokens=900_000_000    # published GPT-2 shards
     python prepare_data.py tinystories|pg19|finewebedu|openwebtext [--max_tokens=N]    # streamed
+    python prepare_data.py hf:OWNER/NAME [--config=C] [--split=S] [--text_key=FIELD]   # streamed
     python prepare_data.py files --input=PATH... [--val_input=PATH...] --tokenizer=gpt2
+    python prepare_data.py finewebedu10B --max_tokens=900_000_000    # published GPT-2 shards
+    python prepare_data.py meta FOLDER             # write the meta.json that such shards lack
 
-PATH is a file, a folder or a glob: .txt is one document, .jsonl one JSON object a line with the
-text in the field --text_key; both also as .gz and .xz. Tokenizers: byte, gpt2, bpe:N (trained on
-the corpus). Other flags: --out=FOLDER (data/NAME), --test_input, --max_tokens (of training text),
+PATH is a file, a folder, a glob, or - for standard input; --glob='**/*.py' picks files of a folder.
+What a file holds is told by its content: gz, xz, bz2, zst and zip are unpacked; rows of JSON, csv,
+parquet and arrow give their field --text_key (a.b is b in a); all else is text, one document or
+many (--split_on=line, blank, or a separator such as '<|endoftext|>'). --kind=text|json|csv
+overrides that, --encoding reads what is not UTF-8. Tokenizers: byte, gpt2, bpe:N (trained on the
+corpus), or the PATH of a prepared folder, a checkpoint, or a tokenizer.json with byte-level BPE.
+Other flags: --out=FOLDER (data/NAME), --test_input, --max_tokens (of training text),
 --shard_tokens, --workers.
 
 A shard is the llm.c format: 256 little-endian int32 ([0] 20240520, [1] 1, [2] tokens, [3] bytes
 per token, [4] vocab size), then uint8 or uint16 tokens. meta.json, written last, makes a folder
 complete. A document starts with bos_id, which stands nowhere else: text that spells <|endoftext|>
-stays text. NUL and a byte order mark at the start of a file are removed, bytes that are not UTF-8
-become U+FFFD, under every tokenizer alike; all of this is counted and reported. Line ends stay.
-
-Validation is the source's own, or --val_input, or the documents of lowest hash up to 2% of the
-text; a corpus of fewer than 20 documents gives its last 10%. Long documents are cut where the
-pre-tokenizer splits anyway, so the tokens are those of the whole (64K characters without such a
-place are cut all the same). The same command after Ctrl-C, SIGTERM, kill -9 or a full disk goes on,
-and gives the same bytes. One process at a time works on a folder; inputs must not change meanwhile.
+stays text. Validation is the source's own, or --val_input, or the documents of lowest hash up to 2%
+of the text; a corpus of fewer than 20 documents gives its last 10%. What is removed, replaced or
+left out is counted and reported. The same command after Ctrl-C, kill -9 or a full disk goes on, and
+gives the same bytes.
 """
-import bisect
+import codecs
 import contextlib
+import csv
 import dataclasses
 import difflib
-import fnmatch
 import glob
-import gzip
 import hashlib
-import importlib
 import io
 import itertools
 import json
@@ -39,18 +39,20 @@ import lzma
 import math
 import os
 import re
-import signal
-import stat
+import shlex
+import shutil
 import sys
 import sysconfig
-import time
+import tempfile
 import urllib.request
-import zlib
-from collections import Counter, deque
+import zipfile
+from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+from tqdm import tqdm
 
 try:
     import fcntl
@@ -58,72 +60,79 @@ except ImportError:  # Windows: no lock, everything else works
     fcntl = None
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
-BLOCK_BYTES = 1 << 20  # one read of a file
 PIECE_CHARS = 1 << 19  # longest text tokenized in one go, and size of a batch of short ones
 CUT_CHARS = 1 << 16  # how far back from there a safe place to cut is looked for
 HASH_CHARS = 1 << 16  # a document's split depends on its start, since the rest may not be read yet
-MAX_LINE = 1 << 25  # longest .jsonl line in bytes: it is parsed whole
-MAX_JSON = 1 << 26  # longest file of our own that is read back, in bytes
-MAX_WORKERS = 256
+MAX_ROW = 1 << 26  # longest line of JSON, csv field or separated document: it is held whole
+MAX_LOSS = 0.01  # a text of which more characters cannot be decoded is refused
 BPE_CHARS = 50_000_000  # a BPE is trained on this much of the training text, from the start
 FEW_DOCUMENTS, TAIL = 20, 0.1
 VAL_FRACTION, SCAN_DOCUMENTS = 0.02, 2000  # the hash that gives 2% is found on the first 2,000
-SAVE_SECONDS = 2.0  # the most work that a kill can lose
-STATE = "state.json"
-SHARD = re.compile(r"(train|val|test)_[0-9]{6}\.bin")
-LAST_SHARD = 99_999
+GROUP = 16  # pieces a thread between two saved positions, which is the most that a kill can lose
+SEPARATORS = {"line": r"\r?\n", "blank": r"\r?\n(?:[ \t]*\r?\n)+"}
+SMALL_CORPUS = 50_000_000  # tokens; a larger one is trained on without a preset
+STATE = "state.json"  # of an unfinished run
+READABLE = re.compile(r".*\.(txt|md|py|jsonl?|ndjson|csv|tsv|parquet|arrow)"
+                      r"(\.(gz|xz|zst|bz2|zip))?", re.I)
+NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 BOS_TEXT = "<|endoftext|>"
+BOS_TEXTS = (BOS_TEXT, "<|begin_of_text|>", "<s>", "<bos>", "</s>", "<eos>")
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+TOKENIZER_KEYS = ("tokenizer", "vocab_size", "bos_id", "pattern", "token_bytes", "byte_length")
 SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
                "input.txt")
-SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 PUBLISHED, PUBLISHED_SHARDS, PUBLISHED_TOKENS = "kjj0/finewebedu10B-gpt2", 99, 100_000_000
-# NAME -> data set, its parquet files by split (None: it has no splits), tokenizer
-OWN_SPLITS = {"val": "*validation*", "test": "*test*", "train": "*train*"}
-HUB = {
-    "tinystories": ("roneneldan/TinyStories", OWN_SPLITS, "bpe:8192"),
-    "pg19": ("emozilla/pg19", OWN_SPLITS, "byte"),
-    "finewebedu": ("HuggingFaceFW/fineweb-edu", {None: "sample/10BT/*"}, "gpt2"),
-    "openwebtext": ("Skylion007/openwebtext", {None: "*train*"}, "gpt2"),
+HUB = {  # NAME -> data set, configuration, tokenizer
+    "tinystories": ("roneneldan/TinyStories", "", "bpe:8192"),
+    "pg19": ("emozilla/pg19", "", "byte"),
+    "finewebedu": ("HuggingFaceFW/fineweb-edu", "sample-10BT", "gpt2"),
+    "openwebtext": ("Skylion007/openwebtext", "", "gpt2"),
 }
-NAMES = ("stdlib", "shakespeare", *HUB, "finewebedu10B", "files")
+SPLITS = {"test": "test", "validation": "val", "valid": "val", "val": "val", "dev": "val",
+          "train": "train"}
+NAMES = ("stdlib", "shakespeare", *HUB, "hf:OWNER/NAME", "files", "finewebedu10B", "meta")
+
+# A file of a corpus. split: None if the corpus's rule decides; stamp: tells a changed file; held:
+# the rows of a file on the hub, the temporary file of standard input.
+Part = namedtuple("Part", "path split stamp held", defaults=[None])
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    name: str = ""  # the source
-    input: tuple = ()  # files: paths, folders, globs
+    name: tuple = ()  # the source; meta FOLDER has two words
+    input: tuple = ()  # files: paths, folders, globs, or - for standard input
     val_input: tuple = ()  # validation text, instead of a share of the corpus
     test_input: tuple = ()  # test text
-    tokenizer: str = ""  # byte, gpt2 or bpe:N; "" = the source's usual one
+    glob: str = ""  # files of a folder to read, as in **/*.py; "" = those named as text or rows
+    kind: str = ""  # text, json or csv, instead of what the content looks like
+    encoding: str = ""  # of text, JSON and csv; "" = UTF-8, or UTF-16 after its mark
+    split_on: str = ""  # documents of a text: line, blank, or a separator; "" = one document
+    text_key: str = "text"  # field of a row that holds the text
+    config: str = ""  # hf: configuration of the data set
+    split: str = ""  # hf: the only split to read
+    tokenizer: str = ""  # byte, gpt2, bpe:N or a path; "" = the source's usual one
     out: str = ""  # folder to write; "" = data/NAME
     max_tokens: int = 0  # training tokens to keep; 0 = all
     shard_tokens: int = 100_000_000  # tokens in a shard
-    workers: int = 0  # tokenizing threads, at most 256; 0 = one a core
-    text_key: str = "text"  # field of a .jsonl line
-
-
-def say(text, stream=None, end="\n"):
-    """Print; a reader that goes away (| head) or a full disk there does not stop a run."""
-    stream = stream or sys.stdout
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    try:
-        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, end=end,
-              flush=True)
-    except OSError:  # what follows goes nowhere, the rest of the buffer at exit included
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), stream.fileno())
-
-
-def note(text, end="\n"):
-    say(text, sys.stderr, end)
+    workers: int = 0  # tokenizing threads; 0 = one a core
 
 
 def fail(message):
     """A user's mistake: one line, exit status 2."""
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message[:2000])
-    note(f"prepare_data.py: {line}")
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message[:1000])
+    print(f"prepare_data.py: {line}", file=sys.stderr)
     raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def doing(what, remedy):
+    """Whatever goes wrong inside becomes one line that says what to do."""
+    try:
+        yield
+    except ImportError as error:
+        fail(f"{what}: needs a package: pip install {error.name}")
+    except Exception as error:
+        fail(f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}; {remedy}")
 
 
 def near(word, choices):
@@ -134,326 +143,271 @@ def near(word, choices):
 def parse(argv):
     """Command line -> Config."""
     default = {f.name: f.default for f in dataclasses.fields(Config)}
-    flags = [f"--{name}" for name in default if name != "name"]
-    values, last = {}, None
+    values, key = {}, "name"
     for arg in argv:
-        flag, equals, value = arg.partition("=")
-        if not arg or not arg.isprintable():
-            fail(f"{arg or 'an argument'}: empty, or with characters that do not print; give the "
-                 "folder of files so named")
-        if not arg.startswith("-"):
-            if last and isinstance(default[last], tuple):  # --input=A B C
-                values[last] += (arg,)
-                continue
-            if "name" in values:
-                fail(f"{arg}: one source at a time, and flags are written --key=value")
-            if arg not in NAMES:
-                fail(f"{arg}: unknown source{near(arg, NAMES)}; one of {', '.join(NAMES)}")
-            values["name"] = arg
-            continue
-        if flag not in flags:
-            fail(f"{flag}: unknown flag{near(flag, flags)}; --help lists them")
-        last = flag[2:]
-        if not value:
-            fail(f"{flag}: no value; write {flag}=VALUE")
-        if last in values:
-            fail(f"{flag}: given twice")
-        if isinstance(default[last], int):
-            number = value if re.fullmatch("[0-9]+(_[0-9]+)*", value) and len(value) < 99 else 0
-            value = int(number)
-            if not 0 < value < 10**18:
-                fail(f"{arg}: not a whole number above 0 (and below 10^18)")
-        values[last] = (value,) if isinstance(default[last], tuple) else value
-    if "name" not in values:
-        fail(f"no source given; one of {', '.join(NAMES)}")
-    name = values["name"]
-    usual = {"finewebedu10B": "gpt2"} | {key: hub[2] for key, hub in HUB.items()}
-    cfg = Config(**{"tokenizer": usual.get(name, "byte"), "out": f"data/{name}", **values})
-    if name == "files" and not cfg.input:
-        fail("files: say which with --input=PATH")
-    if name != "files" and cfg.input:
-        fail(f"--input: goes with files, not with {name}")
-    if name == "finewebedu10B":
-        if cfg.tokenizer != "gpt2":
-            fail("--tokenizer: finewebedu10B is published in gpt2 tokens; the text is finewebedu")
-        if values.keys() - {"name", "tokenizer", "out", "max_tokens"}:
-            fail("finewebedu10B: only --out and --max_tokens apply; its shards stay as published")
-    bpe = re.fullmatch(r"bpe:([1-9][0-9]{0,9})", cfg.tokenizer)
-    if not bpe and cfg.tokenizer not in ("byte", "gpt2"):
-        fail(f"--tokenizer={cfg.tokenizer}: unknown; byte, gpt2 or bpe:N, as in bpe:8192")
-    if bpe and not 257 <= int(bpe[1]) <= 65536:
-        fail(f"--tokenizer={cfg.tokenizer}: N must be from 257 (256 bytes and a document start) "
-             "to 65536 (tokens are uint16)")
-    if cfg.shard_tokens >= 2**31:
-        fail(f"--shard_tokens={cfg.shard_tokens}: a shard's header counts to {2**31 - 1}")
-    if cfg.workers > MAX_WORKERS:
-        fail(f"--workers={cfg.workers}: at most {MAX_WORKERS}; one a core is best")
-    return cfg
+        flag, _, value = arg.partition("=") if arg.startswith("--") else ("", "", arg)
+        key = flag[2:] or key
+        if key not in default or flag == "--name":
+            fail(f"{flag}: unknown flag{near(flag[2:], default)}; --help lists them")
+        kind = type(default[key])
+        if not value or key in values and (flag or kind is not tuple):
+            fail(f"{arg}: write flags once and with a value, --key=VALUE; the source comes first")
+        if kind is int:
+            value = int(value) if re.fullmatch(r"\d+(_\d+)*", value) else 0
+            if not 0 < value < 2**62:
+                fail(f"{arg}: not a whole number above 0, or too large")
+        values[key] = (*values.get(key, ()), value) if kind is tuple else value
+    cfg = Config(**values)
+    name, *rest = cfg.name or ("no source",)
+    if name not in NAMES and not re.fullmatch("hf:[^/]+/[^/]+", name):
+        fail(f"{name}: unknown source{near(name, NAMES)}; one of {', '.join(NAMES)}")
+    if len(rest) != (name == "meta") or bool(cfg.input) != (name == "files"):
+        fail(f"{' '.join(cfg.name)}: a source is one word; only meta FOLDER has two, and files, "
+             "which needs it, has --input=PATH")
+    if cfg.kind not in ("", "text", "json", "csv"):
+        fail(f"--kind={cfg.kind}: is one of text, json and csv")
+    usual = HUB[name][2] if name in HUB else "" if name in ("meta", "finewebedu10B") else "byte"
+    out = rest[0] if rest else cfg.out or f"data/{name.removeprefix('hf:').split('/')[-1]}"
+    return dataclasses.replace(cfg, name=name, tokenizer=cfg.tokenizer or usual, out=out)
 
 
-def library(module, need):
-    """Import an optional package where it is used."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        fail(f"{need} needs the package {module}: pip install {module}")
+def is_hidden(path):
+    return any(name.startswith((".", "__MACOSX")) for name in Path(path).parts)
 
 
-# ---- sources: a corpus is a list of parts, a part is a file that holds one document or many
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    path: str
-    kind: str  # text (the file is one document), jsonl, or hub (a parquet file on the hub)
-    split: str | None  # None: decided by the corpus's rule
-    size: int  # bytes as stored
-    stamp: str  # tells a changed file: its time in ns, or the hub's revision
-
-
-def local_part(path, split=None):
-    name = re.sub(r"\.(gz|xz)$", "", path.name.lower())
-    if name.endswith((".json", ".parquet", ".zip", ".bin", ".zst", ".bz2", ".tar", ".tgz", ".pdf")):
-        fail(f"{path}: cannot be read; give .txt or .jsonl, plain or as .gz or .xz")
-    try:
-        about = path.stat()
-        if not stat.S_ISREG(about.st_mode):  # a pipe could not be read twice
-            fail(f"{path}: not a regular file; write the text to one")
-        path.open("rb").close()
-    except OSError as error:
-        fail(f"{path}: {error.strerror}")
-    kind = "jsonl" if name.endswith((".jsonl", ".ndjson")) else "text"
-    return Part(str(path), kind, split, about.st_size, str(about.st_mtime_ns))
-
-
-def local_parts(flag, given, split=None):
+def local_parts(given, split=None, pattern=""):
     """Paths, folders and globs in the order given, the files of a folder by name."""
-    found = []
+    found = {}
     for item in given:
-        path = Path(os.path.expanduser(item))
+        path = Path(item).expanduser()
+        if item == "-" or path.is_fifo():  # a pipe could not be read twice
+            spool = tempfile.NamedTemporaryFile()
+            with open(0 if item == "-" else path, "rb", closefd=item != "-") as pipe:
+                shutil.copyfileobj(pipe, spool)
+            spool.seek(0)
+            stamp = hashlib.file_digest(spool, "sha256").hexdigest()
+            found[spool] = Part(spool.name, split, stamp, spool)
+            continue
+        files = [path] if path.exists() else map(Path, glob.glob(str(path), recursive=True))
         if path.is_dir():
-            files = sorted(p for p in path.rglob("[!.]*") if p.is_file()
-                           and re.search(r"\.(txt|jsonl)(\.gz|\.xz)?$", p.name.lower()))
-        else:
-            files = [path] if path.exists() else sorted(
-                p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
+            files = [p for p in path.glob(pattern or "**/*") if not is_hidden(p.relative_to(path))
+                     and (pattern or READABLE.fullmatch(p.name))]
+        files = sorted(p for p in files if p.is_file())
         if not files:
-            fail(f"--{flag}={item}: no such file, or no .txt or .jsonl (.gz, .xz) in the folder")
-        found += files
-    return [local_part(path, split) for path in {p.resolve(): p for p in found}.values()]
+            fail(f"{item}: no such file, or nothing to read in that folder; name files, or pick "
+                 "some of a folder with --glob='**/*.txt'")
+        for path in files:
+            about = path.stat()
+            stamp = f"{path.name} {about.st_size} {about.st_mtime_ns}"
+            found[path.resolve()] = Part(str(path), split, stamp)
+    return list(found.values())
 
 
-def stdlib_parts():
-    """Python files of the interpreter's library, less the tests, which some systems leave out."""
-    root = Path(sysconfig.get_path("stdlib"))
-    skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    files = sorted(p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts))
-    if not files:
-        fail(f"stdlib: no .py file in {root}; use files --input=PATH")
-    return [local_part(path) for path in files]
+def hub_parts(cfg):
+    """Files of a data set, pinned to a revision so that a resumed run reads the same."""
+    import datasets
+    import huggingface_hub
+    repo, config, _ = HUB.get(cfg.name, (cfg.name.removeprefix("hf:"), cfg.config, ""))
+    # A folder of that name is read as the hub would read it.
+    revision = None if os.path.isdir(repo) else huggingface_hub.HfApi().dataset_info(repo).sha
+    found = datasets.load_dataset(repo, config or None, revision=revision, streaming=True)
+    chosen = {cfg.split: None} if cfg.split else {n: SPLITS[n] for n in found if n in SPLITS}
+    if not cfg.split and "val" not in chosen.values():
+        chosen["train"] = None
+    if not set(chosen) <= set(found):
+        fail(f"{cfg.name}: has no split {cfg.split or 'train'}; name one by --split: "
+             f"{', '.join(found)}")
+    return [Part(f"hf:{repo} {name} {i}", split, f"{revision} {name} {i}",
+                 found[name].shard(found[name].num_shards, i))
+            for name, split in chosen.items() for i in range(found[name].num_shards)]
 
 
-def shakespeare_parts(folder):
-    path = folder / "tinyshakespeare.txt"
-    if not path.exists():
-        remedy = "fetch it by other means and run: prepare_data.py files --input=PATH"
+def corpus(cfg, folder):
+    """-> parts, held-out ones first."""
+    remedy = "the same command tries again, or fetch the text by other means and use files"
+    if cfg.name == "files":
+        parts = local_parts(cfg.input, None, cfg.glob)
+    elif cfg.name == "stdlib":  # less the tests, which some systems leave out
+        root = Path(sysconfig.get_path("stdlib"))
+        parts = local_parts(path for path in sorted(root.rglob("*.py"))
+                            if not NOT_STDLIB & set(path.relative_to(root).parts))
+    elif cfg.name == "shakespeare":
+        path = folder / "tinyshakespeare.txt"
+        with doing(f"shakespeare: {SHAKESPEARE}", remedy):
+            if not path.exists():
+                with urllib.request.urlopen(SHAKESPEARE, timeout=30) as reply:
+                    write_atomically(path, reply.read())
+        parts = local_parts([path])
+    else:
+        with doing(f"{cfg.name}: the Hugging Face hub", remedy):
+            parts = hub_parts(cfg)
+    for split, given in ("val", cfg.val_input), ("test", cfg.test_input):
+        own = local_parts(given, split)
+        parts = own + [part for part in parts if not own or part.split != split]
+    if cfg.val_input:
+        parts = [part._replace(split=part.split or "train") for part in parts]
+    return sorted(parts, key=lambda part: {"test": 0, "val": 1}.get(part.split, 2))
+
+
+def digest(parts):
+    return hashlib.sha256(json.dumps([(p.stamp, p.split) for p in parts]).encode()).hexdigest()
+
+
+def unpack(name, file):
+    """(name, stream) of a file, or of all that is packed in it."""
+    file = io.BufferedReader(file, 1 << 20)
+    head = file.peek(8)
+    packed = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz"}
+    codec = next((packed[magic] for magic in packed if head.startswith(magic)), None)
+    if codec:
+        stream = lzma.open(file) if codec == "xz" else pyarrow.CompressedInputStream(file, codec)
+        yield from unpack(re.sub(r"\.\w+$", "", name), stream)
+    elif head.startswith(b"PK\3\4"):
+        with zipfile.ZipFile(file) as archive:
+            names = [n for n in archive.namelist() if not is_hidden(n) and not n.endswith("/")]
+            if {"mimetype", "[Content_Types].xml"} & set(names):
+                fail(f"{name}: an e-book or an Office document; save it as text")
+            for member in [n for n in names if READABLE.fullmatch(n)] or names:
+                with archive.open(member) as inner:
+                    yield from unpack(f"{name}/{member}", inner)
+    else:
+        yield name, file
+
+
+def kind_of(name, start, text_key):
+    """What a text is by its name and its start: json, csv, html or text."""
+    line = start.lstrip().partition("\n")[0].strip()
+    if re.search(r"\.(jsonl?|ndjson)$", name, re.I):
+        return "json"
+    columns = re.split("[,;\t]", line)
+    if re.search(r"\.[ct]sv$", name, re.I) or len(columns) > 1 and text_key in columns:
+        return "csv"
+    if re.match(r"<(!doctype|html|head|body|\?xml)\b", line, re.I):
+        return "html"
+    with contextlib.suppress(ValueError, RecursionError):
+        row = json.JSONDecoder().raw_decode(start.lstrip("[ \t\r\n"))[0]
+        return "json" if row and isinstance(row, dict) else "text"
+    return "text"
+
+
+def json_rows(name, blocks):
+    """Rows of JSON, one a line or in an array, parsed as they come."""
+    decoder, between = json.JSONDecoder(parse_int=float), re.compile(r"[\s,\[\]]*")
+    text, at, n_lines = "", 0, 1
+    while True:
+        at = between.match(text, at).end()
         try:
-            with urllib.request.urlopen(SHAKESPEARE, timeout=30) as reply:
-                data = reply.read()
-        except OSError as error:
-            fail(f"shakespeare: {SHAKESPEARE} could not be fetched ({error}); {remedy}")
-        if hashlib.sha256(data).hexdigest() != SHAKESPEARE_SHA256:
-            fail(f"shakespeare: {SHAKESPEARE} holds another text ({len(data)} bytes); {remedy}")
-        write_atomically(path, data)
-    return [local_part(path)]
-
-
-@contextlib.contextmanager
-def hub_errors(what):
-    """One line for whatever the hub's libraries raise: their own errors, httpx's, the system's."""
-    try:
-        yield
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0][:120]
-        fail(f"{what}: the Hugging Face hub could not be read ({type(error).__name__}: {reason}); "
-             "the same command tries again, files --input=PATH takes text fetched by other means")
-
-
-def hub_parts(name):
-    """Parquet files of a data set, pinned to a revision so that a resumed run reads the same."""
-    repo, patterns, _ = HUB[name]
-    library("datasets", name)
-    api = library("huggingface_hub", name).HfApi()
-    for revision in (None, "refs/convert/parquet"):  # as published, else the hub's own conversion
-        with hub_errors(name):
-            info = api.dataset_info(repo, revision=revision, files_metadata=True)
-        files = sorted((f for f in info.siblings if f.rfilename.endswith(".parquet")),
-                       key=lambda f: f.rfilename)
-        parts = [Part(f"hf://datasets/{repo}@{info.sha}/{f.rfilename}", "hub", split, f.size or 1,
-                      info.sha)
-                 for split, pattern in patterns.items() for f in files
-                 if fnmatch.fnmatch(f.rfilename, pattern)]
-        if parts:
-            return parts
-    fail(f"{name}: {repo} has no parquet files; fetch the text and use files --input=PATH")
-
-
-def hub_texts(builder, path, key):
-    """Texts of one file, streamed: nothing is kept on disk."""
-    datasets = library("datasets", path)
-    rows = datasets.load_dataset(builder, data_files=[path], split="train", streaming=True)
-    for row in rows.select_columns([key]):
-        yield row[key]
-
-
-class Reader:
-    """Reads parts as blocks (first, text, UTF-8 bytes); `first` marks the start of a document."""
-    def __init__(self, parts, text_key, counts=None):
-        self.parts, self.text_key, self.file, self.index = parts, text_key, None, 0
-        self.before = list(itertools.accumulate((p.size for p in parts), initial=0))
-        self.counts = Counter(counts)  # what was odd; tail_bytes: where the tail rule stands
-
-    def fraction(self):
-        """Share of the stored bytes that have been read."""
-        here = self.file.tell() if self.file and not self.file.closed else 0
-        return (self.before[self.index] + here) / max(1, self.before[-1])
-
-    def check(self, path=None):
-        """The file at hand is the one that the run began with, or else shards would mix texts."""
-        if path or self.file and not self.file.closed:
-            about, part = os.stat(path or self.file.fileno()), self.parts[self.index]
-            if (about.st_size, str(about.st_mtime_ns)) != (part.size, part.stamp):
-                fail(f"{part.path}: changed in mid-run; start again with another --out once "
-                     "nothing writes to it")
-
-    def read(self, index):
-        part, self.index, self.file = self.parts[index], index, None
-        if part.kind == "hub":
-            with hub_errors(part.path):
-                yield from self.whole(hub_texts("parquet", part.path, "text"), part.path)
-            return
-        try:
-            with open(part.path, "rb") as self.file:
-                self.check()
-                packed = Path(part.path).suffix.lower()
-                file = (gzip.GzipFile(fileobj=self.file) if packed == ".gz" else
-                        lzma.LZMAFile(self.file) if packed == ".xz" else self.file)
-                if part.kind == "jsonl":
-                    yield from self.whole(self.lines(part.path, io.BufferedReader(file)), part.path)
-                else:
-                    yield from self.blocks(part.path, file)
-                self.check()
-        except (EOFError, OSError, MemoryError, lzma.LZMAError, zlib.error) as error:
-            with contextlib.suppress(OSError):
-                self.check(part.path)
-            reason = getattr(error, "strerror", None) or f"damaged or cut short ({error})"
-            if isinstance(error, MemoryError):  # the header of an .xz names what it takes to read
-                reason = "takes more memory than there is"
-            fail(f"{part.path}: {reason}; mend or replace the file")
-
-    def clean(self, raw, path, start):
-        """Bytes less NUL, which marks documents among byte tokens, and less a byte order mark."""
-        if start and raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            fail(f"{path}: UTF-16; convert it to UTF-8")
-        if start and raw.startswith(b"\xef\xbb\xbf"):
-            self.counts["bom"] += 1
-            raw = raw[3:]
-        if b"\0" in raw:
-            self.counts["nul"] += raw.count(b"\0")
-            raw = raw.replace(b"\0", b"")
-        return raw
-
-    def decode(self, raw):
-        """-> text, its bytes in UTF-8."""
-        try:
-            return raw.decode(), len(raw)
-        except UnicodeDecodeError:
-            text = raw.decode(errors="replace")
-            self.counts["invalid"] += text.count("\ufffd") - raw.count("\ufffd".encode())
-            return text, len(text.encode())
-
-    def blocks(self, path, file):
-        """A file as one document, in blocks that end between characters."""
-        first, rest = True, b""
-        for number in itertools.count():
-            if not (read := file.read(BLOCK_BYTES)):
-                break
-            raw, end = rest + self.clean(read, path, number == 0), 0
-            for back in range(1, min(3, len(raw)) + 1):  # a lead byte whose character may go on
-                if raw[-back] >= 0xC0:
-                    end = back
-                if raw[-back] >= 0xC0 or raw[-back] < 0x80:
-                    break
-            raw, rest = raw[:len(raw) - end], raw[len(raw) - end:]
-            text, size = self.decode(raw)
-            if text:
-                yield first, text, size
-                first = False
-        text, size = self.decode(rest)
-        if text:
-            yield first, text, size
-            first = False
-        self.counts["empty"] += first
-
-    def lines(self, path, file):
-        """Texts of a .jsonl file."""
-        for number in itertools.count(1):
-            line = file.readline(MAX_LINE + 1)
-            where = f"{path}, line {number}"
-            if not line:
+            row, at = decoder.raw_decode(text, at)
+            yield row
+        except (ValueError, RecursionError) as error:  # of half a row, too: read on
+            n_lines, text, at = n_lines + text.count("\n", 0, at), text[at:], 0
+            block = next(blocks, "") if len(text) < MAX_ROW else ""
+            if text and not block:
+                fail(f"{name}, line {n_lines}: not JSON ({error}); mend or remove it")
+            if not block:
                 return
-            if len(line) > MAX_LINE:
-                fail(f"{where}: longer than {MAX_LINE >> 20} MiB; store such a text as .txt")
-            line = self.clean(line, path, number == 1)
-            if not line.strip():
-                continue
-            try:  # a number may have more digits than Python turns into an int
-                row = json.loads(self.decode(line)[0], parse_int=float)
-            except (ValueError, RecursionError) as error:
-                fail(f"{where}: not JSON ({error}); mend or remove the line")
-            if not isinstance(row, dict) or not isinstance(row.get(self.text_key), str):
-                held = ", ".join(row)[:120] if isinstance(row, dict) else type(row).__name__
-                fail(f"{where}: no text in field {self.text_key} of {held}; name it by --text_key")
-            text = row[self.text_key]
-            if b"\\u" in line:  # half of an escaped surrogate pair is no character
-                fixed = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-                self.counts["invalid"] += fixed.count("\ufffd") - text.count("\ufffd")
-                text = fixed
-            yield text
+            text += block
 
-    def whole(self, texts, path):
-        for text in texts:
-            if not isinstance(text, str):
-                fail(f"{path}: a row holds {type(text).__name__} instead of text")
-            if "\0" in text:
-                self.counts["nul"] += text.count("\0")
-                text = text.replace("\0", "")
-            self.counts["empty"] += not text
-            for start in range(0, len(text), PIECE_CHARS):
-                block = text[start:start + PIECE_CHARS]
-                yield start == 0, block, len(block) if block.isascii() else len(block.encode())
 
-    def route(self, index, rule):
-        """Blocks of a part as (split, first, text), by its own split or by the corpus's rule."""
-        split, end = self.parts[index].split, ""
-        for first, text, size in self.read(index):
-            here = text if first else end + text  # a spelling may begin in the block before
-            self.counts["spelled"] += here.count(BOS_TEXT)
-            end = here[1 - len(BOS_TEXT):]
-            if self.parts[index].split is None and "hash" in rule and first:
-                split = "val" if document_hash(text) <= rule["hash"] else "train"
-            elif self.parts[index].split is None and "tail" in rule:
-                left = max(0, rule["tail"] - self.counts["tail_bytes"])
-                self.counts["tail_bytes"] += size
-                if left < size:
-                    head = text.encode()[:left].decode(errors="ignore")  # ends on a character
-                    if head:
-                        yield "train", first, head
-                    first |= bool(head) or split == "train"
-                    split, text = "val", text[len(head):]
-                else:
-                    split = "train"
-            yield split, first, text
+def separated(name, blocks, separator):
+    """Blocks of text cut into strings at each match of a pattern."""
+    rest = ""
+    for block in blocks:
+        *whole, rest = re.split(separator, rest + block)
+        if len(rest) > MAX_ROW:
+            fail(f"{name}: {len(rest):,} characters without a separator; check --split_on, --kind")
+        yield from whole
+    yield rest
+
+
+def table_rows(stream, kind):
+    """Rows of a parquet or an arrow file, which cannot be read from front to back."""
+    import datasets
+    with tempfile.NamedTemporaryFile() as file:
+        shutil.copyfileobj(stream, file)
+        file.flush()
+        yield from datasets.load_dataset(kind, data_files=file.name, split="train", streaming=True)
+
+
+def texts_of(cfg, name, rows, counts):
+    """Texts in rows; rows without are counted, and refused if they are many."""
+    n_rows, n_missing, held = 0, 0, ""
+    for n_rows, row in enumerate(rows, 1):
+        row = text = row if isinstance(row, dict) else {}
+        for key in [cfg.text_key] if cfg.text_key in row else cfg.text_key.split("."):
+            text = text.get(key) if isinstance(text, dict) else None
+        if isinstance(text, str) and text:
+            # JSON may escape half of a surrogate pair, which is no character.
+            yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            continue
+        n_missing, held = n_missing + 1, ", ".join(map(str, row))
+        if n_missing > max(1000, n_rows / 2):
+            break
+    if n_missing > n_rows / 2:
+        fail(f"{name}: {n_missing:,} of {n_rows:,} rows have no text in the field {cfg.text_key}; "
+             f"they hold: {held}; name another by --text_key (a.b is b in a)")
+    counts["missing"] += n_missing
+
+
+def documents(cfg, name, stream, counts):
+    """Texts of a file that is not packed, or blocks of it if it is one document."""
+    head = stream.peek(6)
+    if head.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")):
+        rows = table_rows(stream, "parquet" if head.startswith(b"PAR1") else "arrow")
+        return (yield from texts_of(cfg, name, rows, counts))
+    is_utf16 = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    encoding = cfg.encoding or ("utf-16" if is_utf16 else "utf-8-sig")
+    file = io.TextIOWrapper(stream, encoding, "replace", newline="")
+    start = file.read(PIECE_CHARS)
+    blocks = checked(name, itertools.chain([start], iter(lambda: file.read(PIECE_CHARS), "")))
+    kind = cfg.kind or kind_of(name, start, cfg.text_key)
+    if kind == "html":
+        fail(f"{name}: HTML or XML, whose tags would become training text; extract the text, or "
+             "read it as it stands with --kind=text")
+    if kind == "json":
+        yield from texts_of(cfg, name, json_rows(name, blocks), counts)
+    elif kind == "csv":
+        csv.field_size_limit(MAX_ROW)
+        delimiter = max(",\t;", key=start.partition("\n")[0].count)
+        lines = (line + "\n" for line in separated(name, blocks, "\n"))
+        yield from texts_of(cfg, name, csv.DictReader(lines, delimiter=delimiter), counts)
+    elif cfg.split_on:
+        separator = SEPARATORS.get(cfg.split_on, re.escape(cfg.split_on))
+        yield from (text.strip("\r\n") for text in separated(name, blocks, separator))
+    else:
+        yield blocks
+
+
+def checked(name, blocks):
+    """Decoded text as it is; what is not text in its encoding is refused."""
+    size = lost = 0
+    for block in blocks:
+        size, lost = size + len(block), lost + block.count("\ufffd") + block.count("\0")
+        if lost > MAX_LOSS * size:
+            fail(f"{name}: {lost:,} of {size:,} characters are not text in UTF-8 or the --encoding "
+                 "given; name another, as in --encoding=gbk, latin-1 or utf-16-le, or leave it out")
+        yield block
+
+
+def read(cfg, part, counts):
+    """A part as blocks (first, text), without NUL, which marks documents; `first` marks the start
+    of a document."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(doing(part.path, "mend, replace or leave out what cannot be read"))
+        if part.path.startswith("hf:"):
+            found = texts_of(cfg, part.path, part.held, counts)
+        else:
+            file = stack.enter_context(open(part.path, "rb", buffering=0))
+            found = (text for name, stream in unpack(part.path, file)
+                     for text in documents(cfg, name, stream, counts))
+        for text in found:
+            blocks = text
+            if isinstance(text, str):
+                blocks = (text[i:i + PIECE_CHARS] for i in range(0, len(text), PIECE_CHARS))
+            for number, block in enumerate(blocks):
+                counts["nul"] += block.count("\0")
+                counts["invalid"] += block.count("\ufffd")
+                yield number == 0, block.replace("\0", "")
 
 
 def document_hash(text):
@@ -461,690 +415,443 @@ def document_hash(text):
     return int.from_bytes(start.digest(), "big")
 
 
-def split_rule(parts, text_key):
+def split_rule(cfg, parts):
     """How parts without a split of their own are divided; reads them until that is known.
 
-    {"tail": n}: text after n bytes is validation. {"hash": h}: documents hashing to h or less are:
+    {"tail": n}: text after n bytes is validation. {"hash": h}: documents hashing to h or less are,
     as many as 2% of the text holds, one at least.
     """
-    if all(part.split for part in parts):
-        return {}
-    reader, hashes, sizes = Reader(parts, text_key), [], Counter()
-    for first, text, size in (block for index, part in enumerate(parts) if part.split is None
-                              for block in reader.read(index)):
-        if first and len(hashes) == SCAN_DOCUMENTS:
-            break
+    sizes, code, is_repeat = {}, 0, False
+    blocks = (block for part in parts if not part.split for block in read(cfg, part, Counter()))
+    for first, text in blocks:
         if first:
-            hashes.append(document_hash(text))
-        sizes[hashes[-1]] += size
+            code = document_hash(text)
+            is_repeat = code in sizes
+        if len(sizes) == SCAN_DOCUMENTS and code not in sizes:
+            break
+        if not is_repeat:
+            sizes[code] = sizes.get(code, 0) + len(text.encode())
     total = sum(sizes.values())
-    if len(hashes) < FEW_DOCUMENTS:
+    if len(sizes) < FEW_DOCUMENTS:
         return {"tail": total - int(total * TAIL)}
     order = sorted(sizes)
-    reached = list(itertools.accumulate(sizes[h] for h in order))
-    return {"hash": order[max(1, bisect.bisect_right(reached, VAL_FRACTION * total)) - 1]}
+    n = sum(size <= VAL_FRACTION * total for size in itertools.accumulate(map(sizes.get, order)))
+    return {"hash": order[max(1, n) - 1]}
 
 
-# GPT2_PATTERN starts a match here whatever stands around: before white space after something
-# else (no alternative runs from text into white space), and where letters, digits and marks change,
-# except after an apostrophe, which may begin a contraction.
-LETTER, DIGIT = r"A-Za-z\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3", "0-9"
-MARK = r"!-&(-/:-@\[-`{-~\u3001\u3002\u300c\u300d\uff01\uff0c\uff1a\uff1b\uff1f"
-CHANGE = re.compile(f"(?<=[{LETTER}])(?=[{DIGIT}{MARK}])|(?<=[{DIGIT}])(?=[{LETTER}{MARK}])"
-                    f"|(?<=[{MARK}])(?=[{LETTER}{DIGIT}])")
-
-
-def safe_cut(text, start, limit):
-    """Last place in (start, limit] where a cut changes no token, or limit where there is none."""
-    at, start = limit, max(start, limit - CUT_CHARS)
-    while (at := max(text.rfind(" ", start, at), text.rfind("\n", start, at))) > start:
-        at = start + len(text[start:at].rstrip())
-        # rstrip takes all that \s matches and four control characters that it does not
-        if at > start and text[at] not in "\x1c\x1d\x1e\x1f":
-            return at
-    cuts = deque(CHANGE.finditer(text, start + 1, limit), maxlen=1)
-    return cuts[0].start() if cuts else limit
+def route(cfg, part, run, counts):
+    """Blocks of a part as (split, first, text), by its own split or by the corpus's rule."""
+    rule, split, is_repeat = run["rule"], part.split, False
+    has_tail = not split and "tail" in rule
+    for first, text in read(cfg, part, counts):
+        if first:
+            code, counts["documents"] = document_hash(text), counts["documents"] + 1
+            if not part.split and "hash" in rule:
+                split = "val" if code <= rule["hash"] else "train"
+            # Held-out text comes first; training, and all under the tail rule, does without it.
+            owner = f"document {counts['documents']}" if has_tail else split
+            note = run["seen"].setdefault if has_tail or part.split != "train" else run["seen"].get
+            is_repeat = note(str(code), owner) != owner
+            counts["repeated"] += is_repeat
+        if is_repeat:
+            continue
+        if has_tail:
+            raw, left = text.encode(), max(0, rule["tail"] - counts["tail_bytes"])
+            counts["tail_bytes"] += len(raw)
+            head = raw[:left].decode(errors="ignore")  # ends on a character
+            if left < len(raw):
+                if head:
+                    yield "train", first, head
+                first |= bool(head) or split == "train"
+                text = text[len(head):]
+            split = "val" if left < len(raw) else "train"
+        yield split, first, text
 
 
 def pieces(blocks, size):
-    """Blocks -> (split, first, text) of at most `size` characters, cut alike for any blocks."""
+    """Blocks -> (split, first, text) of at most `size` characters, cut alike for any blocks. Every
+    pre-tokenizer begins a match at white space after a letter or a digit, so a cut there changes no
+    token; where there is none, text is cut all the same."""
     split, first, text = None, True, ""
-    for next_split, next_first, block in blocks:
+    for next_split, next_first, block in itertools.chain(blocks, [(None, True, "")]):
         if next_first:
             if text:
                 yield split, first, text
             split, first, text = next_split, True, ""
-        text, start = text + block, 0
-        while len(text) - start > size:
-            end = safe_cut(text, start, start + size)
-            yield split, first, text[start:end]
-            first, start = False, end
-        text = text[start:]
-    if text:
-        yield split, first, text
+        text += block
+        while len(text) > size:
+            end = size
+            while end > size - CUT_CHARS and not (text[end].isspace() and text[end - 1].isalnum()):
+                end = max(text.rfind(" ", 0, end), text.rfind("\n", 0, end))
+            end = end if end > max(0, size - CUT_CHARS) else size
+            yield split, first, text[:end]
+            first, text = False, text[end:]
 
 
-def batches(reader, rule, position, wanted):
+def batches(cfg, parts, run, position, is_wanted):
     """(position, pieces): a run that has written these goes on from that position."""
-    batch, size = [], 0
-    for index in range(position["part"], len(reader.parts)):
-        counts, skip = Counter(reader.counts), position["pieces"] * (index == position["part"])
-        for number, piece in enumerate(pieces(reader.route(index, rule), PIECE_CHARS), 1):
-            if number > skip and wanted(piece[0]):
+    batch, size, counts = [], 0, Counter(position["counts"])
+    for index in range(position["part"], len(parts)):
+        before, skip = dict(counts), position["pieces"] * (index == position["part"])
+        blocks = route(cfg, parts[index], run, counts)
+        for number, piece in enumerate(pieces(blocks, PIECE_CHARS), 1):
+            counts["spelled"] += piece[2].count(BOS_TEXT)
+            if number > skip and is_wanted(piece[0]):
                 batch.append(piece)
                 size += len(piece[2])
             if size >= PIECE_CHARS:
-                yield {"part": index, "pieces": number, "counts": counts}, batch
+                yield {"part": index, "pieces": number, "counts": before}, batch
                 batch, size = [], 0
-    yield {"part": len(reader.parts), "pieces": 0, "counts": Counter(reader.counts)}, batch
+    yield {"part": len(parts), "pieces": 0, "counts": dict(counts)}, batch
 
 
-# ---- tokenizers
+def tokenizer_meta(name, table=None, pattern=None, bos_id=0):
+    """A tokenizer as it stands in meta.json; its table holds bytes as characters U+0000 to U+00FF,
+    and is None for raw bytes."""
+    lengths = [len(token) for token in table or ["?"] * 256]
+    lengths[bos_id] = 0
+    return dict(zip(TOKENIZER_KEYS, (name, len(lengths), bos_id, pattern, table, lengths),
+                    strict=True))
 
 
-class Tokenizer:
-    """Text -> ids. `bpe` is a tiktoken.Encoding, or None for bytes; `dtype` that of the shards."""
-    def __init__(self, name, bpe=None):
-        self.name, self.bpe = name, bpe
-        self.ranks = bpe._mergeable_ranks if bpe else {}
-        self.bos_id = len(self.ranks)
-        self.vocab_size = self.bos_id + 1 if bpe else 256
-        self.dtype = np.dtype("<u2" if self.vocab_size > 256 else "<u1")
-        self.byte_length = np.ones(self.vocab_size, np.int32)  # of text that an id stands for
-        for token, rank in self.ranks.items():
-            self.byte_length[rank] = len(token)
-        self.byte_length[self.bos_id] = 0
+def make_encoder(meta):
+    """-> dtype of ids, and a function: pieces -> [(split, ids)], in order."""
+    table, bos_id, name = meta["token_bytes"], meta["bos_id"], meta["tokenizer"]
+    dtype = np.dtype("<u2" if meta["vocab_size"] > 256 else "<u1")
+    if table:
+        import tiktoken
+        ranks = {t.encode("latin-1"): i for i, t in enumerate(table) if t and i != bos_id}
+        if len(table) > 65536 or not all(bytes([byte]) in ranks for byte in range(256)):
+            fail(f"--tokenizer={name}: more than 65536 tokens, or not all bytes among them")
+        bpe = tiktoken.Encoding(name, pat_str=meta["pattern"], mergeable_ranks=ranks,
+                                special_tokens={"\0": bos_id})
 
-    def count(self, tokens):
-        size = self.byte_length[tokens].sum(dtype=np.int64)
-        return Counter(tokens=int(tokens.size), bytes=int(size),
-                       documents=int(np.count_nonzero(tokens == self.bos_id)))
+    def encode(batch):
+        runs = []
+        for split, group in itertools.groupby(batch, key=lambda piece: piece[0]):
+            # NUL, which no text holds, stands for the document start: one call does a batch.
+            text = "".join("\0" * first + text for _, first, text in group)
+            ids = (bpe.encode_to_numpy(text, allowed_special={"\0"}) if table else
+                   np.frombuffer(text.encode(), np.uint8))
+            runs.append((split, ids.astype(dtype)))
+        return runs
 
-    def encode(self, texts):
-        """(first, text) pairs -> ids, with a document start before each `first`."""
-        if self.bpe is None:
-            joined = b"".join(b"\0" * first + text.encode() for first, text in texts)
-            return np.frombuffer(joined, self.dtype)
-        # Documents are joined by the special token: one call, free of the GIL, does a batch. A
-        # text that spells the token goes by itself and without special tokens.
-        ids = []
-        for plain, group in itertools.groupby(texts, lambda t: t[0] and BOS_TEXT not in t[1]):
-            if plain:
-                joined = "".join(BOS_TEXT + text for _, text in group)
-                ids.append(self.bpe.encode_to_numpy(joined, allowed_special={BOS_TEXT}))
-                continue
-            for first, text in group:
-                ids += [np.array([self.bos_id] * first, np.uint32),
-                        self.bpe.encode_to_numpy(text, disallowed_special=())]
-        return np.concatenate(ids).astype(self.dtype)
-
-    def encode_batch(self, batch):
-        """Pieces -> [(split, ids, their counts)], in order."""
-        runs = [(split, self.encode([piece[1:] for piece in group]))
-                for split, group in itertools.groupby(batch, key=lambda piece: piece[0])]
-        return [(split, ids, self.count(ids)) for split, ids in runs]
+    return dtype, encode
 
 
-def bpe_tokenizer(name, ranks):
-    tiktoken = library("tiktoken", f"--tokenizer={name}")
-    return Tokenizer(name, tiktoken.Encoding(name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
-                                             special_tokens={BOS_TEXT: len(ranks)}))
-
-
-def gpt2_tokenizer():
-    tiktoken = library("tiktoken", "--tokenizer=gpt2")
-    try:
-        return Tokenizer("gpt2", tiktoken.get_encoding("gpt2"))
-    except Exception as error:  # of the HTTP library, or for a damaged file in the cache
-        fail(f"--tokenizer=gpt2: its vocabulary could not be fetched ({type(error).__name__}); "
-             "connect once, set TIKTOKEN_CACHE_DIR to a folder that holds it, or use byte")
+def hf_tokenizer(name, hf):
+    """A tokenizer of the library `tokenizers` in the form of tiktoken, if that gives the same."""
+    saved, vocab = json.loads(hf.to_str()), hf.get_vocab()
+    steps = saved["pre_tokenizer"].get("pretokenizers", [saved["pre_tokenizer"]])
+    pattern = next((step["pattern"]["Regex"] for step in steps if step["type"] == "Split"),
+                   GPT2_PATTERN)
+    # Byte-level BPE writes bytes as characters: those that print as they are, others from U+0100
+    others = [b for b in range(256) if not (33 <= b <= 126 or 161 <= b <= 172 or 174 <= b)]
+    byte_of = {256 + i: byte for i, byte in enumerate(others)}
+    added = {token["content"]: token["id"] for token in saved["added_tokens"]}
+    table = [""] * (max(vocab.values()) + 1)
+    for token, i in vocab.items():
+        table[i] = token.encode().decode("latin-1") if token in added else token.translate(byte_of)
+    bos_id = next((added[text] for text in BOS_TEXTS if text in added), len(table))
+    meta = tokenizer_meta(name, table + [""] * (bos_id == len(table)), pattern, bos_id)
+    text = f"{__doc__} d\u00e9j\u00e0 \u65e5\u672c  12345, don't\n\n\tx!\n".replace(BOS_TEXT, "")
+    [(_, ids)] = make_encoder(meta)[1]([("", False, text)])
+    if ids.tolist() != hf.encode(text, add_special_tokens=False).ids:
+        fail(f"--tokenizer={name}: cuts text in a way that this program does not; use another")
+    return meta
 
 
 def train_bpe(name, texts):
-    """BPE over texts -> ranks (bytes -> id) of name's vocabulary less the document start."""
-    hf = library("tokenizers", f"--tokenizer={name}")
-    size = int(name.partition(":")[2]) - 1
-    byte_level = hf.pre_tokenizers.ByteLevel
+    """A BPE of so many tokens over texts, the document start the last of them."""
+    import tokenizers as hf
+    size, byte_level = int(name.partition(":")[2]) - 1, hf.pre_tokenizers.ByteLevel
     model = hf.Tokenizer(hf.models.BPE())
     model.pre_tokenizer = byte_level(add_prefix_space=False, use_regex=True)
     model.train_from_iterator(texts, hf.trainers.BpeTrainer(
         vocab_size=size, initial_alphabet=sorted(byte_level.alphabet()), show_progress=False))
-    # Byte-level BPE writes bytes as characters: those that print as they are, others from U+0100
-    prints = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b]
-    rest = sorted(set(range(256)) - set(prints))
-    byte = {chr(b): b for b in prints} | {chr(256 + i): b for i, b in enumerate(rest)}
-    ranks = {bytes(byte[c] for c in token): rank for token, rank in model.get_vocab().items()}
-    if len(ranks) < size:
-        fail(f"--tokenizer={name}: the text yields {len(ranks)} tokens; use bpe:{len(ranks) + 1}")
-    return ranks
+    if (n := model.get_vocab_size()) != size:
+        fail(f"--tokenizer={name}: the text yields {n} tokens; use bpe:{n + 1}")
+    return hf_tokenizer(name, model)
 
 
-def make_tokenizer(cfg, parts, state, folder):
-    """The tokenizer of a run; `state` keeps a vocabulary that it has trained."""
-    if cfg.tokenizer in ("byte", "gpt2"):
-        return Tokenizer("byte") if cfg.tokenizer == "byte" else gpt2_tokenizer()
-    if "vocabulary" not in state:  # bytes as the characters U+0000 to U+00FF
-        ranks = train_bpe(cfg.tokenizer, training_texts(cfg, parts, state["rule"]))
-        state["vocabulary"] = [t.decode("latin-1") for t in sorted(ranks, key=ranks.get)]
-    try:
-        ranks = {t.encode("latin-1"): rank for rank, t in enumerate(state["vocabulary"])}
-    except (AttributeError, TypeError, UnicodeError):
-        ranks = {}
-    size = int(cfg.tokenizer.partition(":")[2]) - 1
-    if (len(ranks) != size or len(state["vocabulary"]) != size or b"" in ranks
-            or not all(bytes([b]) in ranks for b in range(256))):
-        fail(f"{folder / STATE}: damaged; delete {folder} and start again")
-    return bpe_tokenizer(cfg.tokenizer, ranks)
-
-
-def training_texts(cfg, parts, rule):
+def training_texts(cfg, parts, run):
     """What a BPE is trained on, in short texts: the trainer holds 256, each with much besides."""
-    note(f"{cfg.name}: training {cfg.tokenizer}")
-    reader = Reader(parts, cfg.text_key)
-    blocks = itertools.chain.from_iterable(reader.route(index, rule)
-                                           for index, part in enumerate(parts)
-                                           if part.split in (None, "train"))
-    texts = (text for split, _, text in pieces(blocks, 1 << 14) if split == "train")
-    read = itertools.accumulate(texts, lambda seen, text: (seen[0] + len(text), text),
-                                initial=(0, ""))
-    return (text for _, text in itertools.takewhile(lambda seen: seen[0] <= BPE_CHARS, read))
+    blocks = (block for part in parts if part.split in (None, "train")
+              for block in route(cfg, part, {**run, "seen": {}}, Counter()))
+    n = 0
+    for split, _, text in pieces(blocks, 1 << 14):
+        n += len(text) * (split == "train")
+        if n > BPE_CHARS:
+            return
+        if split == "train":
+            yield text
 
 
-# ---- files
-
-
-def write_all(file, data):
-    view = memoryview(data).cast("B")
-    while view:
-        view = view[file.write(view):]
-
-
-def replace(temporary, path):
-    """Rename for good: the name survives a power cut, too."""
-    os.replace(temporary, path)
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-
-
-def new_file(path):
-    """An empty file under a temporary name; what has that name goes: a link is not followed."""
-    with_tmp(path).unlink(missing_ok=True)
-    return with_tmp(path).open("x+b", buffering=0)
+def make_tokenizer(name, texts):
+    """A tokenizer by its name, or from a prepared folder, a checkpoint or a tokenizer.json."""
+    file = Path(name)
+    remedy = ("give byte, gpt2, bpe:N as in bpe:8192, or the path of a prepared folder, a "
+              "checkpoint or a byte-level tokenizer.json")
+    if name == "gpt2":
+        remedy = "connect once, or set TIKTOKEN_CACHE_DIR to a folder that holds it"
+    with doing(f"--tokenizer={name}", remedy):
+        if name == "byte":
+            return tokenizer_meta("byte")
+        if name == "gpt2":
+            import tiktoken
+            ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
+            table = [token.decode("latin-1") for token in sorted(ranks, key=ranks.get)]
+            return tokenizer_meta("gpt2", [*table, ""], GPT2_PATTERN, len(table))
+        if name.startswith("bpe:"):
+            return train_bpe(name, texts)
+        if file.is_dir():
+            file /= "meta.json" if (file / "meta.json").exists() else "tokenizer.json"
+        if file.suffix == ".pt":
+            import torch
+            saved = torch.load(file, map_location="cpu", weights_only=True)["meta"]
+        else:
+            saved = json.loads(file.read_bytes())
+        if "model" in saved:
+            import tokenizers
+            return hf_tokenizer(file.name, tokenizers.Tokenizer.from_file(str(file)))
+        return {key: saved[key] for key in TOKENIZER_KEYS}
 
 
 def write_atomically(path, data):
-    try:
-        with new_file(path) as file:
-            write_all(file, data)
-            os.fsync(file.fileno())
-        replace(with_tmp(path), path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            with_tmp(path).unlink()
-        raise
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
-def write_json(path, value):
-    write_atomically(path, (json.dumps(value) + "\n").encode())
-
-
-def read_json(path):
-    """What an earlier run, or anyone, has written."""
-    about = path.stat()
-    if not stat.S_ISREG(about.st_mode) or about.st_size > MAX_JSON:
-        fail(f"{path}: not a file that this script wrote; give another --out")
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        fail(f"{path}: cannot be read ({error}); delete {path.parent} and start again")
-    return value if isinstance(value, dict) else {}
-
-
-def save_state(folder, state):
-    write_json(folder / STATE, state | {"sha256": digest(json.dumps(state).encode())})
-
-
-def sound_state(state, parts, shard_tokens):
-    """Whether a state file is whole, and of a form that leads to no files but those of a run."""
-    try:
-        whole = state.pop("sha256") == digest(json.dumps(state).encode())
-        rule, position, shards = state["rule"], state["position"], state["shards"]
-        finished, totals, current = (shards[key] for key in ("finished", "totals", "current"))
-        numbers = [*rule.values(), position["part"], position["pieces"],
-                   *position["counts"].values(), *(c["index"] for c in current.values()),
-                   *(c[key] for table in (finished, totals, current) for c in table.values()
-                     for key in ("tokens", "bytes", "documents"))]
-        rest = Counter({split: c["tokens"] for split, c in totals.items()})
-        for name, c in [*finished.items(), *current.items()]:
-            rest[name.partition("_")[0]] -= c["tokens"]
-        return (whole and all(type(n) is int and 0 <= n < 1 << 63 for n in numbers)
-                and position["part"] <= len(parts) and rule.keys() <= {"tail", "hash"}
-                and len(rule) == any(part.split is None for part in parts)
-                and {*totals, *current} <= {"train", "val", "test"} and not any(rest.values())
-                and all(c["tokens"] < shard_tokens for c in current.values())
-                and all(SHARD.fullmatch(name) and isinstance(c["sha256"], str)
-                        for name, c in finished.items()))
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
-        return False
-
-
-@contextlib.contextmanager
-def alone(folder):
-    """Hold the folder, so that another process is refused -> a check that it is still the same."""
-    if not fcntl:
-        yield lambda: None
-        return
-    handle = os.open(folder, os.O_RDONLY)
-
-    def check():
-        if not folder.exists() or not os.path.samestat(folder.stat(), os.fstat(handle)):
-            fail(f"{folder}: deleted or moved in mid-run; the same command makes it again")
-
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fail(f"{folder}: another process is at work there; wait for it, or give another --out")
-        except OSError:  # a file system without locks
-            pass
-        check()
-        yield check
-    finally:
-        os.close(handle)
-
-
-def with_tmp(path):
-    return path.with_name(path.name + ".tmp")
-
-
-def digest(raw):
-    return hashlib.sha256(raw).hexdigest()
-
-
-def sha256(path):
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class Shards:
-    """Writes shards under temporary names until they are whole, one open for each split.
-
-    `state()` describes what is written. A later run given it takes back whatever came after.
-    """
-    def __init__(self, folder, tokenizer, shard_tokens, limits, state, still_ours):
-        self.folder, self.tokenizer, self.files = folder, tokenizer, {}
-        self.still_ours = still_ours  # from `alone`
-        self.shard_tokens, self.limits = shard_tokens, limits
-        self.finished = state["finished"]  # name -> counts and sha256
-        self.totals = {split: Counter(c) for split, c in state["totals"].items()}
-        self.current = {split: Counter(c) for split, c in state["current"].items()}  # and index
-        for path in list(folder.iterdir()):
-            name = path.name.removesuffix(".tmp")
-            if SHARD.fullmatch(name) and path.name not in self.finished:
-                split, index = name.removesuffix(".bin").split("_")
-                if int(index) != self.current.get(split, {}).get("index"):
-                    path.unlink()
-                elif path.suffix == ".bin":  # became whole after the state was saved
-                    os.replace(path, with_tmp(path))
-        for name, counts in self.finished.items():
-            self.check(folder / name, counts)
-        for split, counts in self.current.items():
-            if not counts["tokens"]:
-                self.start(split, counts["index"])
-                continue
-            path = with_tmp(self.path(split))
-            self.check(path, counts, unfinished=True)
-            self.files[split] = path.open("r+b", buffering=0)
-            self.files[split].truncate(self.size(counts))
-            self.files[split].seek(self.size(counts))
-
-    def state(self):
-        return {"finished": self.finished, "totals": self.totals, "current": self.current}
-
-    def size(self, counts):
-        return HEADER_BYTES + counts["tokens"] * self.tokenizer.dtype.itemsize
-
-    def check(self, path, counts, unfinished=False):
-        """Whole shards may be links to another disk; one that is written to may not."""
-        about = path.stat(follow_symlinks=not unfinished) if path.exists() else None
-        size = about.st_size if about and stat.S_ISREG(about.st_mode) else -1
-        if size < self.size(counts) or size > self.size(counts) and not unfinished:
-            fail(f"{path}: changed since it was written; delete {self.folder} and start again")
-
-    def path(self, split):
-        return self.folder / f"{split}_{self.current[split]['index']:06d}.bin"
-
-    def room(self, split):
-        """Tokens that the split still takes."""
-        return self.limits.get(split, sys.maxsize) - self.totals.get(split, Counter())["tokens"]
-
-    def start(self, split, index):
-        if index > LAST_SHARD:
-            fail(f"--shard_tokens={self.shard_tokens}: gives more than {LAST_SHARD} shards; delete "
-                 f"{self.folder} and give a larger number")
-        self.still_ours()
-        self.current[split] = Counter(index=index, tokens=0, bytes=0, documents=0)
-        self.files[split] = new_file(self.path(split))
-        write_all(self.files[split], bytes(HEADER_BYTES))
-
-    def write(self, split, tokens, counts):
-        if split not in self.current:
-            self.totals[split] = Counter(tokens=0, bytes=0, documents=0)
-            self.start(split, int(split == "train"))
-        rest = tokens[:self.room(split)]
-        while rest.size:
-            part = rest[:self.shard_tokens - self.current[split]["tokens"]]
-            write_all(self.files[split], part)
-            if part.size < tokens.size:
-                counts = self.tokenizer.count(part)
-            self.current[split].update(counts)
-            self.totals[split].update(counts)
-            rest = rest[part.size:]
-            if self.current[split]["tokens"] == self.shard_tokens:
-                index = self.current[split]["index"]
-                self.finish(split)
-                self.start(split, index + 1)
-
-    def finish(self, split):
-        """Give the split's shard its header and its name; an empty one goes."""
-        path, counts = self.path(split), self.current.pop(split)
-        with self.files.pop(split) as file:
-            header = np.zeros(256, "<i4")
-            header[:5] = (MAGIC, VERSION, counts["tokens"], self.tokenizer.dtype.itemsize,
-                          self.tokenizer.vocab_size)
-            file.seek(0)
-            write_all(file, header)
-            os.fsync(file.fileno())
-        if counts["tokens"]:
-            self.still_ours()
-            self.finished[path.name] = dict(counts, sha256=sha256(with_tmp(path)))
-            replace(with_tmp(path), path)
+def take_back(folder, totals, cfg, width):
+    """Remove what an earlier run wrote beyond these tokens of each split."""
+    for path in folder.glob("*_??????.bin*"):
+        split, index = path.name.partition(".")[0].split("_")
+        n = totals.get(split, 0) - (int(index) - (split == "train")) * cfg.shard_tokens
+        path = path.rename(folder / f"{split}_{index}.bin.tmp")
+        if n <= 0:
+            path.unlink()
         else:
-            with_tmp(path).unlink(missing_ok=True)
+            os.truncate(path, HEADER_BYTES + min(n, cfg.shard_tokens) * width)
 
 
-# ---- runs
+def append(folder, cfg, split, tokens, totals):
+    """Write tokens to the split's shards, under temporary names."""
+    while tokens.size:
+        index, n = divmod(totals[split], cfg.shard_tokens)
+        name = f"{split}_{index + (split == 'train'):06d}.bin.tmp"
+        part = tokens[:cfg.shard_tokens - n]
+        with (folder / name).open("ab") as file:
+            file.write(b"" if n else bytes(HEADER_BYTES))
+            file.write(part.data)
+        totals[split] += part.size
+        tokens = tokens[part.size:]
 
 
-class Progress:
-    """A bar on a terminal, otherwise a line every ten seconds; on stderr."""
-    def __init__(self, name):
-        self.name, self.began, self.first = name, time.monotonic(), None
-        self.terminal = bool(sys.stderr) and sys.stderr.isatty()
-        self.next = self.began + 10 * (not self.terminal)
-
-    def show(self, share, tokens):
-        now, share = time.monotonic(), min(1.0, share)
-        self.first = self.first or (share, tokens)
-        if now < self.next:
-            return
-        passed, gained = now - self.began, share - self.first[0]
-        self.next = now + (0.2 if self.terminal else 10)
-        bar = "[" + ("#" * int(24 * share)).ljust(24, ".") + "] "
-        line = (f"{self.name}: {bar * self.terminal}{share:.1%} {tokens / 1e6:,.1f}M tokens "
-                f"{(tokens - self.first[1]) / 1e6 / max(passed, 1e-9):.2f}M/s "
-                f"eta {f'{(1 - share) / gained * passed:,.0f}s' if gained else '?'}")
-        note(f"\r{line}\x1b[K" if self.terminal else line, end="" if self.terminal else "\n")
-
-    def close(self):
-        if self.terminal and self.first:
-            note("")
+def finish(folder, dtype, vocab_size):
+    """Give the shards, whole now, their headers and names."""
+    for path in sorted(folder.glob("*.bin.tmp")):
+        header = np.zeros(256, "<i4")
+        n = (path.stat().st_size - HEADER_BYTES) // dtype.itemsize
+        header[:5] = MAGIC, VERSION, n, dtype.itemsize, vocab_size
+        with path.open("r+b") as file:
+            file.write(header.data)
+            file.flush()
+            os.fsync(file.fileno())
+        path.rename(path.with_suffix(""))
 
 
-def in_order(pool, work, stream, ahead):
-    """(position, work(batch)) in the order of the stream, at most `ahead` batches under way."""
-    pending = deque()
-    for position, batch in stream:
-        pending.append((position, pool.submit(work, batch)))
-        if len(pending) > ahead:
-            position, future = pending.popleft()
-            yield position, future.result()
-    for position, future in pending:
-        yield position, future.result()
+def describe(folder, meta, dtype):
+    """Check and count the shards of a folder -> what meta.json says of splits and shards."""
+    splits, shards, size = {}, {}, meta["vocab_size"]
+    for path in sorted(folder.glob("*.bin")):
+        match = re.fullmatch(r"(?:.*_)?(train|val|test)(_\d+)?\.bin", path.name)
+        header, n = [*np.fromfile(path, "<i4", 256), 0, 0, 0, 0, 0][:5], 1 << 20
+        tokens = np.memmap(path, dtype)[HEADER_BYTES // dtype.itemsize:]
+        counts = sum(np.bincount(tokens[i:i + n], minlength=1 << 16)
+                     for i in range(0, max(1, len(tokens)), n))
+        if not match or counts[size:].any() or header[:3] != [MAGIC, VERSION, len(tokens)] or (
+                header[3] not in (0, dtype.itemsize) or header[4] not in (0, size)):
+            fail(f"{path}: not a whole llm.c shard of {meta['tokenizer']} tokens; fetch or make it "
+                 "again, name its vocabulary by --tokenizer, or move it away")
+        found = {"tokens": len(tokens), "bytes": int(counts[:size] @ np.array(meta["byte_length"])),
+                 "documents": int(counts[meta["bos_id"]])}
+        splits.setdefault(match[1], Counter()).update(found)
+        with path.open("rb") as file:
+            shards[path.name] = found | {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    if not shards:
+        fail(f"{folder}: no *train*.bin or *val*.bin there")
+    return {"splits": splits, "shards": shards}
 
 
-def tokenize(cfg, parts, tokenizer, folder, state, still_ours):
+def tokenize(cfg, parts, encode, folder, run):
     """The pipeline: this thread reads and writes in order, the workers tokenize."""
-    rule, position = state["rule"], state["position"]
-    limits = {"train": cfg.max_tokens} if cfg.max_tokens else {}
-    if limits and "hash" in rule:  # half the usual share, so that training is seldom full before
+    limits, is_tail = {"train": cfg.max_tokens} if cfg.max_tokens else {}, "tail" in run["rule"]
+    if limits and "hash" in run["rule"]:  # half the usual share: training is seldom full before
         limits["val"] = math.ceil(VAL_FRACTION / 2 * cfg.max_tokens)
-    reader = Reader(parts, cfg.text_key, position["counts"])
-    shards = Shards(folder, tokenizer, cfg.shard_tokens, limits, state["shards"], still_ours)
-    if shards.totals:
-        note(f"{cfg.name}: going on from an earlier run")
-    workers = cfg.workers or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity")
-                                 else range(os.cpu_count() or 1))
-    stream = batches(reader, rule, position, lambda split: shards.room(split) > 0)
-    progress, saved, finished = Progress(cfg.name), 0.0, None
-    pool = ThreadPoolExecutor(workers)
-    try:
-        for position, runs in in_order(pool, tokenizer.encode_batch, stream, 2 * workers):
-            for split, tokens, counts in runs:
-                shards.write(split, tokens, counts)
-            if time.monotonic() - saved > SAVE_SECONDS or len(shards.finished) != finished:
-                for file in shards.files.values():
-                    os.fsync(file.fileno())
-                reader.check()  # what is saved was read while the input was as at the start
-                still_ours()
-                state |= {"position": position, "shards": shards.state()}
-                save_state(folder, state)
-                saved, finished = time.monotonic(), len(shards.finished)
-            tokens = sum(total["tokens"] for total in shards.totals.values())
-            progress.show(max(reader.fraction(), tokens / (cfg.max_tokens or sys.maxsize)), tokens)
+    position = earlier = run["positions"][0]
+    totals = Counter(position["totals"])
+
+    def room(split):
+        return limits.get(split, sys.maxsize) - totals[split]
+
+    n_workers = cfg.workers or os.cpu_count()
+    stream = batches(cfg, parts, run, position, lambda split: room(split) > 0)
+    bar = tqdm(total=cfg.max_tokens or None, unit="tok", unit_scale=True, disable=None)
+    with ThreadPoolExecutor(n_workers) as pool, bar:
+        while group := list(itertools.islice(stream, GROUP * n_workers)):
+            for runs in pool.map(encode, [batch for _, batch in group]):
+                for split, tokens in runs:
+                    append(folder, cfg, split, tokens[:room(split)], totals)
+            reached = group[-1][0]
+            bar.set_description(f"file {min(reached['part'] + 1, len(parts))} of {len(parts)}")
+            bar.update(totals.total() - bar.n)
+            earlier = position if reached["part"] > position["part"] else earlier
+            n = len(parts) if is_tail else reached["part"] + 1
+            position = {**reached, "totals": totals, "inputs": digest(parts[:n])}
+            if reached["part"] < len(parts):
+                run["positions"] = [position, earlier]
+                write_atomically(folder / STATE, json.dumps(run).encode())
             # Under the tail rule validation comes last: reading goes on past a full training split
-            if limits and "tail" not in rule and not any(map(shards.room, limits)):
+            if limits and not is_tail and not any(room(split) > 0 for split in limits):
                 break
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        progress.close()
-    for split in ("train", "val"):
-        if not shards.totals.get(split, Counter())["tokens"]:
-            fail(f"{cfg.name}: no text for {split}; give more text or --val_input=PATH, and "
-                 f"another --out (or delete {folder})")
-    for split in list(shards.current):
-        shards.finish(split)
-    return shards.totals, shards.finished, reader.counts
+    for split in "train", "val":
+        if not totals[split]:
+            fail(f"{cfg.name}: no text for {split}; give more text or --val_input=PATH")
+    return Counter(reached["counts"])
 
 
-def adopt(folder, names, tokenizer):
-    """Check and count published shards, which stay as they are."""
-    totals, finished = {}, {}
-    for name in names:
-        path, split = folder / name, "train" if "train" in name else "val"
-        header = np.fromfile(path, "<i4", 256) if path.is_file() else np.zeros(0, "<i4")
-        counts = Counter()
-        if (header.size < 256 or tuple(header[:2]) != (MAGIC, VERSION) or header[3] not in (0, 2)
-                or header[4] not in (0, tokenizer.vocab_size)):
-            fail(f"{path}: not a shard of GPT-2 tokens; delete it and run the same command again")
-        if header[2] < 1 or path.stat().st_size != HEADER_BYTES + 2 * int(header[2]):
-            fail(f"{path}: not the size of its {header[2]} tokens; delete it and run again")
-        for start in range(0, int(header[2]), BLOCK_BYTES):
-            tokens = np.fromfile(path, "<u2", min(BLOCK_BYTES, int(header[2]) - start),
-                                 offset=HEADER_BYTES + 2 * start)
-            if tokens.max(initial=0) >= tokenizer.vocab_size:
-                fail(f"{path}: token {tokens.max()} is not GPT-2's; delete it and run again")
-            counts.update(tokenizer.count(tokens))
-        finished[name] = dict(counts, sha256=sha256(path))
-        totals.setdefault(split, Counter()).update(counts)
-    return totals, finished
+def resume(cfg, folder, parts, settings):
+    """What an unfinished run has saved, as far as its inputs are the same, or a new run."""
+    start = {"part": 0, "pieces": 0, "counts": {}, "totals": {}}
+    run = {"settings": settings, "seen": {}}
+    if (folder / STATE).exists():
+        saved = json.loads((folder / STATE).read_bytes())
+        for position in saved["positions"] if saved["settings"] == settings else ():
+            n = len(parts) if "tail" in saved["rule"] else position["part"] + 1
+            if position.get("inputs") == digest(parts[:n]):
+                print(f"{cfg.name}: going on from an earlier run", file=sys.stderr)
+                return saved | {"positions": [position]}
+        print(f"{folder}: begun with other settings or files; starting over", file=sys.stderr)
+    elif path := next(folder.glob("*.bin"), None):
+        fail(f"{path}: of another origin; give another --out")
+    return run | {"rule": split_rule(cfg, parts), "positions": [start]}
 
 
-def fetch_published(cfg, folder):
-    """Fetch as many published shards as --max_tokens asks for; the hub's library resumes them."""
-    hub = library("huggingface_hub", cfg.name)
-    n = min(PUBLISHED_SHARDS, math.ceil((cfg.max_tokens or sys.maxsize) / PUBLISHED_TOKENS))
-    names = {"finewebedu_val_000000.bin", *(f"finewebedu_train_{i + 1:06d}.bin" for i in range(n))}
-    for path in folder.glob("*.bin"):  # an earlier run may have fetched more
-        if not re.fullmatch(r"finewebedu_(train|val)_\d{6}\.bin", path.name):
-            fail(f"{path}: of another origin; give another --out")
-        names.add(path.name)
-    for number, name in enumerate(names := sorted(names, key=lambda n: ("train" in n, n)), 1):
-        note(f"{cfg.name}: {name}, {number} of {len(names)}")
-        with hub_errors(cfg.name):
-            hub.hf_hub_download(PUBLISHED, name, repo_type="dataset", local_dir=folder)
-    return names
-
-
-def corpus(cfg, folder):
-    """-> parts, and what meta.json names as the source."""
+def build(cfg, folder, parts, settings):
+    """Write all but meta.json -> its content, and counts of what was odd in the text."""
     if cfg.name == "finewebedu10B":
-        return [], PUBLISHED
-    if cfg.name == "stdlib":
-        parts, source = stdlib_parts(), "standard library of Python " + sys.version.split()[0]
-    elif cfg.name == "shakespeare":
-        parts, source = shakespeare_parts(folder), SHAKESPEARE
-    elif cfg.name == "files":
-        parts = local_parts("input", cfg.input)
-        source = ", ".join(Path(p.path).name for p in parts[:9]) + ", ..." * (len(parts) > 9)
+        import huggingface_hub
+        n = min(PUBLISHED_SHARDS, math.ceil((cfg.max_tokens or sys.maxsize) / PUBLISHED_TOKENS))
+        for name in "val_000000", *(f"train_{i + 1:06d}" for i in range(n)):
+            with doing(f"{cfg.name}: the Hugging Face hub", "the same command tries again"):
+                huggingface_hub.hf_hub_download(PUBLISHED, f"finewebedu_{name}.bin",
+                                                repo_type="dataset", local_dir=folder)
+    if parts:
+        run = resume(cfg, folder, parts, settings)
+        if "tokenizer" not in run:
+            run["tokenizer"] = make_tokenizer(cfg.tokenizer, training_texts(cfg, parts, run))
+        meta, totals = run["tokenizer"], run["positions"][0]["totals"]
+        dtype, encode = make_encoder(meta)
+        take_back(folder, totals, cfg, dtype.itemsize)
+        counts = tokenize(cfg, parts, encode, folder, run)
+        finish(folder, dtype, meta["vocab_size"])
+        source = ", ".join(Path(part.path).name for part in parts[:9]) + ", ..." * (len(parts) > 9)
     else:
-        parts = hub_parts(cfg.name)
-        source = f"{HUB[cfg.name][0]} at {parts[0].stamp}"
-    for split, given in (("test", cfg.test_input), ("val", cfg.val_input)):
-        own = local_parts(f"{split}_input", given, split)
-        for path in {Path(p.path).resolve() for p in own} & {Path(p.path).resolve() for p in parts}:
-            fail(f"--{split}_input: {path} is among the other inputs, too; keep splits apart")
-        parts = own + [part for part in parts if not own or part.split != split]
-    if cfg.val_input:
-        parts = [dataclasses.replace(part, split=part.split or "train") for part in parts]
-    return parts, source
-
-
-def settings_of(cfg, parts):
-    """What the bytes written depend on."""
-    stamps = [(Path(p.path).name, p.kind, p.split, p.size, p.stamp) for p in parts]
-    kept = ("name", "tokenizer", "max_tokens", "shard_tokens", "text_key")
-    return {key: getattr(cfg, key) for key in kept} | {
-        "val_input": [Path(item).name for item in cfg.val_input],
-        "test_input": [Path(item).name for item in cfg.test_input],
-        "inputs": hashlib.sha256(json.dumps(stamps).encode()).hexdigest()}
-
-
-def refuse_other(folder, what, was, settings):
-    values = was.values() if isinstance(was, dict) else [None]
-    if not all(isinstance(item, str | int)
-               for value in values for item in (value if isinstance(value, list) else [value])):
-        fail(f"{folder}: holds {what} that this script did not make; give another --out")
-    for key in settings:
-        if was.get(key) != settings[key]:
-            other = {"inputs": "from other input files", "name": f"from {was.get('name')}"}.get(
-                key, f"with --{key}={was.get(key)}")
-            fail(f"{folder}: holds {what} made {other}; give another --out, or delete that folder")
-
-
-def complete(cfg, folder):
-    """Whether there is nothing to do; another data set is refused."""
-    if not (folder / "meta.json").exists():
-        return False
-    settings = settings_of(cfg, corpus(cfg, folder)[0] if cfg.name == "files" else [])
-    if cfg.name != "files":  # neither the network nor a newer Python is asked
-        del settings["inputs"]
-    made = read_json(folder / "meta.json").get("settings")
-    refuse_other(folder, "a data set", made, settings)
-    with contextlib.suppress(OSError):  # of a run killed just before its end
-        (folder / STATE).unlink()
-    say(f"{folder} is complete; nothing to do")
-    return True
+        widths = [np.fromfile(path, "<i4", 256)[3:4] for path in folder.glob("*.bin")]
+        meta = make_tokenizer(cfg.tokenizer or ("byte" if 1 in widths else "gpt2"), ())
+        dtype, counts, source = make_encoder(meta)[0], Counter(), PUBLISHED
+    return {"format": 1, "name": cfg.name, "source": source, **meta,
+            **describe(folder, meta, dtype)}, counts
 
 
 def prepare(cfg):
     """Make the folder complete, from whatever state it is in."""
-    folder, began = Path(cfg.out), time.monotonic()
-    if complete(cfg, folder):
-        return
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder, path = Path(cfg.out), Path(cfg.out, "meta.json")
+    is_text, made = cfg.name not in ("meta", "finewebedu10B"), {}
+    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    with alone(folder) as still_ours:
-        if complete(cfg, folder):  # by a process that has just ended
+    handle = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if path.exists():
+            made = json.loads(path.read_bytes())
+        parts = corpus(cfg, folder) if is_text and (cfg.name == "files" or not made) else []
+        settings = {key: value for key, value in dataclasses.asdict(cfg).items()
+                    if not key.endswith("input") and key not in ("out", "workers")}
+        now = settings | ({"inputs": digest(parts)} if cfg.name == "files" else {})
+        differs = [key for key in now if made and made["settings"].get(key) != now[key]]
+        if differs and (is_text or made["name"] != cfg.name):
+            fail(f"{folder}: holds a data set of another {', '.join(differs)}; give another --out, "
+                 "or delete that folder")
+        if made and not differs:
+            print(f"{folder} is complete; nothing to do")
             return
-        try:
-            meta, counts = build(cfg, folder, still_ours)
-        except BaseException:  # a command that is refused leaves no folder behind
-            with contextlib.suppress(OSError):
-                for path in missing:
-                    path.rmdir()
-            raise
-        still_ours()
-        write_json(folder / "meta.json", meta)
+        meta, counts = build(cfg, folder, parts, settings)
+        write_atomically(path, json.dumps(meta | {"settings": now}).encode() + b"\n")
         (folder / STATE).unlink(missing_ok=True)
+    except BlockingIOError:
+        fail(f"{folder}: another process is at work there; wait for it, or give another --out")
+    except BaseException:
+        if not (folder / STATE).exists():  # nothing is saved, so nothing is left behind
+            for shard in folder.glob("*.bin.tmp"):
+                shard.unlink()
+            with contextlib.suppress(OSError):
+                for parent in missing:
+                    parent.rmdir()
+        raise
+    finally:
+        if fcntl:
+            os.close(handle)
+    report(folder, meta, counts)
+
+
+def report(folder, meta, counts):
+    """What was written, what was odd, and a command that trains on it on this machine."""
+    import torch
     for split, total in meta["splits"].items():
-        say(f"{split:5} {total['tokens']:13,} tokens {total['bytes']:13,} bytes "
-            f"{total['bytes'] / total['tokens']:.3f} bytes/token {total['documents']:,} docs")
-    for key, text in (("invalid", "sequences that are not UTF-8 became U+FFFD"),
-                      ("nul", "NUL characters removed"), ("bom", "byte order marks removed"),
-                      ("spelled", f"spellings of {BOS_TEXT} in the text are plain text"),
-                      ("empty", "empty documents skipped")):
-        if counts[key] and (key != "spelled" or meta["token_bytes"]):
-            say(f"{counts[key]:,} {text}")
-    say(f"{folder} is complete after {time.monotonic() - began:.1f}s; "
-        f"next: python train_mdlm.py --data={folder}")
-
-
-def build(cfg, folder, still_ours):
-    """Write all but meta.json -> its content, and counts of what was odd in the text."""
-    state = read_json(folder / STATE) if os.path.lexists(folder / STATE) else None
-    for path in folder.iterdir() if state is None and cfg.name != "finewebedu10B" else ():
-        if path.name.endswith((".bin", ".bin.tmp")):
-            fail(f"{path}: of another origin; give another --out")
-    parts, source = corpus(cfg, folder)
-    settings = settings_of(cfg, parts)
-    if state is not None:
-        refuse_other(folder, "an unfinished run", state.get("settings"), settings)
-        if not sound_state(state, parts, cfg.shard_tokens):
-            fail(f"{folder / STATE}: damaged; delete {folder} and start again")
-    else:
-        state = {"settings": settings, "rule": split_rule(parts, cfg.text_key),
-                 "position": {"part": 0, "pieces": 0, "counts": {}},
-                 "shards": {"finished": {}, "totals": {}, "current": {}}}
-    tokenizer = make_tokenizer(cfg, parts, state, folder)
-    if cfg.name == "finewebedu10B":
-        totals, finished = adopt(folder, fetch_published(cfg, folder), tokenizer)
-        counts = Counter()
-    else:
-        save_state(folder, state)  # from here on, the .bin files in the folder are ours
-        totals, finished, counts = tokenize(cfg, parts, tokenizer, folder, state, still_ours)
-    shards = {name: {key: finished[name][key] for key in ("tokens", "bytes", "sha256")}
-              for name in sorted(finished)}
-    bpe, spelling = tokenizer.bpe, None
-    if bpe:  # bytes as the characters U+0000 to U+00FF; the document start spells nothing
-        by_rank = sorted(tokenizer.ranks, key=tokenizer.ranks.get)
-        spelling = [token.decode("latin-1") for token in by_rank] + [""]
-    return {"format": 1, "name": cfg.name, "source": source, "tokenizer": cfg.tokenizer,
-            "vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id,
-            "pattern": bpe._pat_str if bpe else None, "token_bytes": spelling,
-            "byte_length": tokenizer.byte_length.tolist(), "splits": totals, "shards": shards,
-            "settings": settings}, counts
-
-
-def stop(number, frame):
-    raise KeyboardInterrupt(number)
+        print(f"{split:5} {total['tokens']:13,} tokens {total['bytes']:13,} bytes "
+              f"{total['bytes'] / total['tokens']:.3f} bytes/token {total['documents']:,} docs")
+    for key, text in {"invalid": "characters that could not be decoded are U+FFFD",
+                      "nul": "NUL characters removed", "missing": "rows without text skipped",
+                      "repeated": "documents left out that are in another split, too",
+                      "spelled": f"spellings of {BOS_TEXT} are plain text; if they separate "
+                      f"documents, use --split_on='{BOS_TEXT}'"}.items():
+        if counts[key] > (key == "spelled"):
+            print(f"{counts[key]:,} {text}")
+    n_train, n_val = (meta["splits"].get(split, {}).get("tokens", 0) for split in ("train", "val"))
+    seq_len, batch, flags = 256, 4096, ""
+    if n_train < SMALL_CORPUS or not torch.cuda.is_available():
+        while seq_len > 8 and 2 * seq_len > n_val:
+            seq_len //= 2
+        while batch > 2 * seq_len and batch > n_train // seq_len * seq_len:
+            batch //= 2
+        flags = (" --preset=tiny" + f" --seq_len={seq_len}" * (seq_len < 256)
+                 + f" --batch_tokens={batch}" * (batch < 4096))
+    if n_val < 512:
+        print(f"{n_val} tokens for validation are few: two windows of --seq_len are needed; give "
+              "more text or --val_input=PATH")
+    print(f"{folder} is complete; next: python train_mdlm.py --data={shlex.quote(str(folder))}"
+          f"{flags}")
 
 
 def main(argv):
     if argv[:1] in (["-h"], ["--help"]):
-        say(__doc__.strip())
+        print(__doc__.strip())
         return
     cfg = parse(argv)
-    stops = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1")
-             if hasattr(signal, name)]
-    for number in stops:
-        if signal.getsignal(number) == signal.SIG_DFL:  # under nohup, SIGHUP is ignored
-            signal.signal(number, stop)
     try:
-        prepare(cfg)
-    except KeyboardInterrupt as error:
-        number = error.args[0] if error.args else signal.SIGINT
-        for another in (signal.SIGINT, *stops):  # while threads end their batch
-            signal.signal(another, signal.SIG_IGN)
-        note(f"prepare_data.py: interrupted by {signal.Signals(number).name}; the same command "
-             "goes on from here")
-        raise SystemExit(128 + number) from None
-    except OSError as error:
-        fail(f"{error.filename or cfg.out}: {error.strerror or error}; once mended, the same "
-             "command goes on from here")
+        with doing(cfg.out, "once mended, the same command goes on from here"):
+            prepare(cfg)
+    except KeyboardInterrupt:
+        fail("interrupted; the same command goes on from here")
 
 
 if __name__ == "__main__":
+    for stream in sys.stdout, sys.stderr:
+        stream.reconfigure(errors="backslashreplace")
     main(sys.argv[1:])

@@ -5,7 +5,6 @@ import json
 import lzma
 import os
 import random
-import re
 import subprocess
 import sys
 import time
@@ -98,14 +97,6 @@ def corpus(tmp_path_factory):
     return write_jsonl(tmp_path_factory.mktemp("corpus") / "texts.jsonl", some_texts(3000))
 
 
-@pytest.fixture
-def tokenizer_of(corpus):
-    pytest.importorskip("tokenizers")
-    pytest.importorskip("tiktoken")
-    texts = [json.loads(line)["text"] for line in corpus.open()]
-    return prepare_data.bpe_tokenizer("bpe:400", prepare_data.train_bpe("bpe:400", texts))
-
-
 # ---- what is written
 
 
@@ -171,41 +162,6 @@ def test_split_by_hash_follows_the_text(tmp_path, corpus):
         assert 0.005 < len(val) / len(given) < 0.03
 
 
-def test_own_splits_and_forms_of_files(tmp_path):
-    """Folder, glob, list, gz and xz all give the same bytes as the plain files."""
-    texts, plain, packed = some_texts(50), tmp_path / "plain", tmp_path / "packed"
-    plain.mkdir()
-    packed.mkdir()
-    write_jsonl(plain / "a.jsonl", texts[:48])
-    (plain / "b.txt").write_text(texts[48])
-    (plain / "notes.md").write_text("not asked for")
-    (packed / "a.jsonl.xz").write_bytes(lzma.compress((plain / "a.jsonl").read_bytes()))
-    (packed / "b.txt.gz").write_bytes(gzip.compress((plain / "b.txt").read_bytes()))
-    val, test = tmp_path / "val.txt", write_jsonl(tmp_path / "test.jsonl", texts[:3])
-    val.write_text(texts[49])
-    inputs = {"folder": [f"--input={plain}"], "list": [f"--input={plain}/a.jsonl", plain / "b.txt"],
-              "glob": [f"--input={plain}/*.[jt]*"], "packed": [f"--input={packed}"]}
-    shards = {}
-    for name, given in inputs.items():
-        out = tmp_path / name
-        prepare("files", *given, f"--val_input={val}", f"--test_input={test}", f"--out={out}")
-        assert read_documents(out, "train") == texts[:49]
-        assert read_documents(out, "val") == [texts[49]]
-        assert read_documents(out, "test") == texts[:3]
-        shards[name] = {k: v for k, v in contents(out).items() if k.endswith(".bin")}
-    assert all(value == shards["folder"] for value in shards.values())
-
-
-def test_invalid_utf8_is_replaced_and_counted(tmp_path, capsys):
-    """Wherever a block of the file happens to end."""
-    raw = b"ab\xff\xe2\x82cd\xf0\x9f\x99\x82\n" * 200_000 + b"\xe2\x82"
-    (tmp_path / "a.txt").write_bytes(raw)
-    prepare("files", f"--input={tmp_path}/a.txt", f"--out={tmp_path / 'out'}")
-    (train,), (val,) = (read_documents(tmp_path / "out", split) for split in ("train", "val"))
-    assert train + val == raw.decode(errors="replace")
-    assert "400,001 sequences that are not UTF-8" in capsys.readouterr().out
-
-
 def test_lone_surrogate_and_other_field(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"body": "a \\ud83d b \\ud83d\\ude42"}\n\n{"body": "cccccccccc"}')
@@ -238,71 +194,6 @@ def test_stdlib(tmp_path):
 # ---- pieces, long lines, tokens
 
 
-def test_pieces_give_the_tokens_of_the_whole():
-    """With a BPE of the same strange text, so that merges reach over every careless cut."""
-    pytest.importorskip("tokenizers")
-    pytest.importorskip("tiktoken")
-    rng = random.Random(3)
-    alphabet = [*"aBé'1٣Ⅷ-_。日本か한.\\ \n\t\x1c\x85\u00a0\u2003\u0301", "'s", "'ll", "  ", "\r\n"]
-
-    def strange():
-        some = rng.sample(alphabet, rng.randint(4, len(alphabet)))
-        return "".join(rng.choice(some) for _ in range(rng.randint(1, 300)))
-
-    ranks = prepare_data.train_bpe("bpe:1500", (strange() for _ in range(2000)))
-    whole_of = prepare_data.bpe_tokenizer("bpe:1500", ranks).bpe.encode_ordinary
-    n_cut = 0
-    for case in range(1500):
-        text = strange() + "ab 1"
-        size, block = rng.choice([40, 64, 100]), rng.randint(1, 150)
-        blocks = [("train", at == 0, text[at:at + block]) for at in range(0, len(text), block)]
-        cut = list(prepare_data.pieces(blocks, size))
-        assert "".join(piece for _, _, piece in cut) == text
-        assert [first for _, first, _ in cut] == [True] + [False] * (len(cut) - 1)
-        if any(len(piece) == size for _, _, piece in cut[:-1]):
-            continue  # perhaps cut for want of any safe place
-        n_cut += len(cut) - 1
-        assert sum((whole_of(piece) for _, _, piece in cut), []) == whole_of(text), case
-    assert n_cut > 1000
-
-
-def test_batch_encodes_as_documents_one_by_one(tokenizer_of):
-    texts = [*some_texts(40, seed=5), BOS, f"x{BOS}", "<", BOS[1:], " ", "\n\n", BOS[:-1], ">"]
-    firsts = [i % 5 > 0 for i in range(len(texts))]
-    expected = sum(([tokenizer_of.bos_id] * first + tokenizer_of.bpe.encode_ordinary(text)
-                    for first, text in zip(firsts, texts, strict=True)), [])
-    assert tokenizer_of.encode(list(zip(firsts, texts, strict=True))).tolist() == expected
-
-
-def test_bpe_is_the_same_every_time(corpus):
-    pytest.importorskip("tokenizers")
-    texts = [json.loads(line)["text"] for line in corpus.open()]
-    first, second = (prepare_data.train_bpe("bpe:600", iter(texts)) for _ in range(2))
-    assert first == second and len(first) == 599
-    assert all(bytes([b]) in first for b in range(256))
-
-
-def test_long_lines(tmp_path, capsys):
-    """A line of 100 MB without a single space goes through in pieces, in little memory."""
-    unit = "0123456789abcdefghijklmnopqrstuvwxyz=/" * 27000
-    with (tmp_path / "a.txt").open("w") as file:
-        for _ in range(100):
-            file.write(unit)
-    # Started by a small process: a child's peak includes that of the process it is forked from.
-    launcher = ("import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True);"
-                "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")
-    run = subprocess.run(
-        [sys.executable, "-c", launcher, sys.executable, prepare_data.__file__, "files",
-         f"--input={tmp_path}/a.txt", f"--out={tmp_path / 'out'}", "--max_tokens=3_000_000"],
-        capture_output=True, text=True, check=True, timeout=60)
-    assert read_documents(tmp_path / "out", "train") == [(unit * 3)[:2_999_999]]
-    assert int(run.stdout.split()[-1]) < 400e3  # kB
-    with (tmp_path / "a.jsonl").open("w") as file:
-        file.write('{"text": "short"}\n{"text": "' + unit * 35 + '"}\n')
-    error = refused(capsys, "files", f"--input={tmp_path}/a.jsonl", f"--out={tmp_path / 'b'}")
-    assert "a.jsonl, line 2: longer than 32 MiB" in error
-
-
 # ---- the same bytes, whatever happens
 
 
@@ -314,52 +205,6 @@ def test_workers_do_not_matter(tmp_path, corpus):
     assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "5")
 
 
-def test_kill_between_name_and_state(tmp_path, corpus):
-    """Every state of the folder that a kill can leave, by replaying an older state file."""
-    args = ["files", f"--input={corpus}", f"--out={tmp_path / 'out'}", "--shard_tokens=100_000"]
-    run = start(*args)
-    state = tmp_path / "out/state.json"
-    states = set()
-    while run.poll() is None and not list((tmp_path / "out").glob("train_000002.bin")):
-        if state.exists():
-            states.add(state.read_bytes())
-    run.kill()
-    run.wait()
-    if not (tmp_path / "out/meta.json").exists() and states:
-        state.write_bytes(min(states, key=len))
-    prepare(*args)
-    prepare(*args[:2], *args[3:], f"--out={tmp_path / 'whole'}")
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-
-
-def test_complete_folder_is_left_alone(tmp_path, corpus, capsys):
-    args = ["files", f"--input={corpus}", f"--out={tmp_path}", "--shard_tokens=90_000"]
-    prepare(*args)
-    stamps = {path: path.stat().st_mtime_ns for path in [tmp_path, *tmp_path.iterdir()]}
-    capsys.readouterr()
-    prepare(*args)
-    assert "complete" in capsys.readouterr().out
-    assert "--max_tokens=0" in refused(capsys, *args, "--max_tokens=5000")
-    other = write_jsonl(tmp_path.parent / "other.jsonl", ["x"] * 30)
-    assert "other input files" in refused(capsys, "files", f"--input={other}", *args[2:])
-    assert stamps == {path: path.stat().st_mtime_ns for path in [tmp_path, *tmp_path.iterdir()]}
-
-
-def test_unfinished_folder_refuses_another_run(tmp_path, capsys):
-    (tmp_path / "a.txt").write_text("\n".join(some_texts(3000)) * 20)
-    args = ["files", f"--input={tmp_path}/a.txt", f"--out={tmp_path / 'out'}"]
-    run = start(*args, "--shard_tokens=300_000")
-    while run.poll() is None and not list((tmp_path / "out").glob("train_000002.bin")):
-        time.sleep(0.002)
-    if os.name == "posix":
-        error = refused(capsys, *args, "--shard_tokens=300_000")
-        assert "another process" in error
-    run.kill()
-    run.wait()
-    if not (tmp_path / "out/meta.json").exists():
-        assert "an unfinished run made with --shard_tokens=300000" in refused(capsys, *args)
-
-
 def test_foreign_shards_are_kept(tmp_path, corpus, capsys):
     (tmp_path / "fineweb_train_000001.bin").write_bytes(b"precious")
     assert "another origin" in refused(capsys, "files", f"--input={corpus}", f"--out={tmp_path}")
@@ -369,111 +214,7 @@ def test_foreign_shards_are_kept(tmp_path, corpus, capsys):
 # ---- shards and texts of others
 
 
-def test_published_shards(tmp_path, tokenizer_of, capsys):
-    """Shards as llm.c writes them, with nothing in the header beyond the count."""
-    tokens = np.concatenate([[tokenizer_of.bos_id] + tokenizer_of.bpe.encode_ordinary(text)
-                             for text in some_texts(30)]).astype("<u2")
-    header = np.zeros(256, "<i4")
-    header[:3] = 20240520, 1, len(tokens)
-    names = ["finewebedu_train_000001.bin", "finewebedu_val_000000.bin"]
-    for name in names:
-        (tmp_path / name).write_bytes(header.tobytes() + tokens.tobytes())
-    before = contents(tmp_path)
-    totals, shards = prepare_data.adopt(tmp_path, names, tokenizer_of)
-    size = sum(len(text.encode()) for text in some_texts(30))
-    expected = {"tokens": len(tokens), "bytes": size, "documents": 30}
-    assert totals == {"train": expected, "val": expected}
-    assert set(shards) == set(names) and contents(tmp_path) == before
-    bad = {"cut": before[names[0]][:-2], "magic": b"\1" * 3000, "short": b"",
-           "token": before[names[0]][:-2] + b"\xff\xff"}
-    for raw in bad.values():
-        (tmp_path / names[0]).write_bytes(raw)
-        with pytest.raises(SystemExit) as stop:
-            prepare_data.adopt(tmp_path, names, tokenizer_of)
-        assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
-
-
-def test_streaming_a_data_set(tmp_path, corpus, capsys):
-    """A parquet file read as those on the hub are, here from a folder."""
-    pytest.importorskip("datasets")
-    import pyarrow
-    import pyarrow.parquet
-    texts = [json.loads(line)["text"] for line in corpus.open()][:500] + ["", "a\0b", "x" * 600_000]
-    path = str(tmp_path / "a.parquet")
-    table = pyarrow.table({"id": list(range(len(texts))), "text": texts})
-    pyarrow.parquet.write_table(table, path, row_group_size=100)
-    reader = prepare_data.Reader([prepare_data.Part(path, "hub", None, 1, "")], "text")
-    found = list(prepare_data.pieces(reader.route(0, {"hash": -1}), 1_000_000))
-    assert [text for _, _, text in found] == [*texts[:500], "ab", texts[-1]]
-    assert reader.counts["nul"] == reader.counts["empty"] == 1
-    with pytest.raises(SystemExit) as stop:
-        part = prepare_data.Part(path + "x", "hub", None, 1, "")
-        list(prepare_data.Reader([part], "text").read(0))
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and "the same command tries again" in error.splitlines()[-1]
-
-
-@pytest.mark.parametrize("args, remedy", [
-    (["shakespeare"], "files --input=PATH"),
-    (["stdlib", "--tokenizer=gpt2"], "TIKTOKEN_CACHE_DIR"),
-    (["tinystories"], "files --input=PATH"),
-])
-def test_no_network(tmp_path, args, remedy):
-    env = {**os.environ, **OFFLINE, "TIKTOKEN_CACHE_DIR": str(tmp_path / "none")}
-    run = start(*args, cwd=tmp_path, env=env)
-    error = run.communicate(timeout=50)[1].strip().splitlines()
-    assert run.returncode == 2 and len(error) == 1 and remedy in error[0]
-    assert not (tmp_path / "data" / args[0]).exists()
-
-
 # ---- misuse
-
-
-@pytest.mark.parametrize("args, said", [
-    ([], "no source given"),
-    (["stdlbi"], "did you mean stdlib?"),
-    (["stdlib", "--tokeniser=byte"], "did you mean --tokenizer?"),
-    (["stdlib", "--tokenizer"], "--tokenizer=VALUE"),
-    (["stdlib", "--tokenizer=gpt3"], "byte, gpt2 or bpe:N"),
-    (["stdlib", "--tokenizer=bpe:70000"], "65536"),
-    (["stdlib", "--tokenizer=bpe:256"], "257"),
-    (["stdlib", "--max_tokens=many"], "not a whole number"),
-    (["stdlib", "--max_tokens=0"], "above 0"),
-    (["stdlib", "--workers=1", "--workers=2"], "given twice"),
-    (["stdlib", "shakespeare"], "one source at a time"),
-    (["stdlib", "--input=x"], "goes with files"),
-    (["stdlib", "--shard_tokens=3_000_000_000"], "--shard_tokens"),
-    (["files"], "--input=PATH"),
-    (["files", "--input=nowhere/*.txt"], "no such file"),
-    (["files", "--input=.", "--val_input=gone.txt"], "--val_input=gone.txt"),
-    (["files", "--input=empty"], "no .txt or .jsonl"),
-    (["files", "--input=table.parquet"], "cannot be read"),
-    (["files", "--input=bad.jsonl"], "bad.jsonl, line 2: not JSON"),
-    (["files", "--input=list.jsonl"], "list.jsonl, line 1: no text in field text of list"),
-    (["files", "--input=field.jsonl"], "field.jsonl, line 1: no text in field text of body, id"),
-    (["files", "--input=cut.txt.gz"], "cut.txt.gz: damaged or cut short"),
-    (["files", "--input=cut.txt.xz"], "cut.txt.xz: damaged or cut short"),
-    (["files", "--input=not.txt.gz"], "not.txt.gz: damaged"),
-    (["files", "--input=wide.txt"], "UTF-16"),
-    (["files", "--input=a.txt", "--val_input=a.txt"], "keep splits apart"),
-    (["files", "--input=nothing.txt"], "no text for train"),
-    (["files", "--input=a.txt", "--val_input=nothing.txt"], "no text for val"),
-    (["finewebedu10B", "--tokenizer=byte"], "published in gpt2"),
-    (["finewebedu10B", "--shard_tokens=5"], "as published"),
-])
-def test_misuse(tmp_path, monkeypatch, capsys, args, said):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    text = "a line of text\n" * 50
-    files = {"a.txt": text.encode(), "table.parquet": b"PAR1", "nothing.txt": b"",
-             "bad.jsonl": b'{"text": "fine"}\n{"text": "fi\n', "list.jsonl": b"[1, 2]\n",
-             "field.jsonl": b'{"body": "x", "id": 3}\n', "wide.txt": text.encode("utf-16"),
-             "cut.txt.gz": gzip.compress(os.urandom(5000))[:3000], "not.txt.gz": text.encode(),
-             "cut.txt.xz": lzma.compress(os.urandom(5000))[:3000]}
-    for name, raw in files.items():
-        (tmp_path / name).write_bytes(raw)
-    assert said in refused(capsys, *args)
-    assert not re.search("meta.json|_[0-9]{6}.bin$", " ".join(map(str, tmp_path.rglob("*"))))
 
 
 def test_too_little_text_for_a_bpe(tmp_path):
@@ -485,8 +226,140 @@ def test_too_little_text_for_a_bpe(tmp_path):
     assert run.returncode == 2 and "use bpe:2" in error.splitlines()[-1]
 
 
-def test_missing_library_is_named(tmp_path):
-    (tmp_path / "tokenizers.py").write_text("raise ImportError")
-    run = start("stdlib", f"--out={tmp_path / 'out'}", "--tokenizer=bpe:400",
-                env={**os.environ, "PYTHONPATH": str(tmp_path)})
-    assert "pip install tokenizers" in run.communicate(timeout=30)[1] and run.returncode == 2
+
+
+# What people have.
+
+
+def run_command(*arguments, cwd, stdin=None):
+    """The command line in a process -> (status, what it printed)."""
+    done = subprocess.run([sys.executable, str(SCRIPT), *map(str, arguments)], cwd=cwd, text=True,
+                          input=stdin, capture_output=True, env={**os.environ, **OFFLINE})
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout + done.stderr
+
+
+STORIES = [f"Story {i}: once upon a time there were {i} frogs. " + "The end. " * i
+           for i in range(30)]
+ROWS = "".join(json.dumps({"id": i, "text": s, "data": {"body": s}}) + "\n"
+               for i, s in enumerate(STORIES))
+
+
+def write_forms(folder):
+    import pyarrow
+    import pyarrow.parquet
+
+    (folder / "a.jsonl").write_text(ROWS)
+    (folder / "a.json").write_text("[" + ",".join(ROWS.splitlines()) + "]")
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(ROWS.encode()))
+    (folder / "a.jsonl.xz").write_bytes(lzma.compress(ROWS.encode()))
+    (folder / "noextension").write_text(ROWS)
+    (folder / "a.csv").write_text(
+        "id,text\n" + "".join(f'{i},"{s}"\n' for i, s in enumerate(STORIES)))
+    pyarrow.parquet.write_table(pyarrow.table({"text": STORIES}), folder / "a.parquet")
+    (folder / "eot.txt").write_text(BOS.join(STORIES))
+
+
+@pytest.mark.parametrize("form, flags", [
+    ("a.jsonl", ["--text_key=data.body"]), ("a.json", []), ("a.jsonl.gz", []), ("a.jsonl.xz", []),
+    ("noextension", []), ("a.csv", ["--text_key=text"]), ("a.parquet", []),
+    ("eot.txt", [f"--split_on={BOS}"])])
+def test_every_form_gives_the_same_documents(form, flags, tmp_path):
+    write_forms(tmp_path)
+    status, said = run_command("files", f"--input={form}", "--out=out", *flags, cwd=tmp_path)
+    assert status == 0, said
+    texts = read_documents(tmp_path / "out", "train") + read_documents(tmp_path / "out", "val")
+    assert sorted(text.strip() for text in texts) == sorted(s.strip() for s in STORIES)
+
+
+def test_standard_input(tmp_path):
+    status, said = run_command("files", "--input=-", "--out=out", cwd=tmp_path,
+                               stdin="words " * 500)
+    assert status == 0, said
+    assert "".join(read_documents(tmp_path / "out", "train")).startswith("words words")
+
+
+@pytest.mark.parametrize("name, data, flags, words", [
+    ("gbk.txt", "从前有一座山。".encode("gbk") * 50, [], "--encoding"),
+    ("latin.txt", "un été à la forêt ".encode("latin-1") * 50, [], "--encoding"),
+    ("utf16.txt", "no mark at all ".encode("utf-16-le") * 50, [], "--encoding"),
+    ("page.html", b"<!DOCTYPE html><html><body><p>text</p></body></html>" * 9, [], "HTML"),
+    ("content.jsonl", b'{"content": "some text"}\n' * 40, [], "--text_key"),
+    ("null.jsonl", b'{"text": null}\n' * 30 + b'{"text": "x"}\n', [], "no text"),
+    ("gone.txt", None, [], "gone.txt"),
+    ("ok.txt", b"words " * 900, ["--tokenizr=byte"], "tokeni"),
+    ("ok.txt", b"words " * 900, ["--tokenizer=gpt3"], "--tokenizer=gpt3"),
+    ("cut.txt.gz", gzip.compress(b"words " * 900)[:-9], [], "cut.txt.gz"),
+])
+def test_what_is_no_text_is_refused_and_leaves_nothing(name, data, flags, words, tmp_path):
+    if data is not None:
+        (tmp_path / name).write_bytes(data)
+    status, said = run_command("files", f"--input={name}", "--out=out", *flags, cwd=tmp_path)
+    assert status == 2 and words in said, said
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_encoding_is_read_when_it_is_named(tmp_path):
+    text = "从前有一座山，山里有座庙。" * 50
+    (tmp_path / "gbk.txt").write_bytes(text.encode("gbk"))
+    status, said = run_command("files", "--input=gbk.txt", "--encoding=gbk", "--out=out",
+                               cwd=tmp_path)
+    assert status == 0, said
+    parts = [read_documents(tmp_path / "out", split) for split in ("train", "val")]
+    assert "".join(parts[0] + parts[1]) == text
+
+
+def test_hidden_folders_and_rows_without_text_are_skipped(tmp_path):
+    for name in ("src/a.py", ".git/b.py", "src/.ipynb_checkpoints/a.py"):
+        path = tmp_path / "tree" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"print('{name}')  # text\n" * 40)
+    status, said = run_command("files", "--input=tree", "--glob=**/*.py", "--out=out", cwd=tmp_path)
+    assert status == 0, said
+    texts = read_documents(tmp_path / "out", "train") + read_documents(tmp_path / "out", "val")
+    assert all("src/a.py" in text for text in texts)
+    (tmp_path / "rows.jsonl").write_text(ROWS + '{"text": null}\n{"id": 3}\n{"text": ""}\n')
+    status, said = run_command("files", "--input=rows.jsonl", "--out=rows", cwd=tmp_path)
+    assert status == 0 and "skipped" in said, said
+
+
+def test_vocabulary_of_a_prepared_folder(tmp_path):
+    (tmp_path / "a.txt").write_text(" ".join(STORIES))
+    for tokenizer, out in (("bpe:300", "one"), ("one", "two")):
+        status, said = run_command("files", "--input=a.txt", f"--tokenizer={tokenizer}",
+                               f"--out={out}", cwd=tmp_path)
+        assert status == 0, said
+    one, two = read_meta(tmp_path / "one"), read_meta(tmp_path / "two")
+    assert all(one[key] == two[key] for key in ("token_bytes", "pattern", "bos_id"))
+    assert np.array_equal(read_split(tmp_path / "one", "train"),
+                          read_split(tmp_path / "two", "train"))
+
+
+def test_published_shards_get_the_meta_json_that_they_lack(tmp_path):
+    header = np.zeros(256, "<i4")
+    header[:4] = 20240520, 1, 100, 1
+    for split in ("train", "val"):
+        tokens = np.arange(100).astype(np.uint8).tobytes()
+        (tmp_path / f"corpus_{split}.bin").write_bytes(header.tobytes() + tokens)
+    status, said = run_command("meta", tmp_path, cwd=tmp_path)
+    assert status == 0, said
+    meta = read_meta(tmp_path)
+    assert meta["tokenizer"] == "byte" and len(meta["byte_length"]) == meta["vocab_size"] == 256
+
+
+def test_killed_run_gives_the_same_bytes(tmp_path):
+    for i in range(40):
+        (tmp_path / f"in{i:02}.txt").write_text(f"file {i} " + "words and more words " * 30_000)
+    flags = ("files", "--input=.", "--glob=in*.txt", "--tokenizer=byte")
+    status, said = run_command(*flags, "--out=whole", cwd=tmp_path)
+    assert status == 0, said
+    for seconds in (1.0, 1.6, 2.2):
+        run = subprocess.Popen([sys.executable, str(SCRIPT), *flags, "--out=out"], cwd=tmp_path,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(seconds)
+        run.kill()
+        run.wait()
+    status, said = run_command(*flags, "--out=out", cwd=tmp_path)
+    assert status == 0, said
+    for path in (tmp_path / "whole").glob("*.bin"):
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
