@@ -188,7 +188,7 @@ def uncached(model):
     return lambda xt, x0, rows: model(xt, x0, rows)
 
 
-def remasking(log_probs, is_mask, *, step, steps, u):
+def remasking(log_probs, is_mask, *, step, steps, u, **_):
     assert log_probs.shape == (is_mask.sum(), V) and u.shape == is_mask.shape
     return torch.where(is_mask, u > 1 / (steps - step), u < 0.2)
 
@@ -206,7 +206,7 @@ def check_cache(module):
                     kept, again = (write(module, m, cfg, known[:len(given)], given, **how)
                                    for m in (model, uncached(model)))
                     assert all(torch.equal(a, torch.as_tensor(b))
-                               for a, b in zip(map(torch.as_tensor, kept), again, strict=True))
+                               for a, b in zip(map(torch.as_tensor, vars(kept).values()), vars(again).values(), strict=True))
                     assert "choose" in how or kept.nfe <= 3 * how.get("steps", L)
 
 
@@ -254,7 +254,7 @@ def test_watch_sees_every_pass():
     def likeliest(log_probs):
         return torch.full_like(log_probs, -math.inf).scatter(1, log_probs.argmax(1, True), 0.0)
 
-    def left_to_right(log_probs, is_mask, *, step, steps, u):
+    def left_to_right(log_probs, is_mask, *, step, steps, u, **_):
         return is_mask & (torch.arange(2) > step)
 
     write(train_block, Blocks(Iid([0.5, 0.3, 0.2]), 4, 2), cfg, known, is_known, warp=likeliest,
@@ -266,10 +266,10 @@ def test_watch_sees_every_pass():
 
 MUTANTS = {
     "the cache keeps the noised block": (
-        "self.length, self.done = 0, end - L, self.done + N - L",
-        "self.length, self.done = 0, end, self.done + N", (check_cache,)),
+        "self.length, self.done = 0, length + N - L, self.done + N - L",
+        "self.length, self.done = 0, length + N, self.done + N", (check_cache,)),
     "the window is a block short": (
-        "window = self.cfg.seq_len - L", "window = self.cfg.seq_len // 3",
+        "self.window, self.capacity = cfg.seq_len - self.n_noised,", "self.window, self.capacity = cfg.seq_len // 3,",
         (check_window, check_cache)),
     "the window has no end": (
         "(j > i - cfg.seq_len // L)", "(j > i - 10**6)", (check_window,)),
@@ -280,10 +280,10 @@ MUTANTS = {
         "new_mask &= ~fixed[:, here] & (i < passes - 1)", "new_mask &= i < passes - 1",
         (check_cache,)),
     "random numbers hang on the batch": (
-        "    torch.rand(passes, 2, L, generator=g, dtype=torch.float64)", "    pass",
+        "uniforms(gens, passes, n_numbers, L)", "pass",
         (check_rows_are_independent,)),
     "a pick decides the token, too": (
-        "pick, u = torch.stack(u).unbind(1)  # (B, L)", "pick = u = torch.stack(u)[:, 0]  # (B, L)",
+        "pick, u = numbers[:, 0], numbers[:, -1]", "pick = u = numbers[:, 0]",
         (check_sampler_of_joint,)),
 }
 

@@ -124,7 +124,7 @@ def check_infill(mdlm, steps):
 
 def check_random_order(mdlm):
     """`choose` decides what stays masked: one random position a pass gives the joint."""
-    def one_at_random(log_probs, is_mask, *, step, steps, u):
+    def one_at_random(log_probs, is_mask, *, step, steps, u, **_):
         assert log_probs.shape == (is_mask.sum(), N_VALUES) and steps == N_TOKENS
         best = torch.where(is_mask, u, -1.0).argmax(-1, keepdim=True)
         return is_mask & (torch.arange(N_TOKENS, device=u.device) != best)
@@ -239,7 +239,7 @@ def check_choose(mdlm):
     is_known = torch.tensor([[True, False, False], [False, False, True]])
     seen, frames = [], []
 
-    def choose(log_probs, is_mask, *, step, steps, u):
+    def choose(log_probs, is_mask, *, step, steps, u, **_):
         assert u.shape == is_mask.shape and u.dtype == torch.float64
         assert log_probs.shape == (is_mask.sum(), N_VALUES)
         assert not (is_mask & is_known).any()
@@ -333,13 +333,13 @@ MUTANTS = {
         "cdf = log_probs.double().softmax(-1)", "cdf = log_probs.float().softmax(-1)",
         check_rare_tokens),
     "the uniform numbers have 24 bits": (
-        "[torch.rand(2, L, generator=g, dtype=torch.float64) for",
-        "[torch.rand(2, L, generator=g).double() for", check_rare_tokens),
+        "[torch.rand(shape, generator=g, dtype=torch.float64) for",
+        "[torch.rand(shape, generator=g).double() for", check_rare_tokens),
     "one number decides both whether and what": (
-        "torch.stack(u).unbind(1)  # (B, L)", "torch.stack(u)[:, [0, 0]].unbind(1)  # (B, L)",
+        "pick, u = numbers[:, 0], numbers[:, -1]", "pick = u = numbers[:, 0]",
         lambda m: check_ancestral_law(m, 5)),
     "the last pass is forgotten": (
-        "for i in range(passes):\n            u =", "for i in range(passes - 1):\n            u =",
+        "for i in range(passes):\n            n", "for i in range(passes - 1):\n            n",
         lambda m: check_ancestral_law(m, 2)),
     "every pass commits at the rate of the first": (
         "commit = pick * (steps - i) < 1", "commit = (pick * steps < 1) | (i == steps - 1)",

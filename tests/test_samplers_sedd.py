@@ -286,9 +286,9 @@ MUTANTS = {
     "the last step is as the others": (
         "sigmas = [*sigmas.tolist(), 0.0]", "sigmas = [*sigmas.tolist(), sigmas[-1].item() / 2]",
         lambda m: check_few_steps(m, "uniform", "loglinear", False)),
-    "the last step leaves masks": (" | last", "", check_unnormalised_sampling),
+    "the last step leaves masks": (" | is_last)", ")", check_unnormalised_sampling),
     "euler does not denoise": (
-        "if euler and not last", "if euler",
+        "if is_euler and not is_last", "if is_euler",
         lambda m: check_few_steps(m, "uniform", "loglinear", True)),
     "tweedie without the forward kernel": (
         "(F.one_hot(current, N) * math.exp(-delta) - math.expm1(-delta) / N)",
@@ -304,12 +304,12 @@ MUTANTS = {
         "share / math.expm1(sigma)", "share / math.expm1(sigmas[i + 1] + 0.1)",
         lambda m: check_few_steps(m, "absorb", "loglinear", False)),
     "sampling starts from one token": (
-        "(start * V).long()", "(start * 0).long()", check_start),
+        "(uniforms(gens, T) * V).long()", "(uniforms(gens, T) * 0).long()", check_start),
     "one number decides both when and what": (
-        "torch.stack(u).unbind(1)  # (B, T)", "torch.stack(u)[:, [0, 0]].unbind(1)  # (B, T)",
+        "pick, u = uniforms(gens, 2, T).unbind(1)", "pick, u = 2 * [uniforms(gens, T)]",
         lambda m: check_few_steps(m, "absorb", "loglinear", False)),
     "known tokens are noise, too": (
-        "if absorb else ~is_known", "if absorb else torch.ones_like(is_known)",
+        "if is_absorb else ~is_known", "if is_absorb else torch.ones_like(is_known)",
         lambda m: check_infill(m, "uniform")),
     "the warp acts on noisy tokens": (
         "clean = (1 + growth) * score - growth * score.mean(-1, keepdim=True)", "clean = score",

@@ -176,21 +176,32 @@ def _grid(base, n):
 
 def with_samplers(script, sampler=None):
     """A training script with the sampler of sample.py, or of a mutant of it, that belongs to it:
-    generate(model, cfg, known, is_known, *, gen, ..) for a network or an exact denoiser."""
+    generate(model, cfg, known, is_known, *, gen, ..) for a network or an exact denoiser. Of what it
+    returns, order (B, T) says which pass gave a token its value; 0: it was known."""
     import sample
 
     sampler = sampler or sample
     script = types.SimpleNamespace(**vars(script))
+    kind = {"train_mdlm": "mdlm", "train_block": "block", "gpt": "gpt"}.get(script.SCRIPT)
 
-    def generate(model, cfg, known, is_known, *, cached=True, **how):
-        lm = types.SimpleNamespace(
-            script=script, cfg=cfg, net=model, predict=getattr(model, "predict", None),
-            is_cached=cached and hasattr(model, "predict"),
-            block_len=getattr(cfg, "block_len", None))
-        if script.SCRIPT == "gpt":
-            return sampler.continue_rows(lm, known, is_known, **how)
-        fill = sampler.redraw_rows if script.SCRIPT == "train_sedd" else sampler.fill_blocks
-        return fill(lm, known, is_known, **how)
+    def generate(model, cfg, known, is_known, *, cached=True, euler=False, watch=None, **how):
+        order, before = torch.zeros_like(known), torch.where(is_known, known, cfg.vocab_size)
+
+        def look(tokens, nfe):
+            nonlocal before
+            order[tokens != before] = nfe
+            before = tokens.clone()
+            if watch is not None:
+                watch(before, nfe)
+
+        model = model if cached else model.__call__
+        if kind is None:
+            how.update(total_noise=script.total_noise, is_euler=euler)
+            out = sampler.redraw_rows(model, cfg, known, is_known, watch=look, **how)
+        else:
+            out = sampler.fill_blocks(model, cfg, known, is_known, kind=kind, watch=look, **how)
+        tokens, length, nfe = out
+        return types.SimpleNamespace(tokens=tokens, length=length, nfe=nfe, order=order)
 
     script.generate, script.draw_tokens = generate, sampler.draw_tokens
     return script
