@@ -449,8 +449,8 @@ def redraw_rows(model, cfg, known, is_known, *, total_noise, gen, steps=None, is
     is_euler: by the rates at the step's start. The last pass denoises: all noise that is left goes
     in one step of Tweedie's. Under absorb a pass without a change needs no new forward pass. warp
     acts under absorb on what a mask becomes, not when; under uniform on the clean token that the
-    score implies, before the noise of that time; begins {position: (V,) bool} says which tokens may
-    stand there. total_noise(t, cfg) -> sigma, dsigma/dt"""
+    score implies, before the noise of that time; begins {position: warp} has others for some
+    positions. total_noise(t, cfg) -> sigma, dsigma/dt"""
     (B, T), V, device = known.shape, cfg.vocab_size, known.device
     where = "cpu" if device.type == "mps" else device  # MPS has no float64
     gens, passes = row_generators(gen, B), T if steps is None else steps
@@ -485,8 +485,10 @@ def redraw_rows(model, cfg, known, is_known, *, total_noise, gen, steps=None, is
             nfe += 1
             current = tokens.flatten()[rows].to(where)
             log_law = uniform_law(log_score, current, sigma, sigmas[i + 1], rate, warp)
-            for at, allowed in (begins or {}).items():
-                log_law[(rows % T == at)[:, None] & ~allowed] = -math.inf
+            for at, own_warp in (begins or {}).items():
+                hit = rows % T == at
+                log_law[hit] = uniform_law(
+                    log_score[hit], current[hit], sigma, sigmas[i + 1], rate, own_warp)
         drawn = draw_tokens(log_law, u.flatten()[rows.cpu()]).to(device)
         new = tokens.flatten().index_put((rows,), drawn).view(B, T)
         tokens, is_changed = new, not torch.equal(new, tokens)
@@ -592,6 +594,12 @@ def make_warp(temperature=1.0, top_k=None, top_p=None):
     return warp
 
 
+def warp_among(log_probs, allowed, warp):
+    """Only tokens that are allowed (V,) keep a probability, and then warp."""
+    log_probs = log_probs.masked_fill(~allowed, -math.inf).log_softmax(-1)
+    return log_probs if warp is None else warp(log_probs)
+
+
 # ----------------------------------------------------------------------------- model
 PASSES = ("order", "steps", "threshold", "remask", "refine")  # flags of diffusion alone
 WAYS = {  # how a kind of model writes, and the flags that it cannot take
@@ -632,8 +640,8 @@ class LM:
     @torch.no_grad()
     def predict_agrees(self):
         """Does a fork's predict, with a cache, give what its forward gives on some random rows?"""
-        if self.kind in ("mdlm", "sedd"):
-            return True  # they have no cache
+        if self.kind in ("mdlm", "sedd") or not hasattr(self.model, "predict"):
+            return self.kind in ("mdlm", "sedd")  # which need no cache
         unit, laws = self.block_len or 1, []
         x = torch.randint(self.cfg.vocab_size, (2, min(self.cfg.seq_len, 3 * unit)))
         for model in (self.model, self.model.__call__):
@@ -711,9 +719,10 @@ class LM:
         that the others follow the conditional given it; a uniform score keeps to it in every pass.
         """
         known, is_known = (x.to(self.device) for x in canvas[:2])
-        begins = {at: allowed.to(self.device) for at, allowed in canvas[2].items()}
-        firsts = {} if getattr(self.cfg, "graph", None) == "uniform" else begins
         warp = make_warp(opts.temperature, opts.top_k, opts.top_p)
+        begins = {at: functools.partial(warp_among, allowed=allowed.to(self.device), warp=warp)
+                  for at, allowed in canvas[2].items()}
+        firsts = {} if getattr(self.cfg, "graph", None) == "uniform" else begins
         how = dict(begins=begins, stop=self.tokenizer.bos_id if stops else None)
         T, size = len(known), min(MAX_ROWS, self.batch_rows(min(len(known), self.cfg.seq_len)))
         # Streams of their own for refining and for those first tokens: all hand out a seed a row.
@@ -722,14 +731,10 @@ class LM:
         for first in range(0, opts.n, size):
             x, given = (t.repeat(min(size, opts.n - first), 1) for t in (known, is_known))
             with self.amp():
-                for at, allowed in firsts.items():
-                    def among(log_probs, allowed=allowed):
-                        log_probs = log_probs.masked_fill(~allowed, -math.inf).log_softmax(-1)
-                        return log_probs if warp is None else warp(log_probs)
-
+                for at, own_warp in firsts.items():
                     end = at + 1 if self.kind in ("gpt", "block") else T  # of what the token sees
                     there = x[:, :end], given[:, :end]
-                    drawn, *_ = self.fill(*there, Options(steps=1), gens[2], among)
+                    drawn, *_ = self.fill(*there, Options(steps=1), gens[2], own_warp)
                     x[:, at], given[:, at] = drawn[:, at], True
                 tokens, length, nfe = self.fill(x, given, opts, gens[0], warp, watch, **how)
                 nfe += len(firsts)
@@ -1002,7 +1007,7 @@ class Run:
                 lines += ["", *lines_of(self.spans(row, before), width)] if self.has_text else []
             self.height = redraw(lines, self.height, sys.stderr)
             self.last, self.drawn = rows, now
-        elif not is_terminal(sys.stderr) and self.has_text and self.due[0] <= done < 1:
+        elif not is_terminal(sys.stderr) and self.has_text and self.due and self.due[0] <= done < 1:
             self.due = [share for share in self.due if share > done]
             text = "".join(text for text, _ in self.spans(rows[0], rows[0]))
             note(f"[{done:.0%} after {nfe} passes] {text}")
@@ -1083,6 +1088,7 @@ def print_race(opts):
 def text_of(opts, flag):
     """(The text of --FLAG or --FLAG_file, what it is); (None, ..) without either."""
     text, path = getattr(opts, flag), getattr(opts, f"{flag}_file")
+    check(text is None or path is None, f"{flag}_file", path, f"excludes --{flag}: drop one")
     if flag == "score" and text and os.path.isfile(text):
         path = text
     if path is None:
@@ -1103,6 +1109,7 @@ def text_of(opts, flag):
 
 def print_score(lm, opts, what):
     score = lm.score(opts.score, opts.draws, opts.seed)
+    note(lm.summary)
     nats, bits = f"= {score.nats:.2f}", f"{score.bits_per_byte:.4f}"
     noise = "exact"
     if lm.kind != "gpt":
@@ -1114,6 +1121,7 @@ def print_score(lm, opts, what):
 
 def print_samples(lm, opts):
     run = Run(lm, opts)
+    note(lm.summary)
     for row in run.rows():
         kinds = ["known" if is_known else None for is_known in run.is_known[:len(row)]]
         spans = lm.tokenizer.spans(row, kinds)
@@ -1139,7 +1147,6 @@ def main(argv):
             print_race(opts)
         else:
             lm = load(opts.ckpt, opts.script, opts)
-            note(lm.summary)
             if text is None:
                 print_samples(lm, opts)
             else:

@@ -2,25 +2,31 @@
 import contextlib
 import copy
 import io
-import itertools
-import json
 import math
 import os
-import pickle
+import pty
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from runs import byte_table, write_meta
-from toys import Joint, chi_square_z, correlated, take_rows, with_samplers
+from runs import (
+    ROOT,
+    Result,
+    assert_refused,
+    finish,
+    launch,
+    make_data,
+    train_tiny,
+    write_meta,
+    write_shard,
+)
+from runs import one_thread as one_thread
+from toys import Joint, chi_square_z, correlated, with_samplers
 
 import gpt
 import sample
@@ -28,81 +34,106 @@ import train_block
 import train_mdlm
 import train_sedd
 
-ROOT = Path(__file__).resolve().parent.parent
 Z_LIMIT = 5.0
 RANKED = ("random", "confidence", "entropy", "margin")
-TEXT = "def name(self):\n    return self.names[0]  # café\n\n" * 200
-TINY = dict(
-    seq_len=32, n_layer=1, n_head=2, n_embd=32, steps=3, batch_tokens=128, micro_batch=4,
-    val_tokens=128, eval_every=0, compile=0, device="cpu", dtype="fp32",
-)
-
-
-# ------------------------------------------------------------------------------ toys
+TABLE = [bytes([i]) for i in range(256)] + [b"th", b"the", b" the", "é".encode(), b"  ", b"\n\n", b""]
+MODELS = {  # kind: script, data, flags
+    "mdlm": (train_mdlm, "byte", ["--ema=0.5"]),
+    "words": (train_mdlm, "bpe", []),
+    "block": (train_block, "byte", ["--block_len=8"]),
+    "absorb": (train_sedd, "bpe", ["--graph=absorb"]),
+    "uniform": (train_sedd, "bpe", ["--graph=uniform"]),
+    "gpt": (gpt, "byte", []),
+    "gpt_words": (gpt, "bpe", []),
+}
 
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def run(model, n_rows, choose, steps, *, T, V, **kwargs):
-    known = torch.zeros(n_rows, T, dtype=torch.int64)
-    is_known = kwargs.pop("is_known", known.bool())
-    cfg, gen = SimpleNamespace(vocab_size=V, seq_len=T), seeded()
-    return with_samplers(train_mdlm).generate(
-        model, cfg, known, is_known, steps=steps, gen=gen, choose=choose, **kwargs
-    )
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with data of bytes and of words."""
+    home = tmp_path_factory.mktemp("sample")
+    (home / "byte").mkdir()
+    (home / "bpe").mkdir()
+    make_data(home / "byte")
+    numbers = torch.randint(97, 262, (5000,), generator=seeded()).tolist()
+    write_shard(home / "bpe" / "train_000001.bin", numbers, 2)
+    write_shard(home / "bpe" / "val_000000.bin", numbers, 2)
+    write_meta(home / "bpe", TABLE, bos_id=262, pattern=sample.PATTERNS[0])
+    return home
+
+
+@pytest.fixture(scope="module")
+def ckpts(home):
+    """{name: checkpoint} of MODELS, hardly trained."""
+    for name, (script, data, flags) in MODELS.items():
+        result = train_tiny(*flags, "--steps=12", f"--data={home / data}",
+                            f"--out={home / 'out' / name}", script=script)
+        assert result.status == 0, result
+    return {name: home / "out" / name / "ckpt.pt" for name in MODELS}
+
+
+@pytest.fixture(scope="module")
+def lms(ckpts):
+    return {name: sample.load(path, device="cpu") for name, path in ckpts.items()}
+
+
+def run(*argv):
+    """The command line in this process."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            sample.main([str(arg) for arg in argv])
+        except SystemExit as stop:
+            status = stop.code or 0
+    return Result(status, out.getvalue(), err.getvalue())
+
+
+# ----------------------------------------------------------------------------- orders
 
 
 class Noisy:
-    """Logits that depend on the position and on how many neighbours are masked; V = 7."""
+    """Logits that depend on the position and on what stands before it."""
+    def __init__(self, n_values=7):
+        self.n_values = n_values
+        self.table = 2 * torch.randn(64, n_values, generator=seeded(3))
 
-    V = 7
-
-    def __init__(self, scale=2.0):
-        self.table = scale * torch.randn(64, self.V, generator=seeded(3))
-
-    def __call__(self, xt, sigma=None, rows=None):
-        B, T = xt.shape
-        seen = (xt * (xt != self.V)).cumsum(1)
-        logits = self.table[(torch.arange(T) + 5 * seen) % 64]  # (B, T, V)
-        return take_rows(logits, rows)
+    def __call__(self, xt, sigma, rows):
+        seen = (xt * (xt != self.n_values)).cumsum(1)
+        return self.table[(torch.arange(xt.size(1)) + 5 * seen) % 64].flatten(0, 1)[rows]
 
 
-# ------------------------------------------------------------------------------ orders
-
-
-def test_random_order_one_token_a_pass_reproduces_the_joint():
-    joint = Joint(correlated(3, 3), copies=8)
-    out = run(joint, 1500, sample.ordered("random"), None, T=joint.seq_len, V=3)
-    assert abs(chi_square_z(joint.counts(out.tokens), joint.p)) < Z_LIMIT
+def fill(model, n_rows, choose, steps, *, T, V, is_known=None, **how):
+    known, cfg = torch.zeros(n_rows, T, dtype=torch.int64), train_mdlm.Config(vocab_size=V)
+    is_known = known.bool() if is_known is None else is_known
+    generate = with_samplers(train_mdlm).generate
+    return generate(model, cfg, known, is_known, steps=steps, gen=seeded(), choose=choose, **how)
 
 
 @pytest.mark.parametrize("kind", ["cap:0.01", "rescale:0.02", "loop:0.01"])
 def test_remasking_with_the_exact_posterior_keeps_the_joint(kind):
-    joint = Joint(correlated(2, 3).sqrt(), copies=200)
-    remask = sample.Remask(kind)
-    again = []
+    joint, again = Joint(correlated(2, 3).sqrt(), copies=200), []
 
-    def choose(log_probs, is_mask, **kwargs):
-        after = remask.choose(log_probs, is_mask, **kwargs)
+    def choose(log_probs, is_mask, **how):
+        after = sample.remasking(kind)(log_probs, is_mask, **how)
         again.append((after & ~is_mask).sum().item())
         return after
 
-    out = run(joint, 10, choose, 300, T=joint.seq_len, V=2)
+    out = fill(joint, 10, choose, 300, T=joint.seq_len, V=2)
     assert sum(again) > joint.seq_len  # of 10 rows: it does remask
     assert abs(chi_square_z(joint.counts(out.tokens), joint.p)) < Z_LIMIT
 
 
 def shares_fixed(kind, steps, n=20_000):
     """Share of tokens that are fixed after each pass, and of the fixed ones that it remasked."""
-    remask, is_mask, shares, again = sample.Remask(kind), torch.ones(1, n, dtype=torch.bool), [], []
-    tokens = torch.zeros(1, n, dtype=torch.int64)
-    log_probs = torch.full((n, 4), math.log(0.25))
+    choose, is_mask = sample.remasking(kind), torch.ones(1, n, dtype=torch.bool)
+    shares, again = [], []
     for i in range(steps):
         u = torch.rand(1, n, generator=seeded(i), dtype=torch.float64)
-        after = remask.choose(log_probs[: is_mask.sum()], is_mask, step=i, steps=steps, u=u)
-        remask.see(tokens, i)
+        after = choose(None, is_mask, step=i, steps=steps, u=u, psi=None)
         again.append((after & ~is_mask).sum().item() / max(1, (~is_mask).sum().item()))
         is_mask = after
         shares.append(1 - is_mask.float().mean().item())
@@ -112,109 +143,92 @@ def shares_fixed(kind, steps, n=20_000):
 @pytest.mark.parametrize("kind", ["cap", "cap:1", "rescale:0.5", "rescale:1"])
 def test_remasking_follows_the_schedule_and_stays_below_its_bound(kind):
     steps = 40
-    shares, again = shares_fixed(kind, steps)
-    for i, (share, rate) in enumerate(zip(shares, again, strict=True)):
+    for i, (share, rate) in enumerate(zip(*shares_fixed(kind, steps), strict=True)):
         alpha_t, alpha_s = i / steps, (i + 1) / steps
         assert share == pytest.approx(alpha_s, abs=0.02)
         bound = min(1, (1 - alpha_s) / alpha_t) if i else 1
         name, _, eta = kind.partition(":")
         sigma = min(float(eta or 0.02), bound) if name == "cap" else float(eta) * bound
         assert rate == pytest.approx(sigma if i else 0, abs=0.06)
-    assert shares[-1] == 1
 
 
 def test_loop_remasks_between_its_two_times_alone():
-    steps = 100
-    shares, again = shares_fixed("loop:0.1", steps)
-    times = [1 - i / steps for i in range(steps)]
-    rates = list(zip(times, again, strict=True))
+    shares, again = shares_fixed("loop:0.1", 100)
+    rates = [(1 - i / 100, rate) for i, rate in enumerate(again)]
     assert all(rate == 0 for t, rate in rates if t > 0.555 or t < 0.045)
     inside = [rate for t, rate in rates if 0.055 < t < 0.545]
     assert min(inside) > 0.08 and sum(inside) / len(inside) == pytest.approx(0.1, abs=0.005)
-    for i in (44, 60, 90):
-        assert shares[i] == pytest.approx(0.9, abs=0.01)
-    assert shares[-1] == 1
+    assert shares[60] == pytest.approx(0.9, abs=0.01) and shares[-1] == 1
 
 
-def test_conf_remasks_the_tokens_that_were_drawn_with_low_probability():
-    n = 4000
-    remask = sample.Remask("conf:1")
-    sure = torch.arange(n) % 2 == 0
-    p = torch.where(sure, 0.98, 0.02)
-    log_probs = torch.stack((p, 1 - p), 1).log()
-    tokens = torch.zeros(1, n, dtype=torch.int64)
-    masked, none = torch.ones(1, n, dtype=torch.bool), torch.zeros(1, n, dtype=torch.bool)
-    remask.choose(log_probs, masked, step=0, steps=2, u=torch.zeros(1, n, dtype=torch.float64))
-    remask.see(tokens, 1)
-    # At step 49 of 100 sigma_max is 1: the n tokens share one expected remasking.
+def test_conf_remasks_by_the_probability_that_a_token_was_drawn_with():
+    n, p = 4000, torch.tensor([0.98, 0.02])
+    psi, none = p.double().repeat(n // 2)[None], torch.zeros(1, n, dtype=torch.bool)
     counts = torch.zeros(n)
-    empty = torch.zeros(0, 2)
-    for i in range(4000):
-        fresh = sample.Remask("conf:1")
-        fresh.psi = remask.psi.clone()
+    for i in range(4000):  # at step 49 of 100 sigma_max is 1: n tokens share one remasking
         u = torch.rand(1, n, generator=seeded(i), dtype=torch.float64)
-        counts += fresh.choose(empty, none, step=49, steps=100, u=u)[0]
+        counts += sample.remasking("conf:1")(None, none, step=49, steps=100, u=u, psi=psi)[0]
     assert counts.sum() / 4000 == pytest.approx(1, abs=0.1)
-    ratio = counts[~sure].sum() / counts[sure].sum()
+    ratio = counts[1::2].sum() / counts[::2].sum()
     assert ratio == pytest.approx(math.exp(0.98 - 0.02), rel=0.15)
-    # Where all but one are masked again, that one bears it all, and the masked ones nothing.
-    u = torch.zeros(1, n, dtype=torch.float64)
-    u[0, 0] = 0.9
-    after = remask.choose(empty, none, step=49, steps=100, u=u)
-    assert after.sum() == n - 1 and not after[0, 0]
-    remask.see(tokens, 2)
-    after = remask.choose(log_probs[1:], after, step=49, steps=100, u=torch.full_like(u, 0.9))
-    assert after.all()
+
+
+@pytest.mark.parametrize("block_len", [None, 8])
+def test_conf_is_told_the_probability_of_every_token(block_len, lms):
+    lm, seen = lms["block" if block_len else "mdlm"], []
+    remask = sample.remasking("conf")
+    known, is_known, _ = lm.canvas(sample.Options(prompt="abc", length=30))
+
+    def choose(log_probs, is_mask, *, psi, step, **how):
+        rows = frames[-1][None] if frames else torch.where(is_known, known, 256)[None]
+        start = len(seen) // 6 * block_len if block_len else 0
+        here = F_pad(rows, 40)[:, start:start + is_mask.size(1)]
+        drawn = (here != 256) & torch.isfinite(psi)
+        seen.append(int(drawn.sum()))
+        assert (psi[drawn] > 0).all() and (psi[drawn] <= 1).all()
+        assert torch.isinf(psi[is_mask]).all()
+        return remask(log_probs, is_mask, psi=psi, step=step, **how)
+
+    frames = []
+    sample.fill_blocks(
+        lm.model, lm.cfg, known[None], is_known[None], kind=lm.kind, gen=seeded(), steps=6,
+        choose=choose, watch=lambda tokens, nfe: frames.append(tokens[0].clone()))
+    assert max(seen) > 3
+
+
+def F_pad(x, n):
+    return torch.nn.functional.pad(x, (0, n), value=256)
 
 
 @pytest.mark.parametrize("order", RANKED)
-@pytest.mark.parametrize(("free", "steps"), [((10, 3, 7), 4), ((12, 12, 12), 12), ((5, 1, 0), 8)])
+@pytest.mark.parametrize(("free", "steps"), [((10, 3, 7), 4), ((5, 1, 0), 8)])
 def test_a_number_of_steps_is_spread_evenly_over_each_row(order, free, steps):
-    T = 12
-    is_known = torch.stack([torch.arange(T) >= n for n in free])
-    left = []
-    out = run(
-        Noisy(), 3, sample.ordered(order), steps, T=T, V=Noisy.V, is_known=is_known,
-        watch=lambda tokens, nfe: left.append((tokens == Noisy.V).sum(1).tolist()),
-    )
-    for row, n in enumerate(free):
-        now = [n, *(counts[row] for counts in left)]
-        spent = [a - b for a, b in itertools.pairwise(now)]
-        assert sum(spent) == n and max(spent) - min(spent) <= 1
+    is_known = torch.stack([torch.arange(12) >= n for n in free])
+    left = [free]
+    out = fill(Noisy(), 3, sample.ordered(order), steps, T=12, V=7, is_known=is_known,
+               watch=lambda tokens, nfe: left.append((tokens == 7).sum(1).tolist()))
+    for counts in zip(*left, strict=True):
+        spent = [a - b for a, b in zip(counts, counts[1:], strict=False)]
+        assert sum(spent) == counts[0] and max(spent) - min(spent) <= 1
         assert sorted(spent, reverse=True) == spent
     assert out.nfe == min(steps, max(free))
 
 
 @pytest.mark.parametrize("order", RANKED)
 def test_thresholds(order):
-    T, B = 12, 4
-    seen = []
+    assert fill(Noisy(), 4, sample.ordered(order, 1.0), None, T=12, V=7).nfe == 12
+    assert fill(Noisy(), 4, sample.ordered(order, 0.0), None, T=12, V=7).nfe == 1
+    choose = sample.ordered(order, 0.6)
 
-    def watch(tokens, nfe):
-        seen.append((tokens == Noisy.V).sum(1).tolist())
-
-    out = run(Noisy(), B, sample.ordered(order, 1.0), None, T=T, V=Noisy.V, watch=watch)
-    assert out.nfe == T and seen == [[T - 1 - i] * B for i in range(T)]
-    out = run(Noisy(), B, sample.ordered(order, 0.0), None, T=T, V=Noisy.V)
-    assert out.nfe == 1
-    certain = Joint(torch.eye(2)[0][None] * torch.eye(2)[0][:, None], copies=3)
-    out = run(certain, B, sample.ordered(order, 1.0), None, T=6, V=2)
-    assert out.nfe == 6  # a probability of 1 does not exceed 1
-
-    choose, model = sample.ordered(order, 0.6), Noisy()
-
-    def checked(log_probs, is_mask, **kwargs):
-        after = choose(log_probs, is_mask, **kwargs)
-        fixed = is_mask & ~after
+    def checked(log_probs, is_mask, **how):
+        fixed = is_mask & ~choose(log_probs, is_mask, **how)
         sure = torch.zeros_like(is_mask)
         sure[is_mask] = log_probs.exp().amax(1) > 0.6
-        assert (fixed | ~sure).all()
-        extra = (fixed & ~sure).sum(1)
-        assert (extra <= 1).all() and (fixed.sum(1) >= is_mask.any(1)).all()
-        return after
+        assert (fixed | ~sure).all() and ((fixed & ~sure).sum(1) <= 1).all()
+        assert (fixed.sum(1) >= is_mask.any(1)).all()
+        return is_mask & ~fixed
 
-    out = run(model, B, checked, None, T=T, V=Noisy.V)
-    assert 1 < out.nfe < T and (out.tokens < Noisy.V).all()
+    assert 1 < fill(Noisy(), 4, checked, None, T=12, V=7).nfe < 12
 
 
 def test_orders_pick_what_they_are_named_after():
@@ -225,71 +239,28 @@ def test_orders_pick_what_they_are_named_after():
     for order, first in (("confidence", 4), ("entropy", 1), ("margin", 4), ("random", 2)):
         after = sample.ordered(order)(p.log(), is_mask, step=0, steps=None, u=u)
         assert (is_mask & ~after).nonzero()[:, 1].tolist() == [first], order
-    second = sample.ordered("margin")(p.log(), is_mask, step=0, steps=2, u=u)
-    assert (is_mask & ~second).nonzero()[:, 1].tolist() == [2, 4]
-
-
-HOWS = [
-    *({"order": order} for order in RANKED),
-    {"order": "ancestral", "steps": 9},
-    {"order": "first_hitting"},
-    {"order": "entropy", "steps": 5, "temperature": 0.7, "top_k": 5, "top_p": 0.9},
-    {"threshold": 0.5},
-    {"remask": "loop", "steps": 20},
-    {"remask": "conf", "steps": 20},
-    {"order": "confidence", "refine": 0.4},
-]
-
-
-@pytest.mark.parametrize("how", HOWS, ids=str)
-def test_a_sample_does_not_depend_on_the_others_and_keeps_what_is_given(lm, how, monkeypatch):
-    # In fp32 the rounding, which depends on the size of the batch, decides between near equals.
-    monkeypatch.setattr(lm, "model", copy.deepcopy(lm.model).double())
-    prompt = "def café("
-    many = lm.generate(n=5, length=16, prompt=prompt, seed=4, **how)
-    assert lm.generate(n=2, length=16, prompt=prompt, seed=4, **how) == many[:2]
-    assert len(set(many)) == 5 and all(text.startswith(prompt) for text in many)
-    assert lm.generate(n=2, length=16, prompt=prompt, seed=5, **how) != many[:2]
-    # Small batches, which is how many samples fit into the memory.
-    monkeypatch.setattr(sample, "BATCH_NUMBERS", 2 * 16 * 256)
-    assert lm.generate(n=5, length=16, prompt=prompt, seed=4, **how) == many
-
-
-# ------------------------------------------------------------------------------ warps
 
 
 def test_warps_by_definition():
     logits = torch.randn(50, 11, generator=seeded(1)) * 2
     p = logits.softmax(-1)
 
-    def probs(**kwargs):
-        return sample.make_warp(**kwargs)(logits.log_softmax(-1)).exp()
+    def probs(**how):
+        return sample.make_warp(**how)(logits.log_softmax(-1)).exp()
 
     assert sample.make_warp() is None
     torch.testing.assert_close(probs(temperature=0.5), p.square() / p.square().sum(-1, True))
-    torch.testing.assert_close(probs(temperature=0.0), torch.eye(11)[p.argmax(-1)])
-    for low in (1e-30, 1e-320):
+    for low in (0.0, 1e-30, 1e-320):
         torch.testing.assert_close(probs(temperature=low), torch.eye(11)[p.argmax(-1)])
-    torch.testing.assert_close(probs(temperature=1e308), torch.full_like(p, 1 / 11))
     for row, warped in zip(p, probs(top_k=3), strict=True):
         keep = row >= row.sort().values[-3]
         torch.testing.assert_close(warped, row * keep / (row * keep).sum())
-    for row, warped in zip(p, probs(top_p=0.6), strict=True):
-        keep, mass = [], 0.0
-        for token in row.argsort(descending=True).tolist():
-            if mass < 0.6:  # the token that crosses stays
-                keep.append(token)
-            mass += row[token].item()
-        assert sorted(warped.nonzero()[:, 0].tolist()) == sorted(keep)
-        torch.testing.assert_close(warped[keep], row[keep] / row[keep].sum())
     torch.testing.assert_close(probs(top_k=99), p)
     torch.testing.assert_close(probs(top_p=1.0), p)
-    for low in (1e-9, 1e-320):
-        assert (probs(top_p=low) > 0).sum(-1).tolist() == [1] * 50
-    # Together: temperature, then the k likeliest, then the nucleus of those.
+    assert (probs(top_p=0.0) > 0).sum(-1).tolist() == [1] * 50
+    # Together: temperature, then the k likeliest, then the nucleus, with the token that crosses it.
     both = probs(temperature=2.0, top_k=4, top_p=0.7)
-    flat = p.sqrt() / p.sqrt().sum(-1, True)
-    for row, warped in zip(flat, both, strict=True):
+    for row, warped in zip(p.sqrt() / p.sqrt().sum(-1, True), both, strict=True):
         best = row.argsort(descending=True)[:4]
         share = row[best] / row[best].sum()
         n = int((share.cumsum(0) - share < 0.7).sum())
@@ -297,238 +268,220 @@ def test_warps_by_definition():
         torch.testing.assert_close(warped, expected)
 
 
-def test_temperature_leaves_the_ranks_alone():
-    ranks = []
+# ----------------------------------------------------------------------------- models
 
-    def spy(log_probs, is_mask, *, u, **kwargs):
-        ranks.append(log_probs)
-        return sample.ordered("confidence")(log_probs, is_mask, u=u, **kwargs)
+HOWS = {
+    "mdlm": [*({"order": order, "steps": 5} for order in RANKED), {"order": "first_hitting"},
+             {"temperature": 0.7, "top_k": 50, "top_p": 0.9}, {"threshold": 0.1},
+             {"remask": "conf:0.5", "steps": 20}, {"refine": 0.4}],
+    "block": [{}, {"steps": 3}, {"order": "ancestral"}, {"remask": "conf", "steps": 6},
+              {"order": "margin", "steps": 4, "length": 75}],
+    "absorb": [{}, {"steps": 5}, {"steps": 9, "order": "euler"}],
+    "uniform": [{}, {"steps": 5, "temperature": 0.5}, {"steps": 9, "order": "euler"}],
+    "gpt": [{}, {"temperature": 0.9, "top_k": 50}],
+}
 
-    for warp in (None, sample.make_warp(temperature=5.0)):
-        run(Noisy(), 2, spy, None, T=6, V=Noisy.V, warp=warp)
-    torch.testing.assert_close(ranks[0], ranks[6])
+
+@pytest.mark.parametrize("kind", HOWS)
+def test_a_sample_does_not_depend_on_the_others_and_keeps_what_is_given(kind, lms, monkeypatch):
+    lm, prompt = lms[kind], "def café("
+    # In fp32 the rounding, which depends on the size of the batch, decides between near equals.
+    for name in ("model", "net"):
+        monkeypatch.setattr(lm, name, copy.deepcopy(lm.model).double())
+    for how in HOWS[kind]:
+        how = {"length": 24, "prompt": prompt, "seed": 4, **how}
+        many = lm.generate(n=5, **how)
+        assert lm.generate(n=2, **how) == many[:2] and len(set(many)) == 5
+        assert all(text.startswith(prompt) for text in many)
+        assert lm.generate(n=2, **{**how, "seed": 5}) != many[:2]
+        with monkeypatch.context() as patch:  # small batches: what fits into the memory
+            patch.setattr(sample, "BATCH_NUMBERS", 2 * 24 * 262)
+            assert lm.generate(n=5, **how) == many
 
 
-# ------------------------------------------------------------------------------ refine
+def test_infill(lms):
+    for name in ("mdlm", "words", "absorb", "uniform"):
+        for text in lms[name].infill("def ___(x):\n__ ____\n", blank=[3, 5], n=3, steps=4):
+            assert re.fullmatch(r"def .*\(x\):\n__ .*\n", text, re.S)
+    known, is_known, _ = lms["mdlm"].canvas(
+        sample.Options(infill="def ___(x):\n____\n", blank="3,5", length=30))
+    assert known[is_known].tolist() == list(b"def (x):\n\n")
+    assert is_known.long().tolist() == [1] * 4 + [0] * 3 + [1] * 5 + [0] * 5 + [1] + [0] * 12
 
 
-def test_refine_predicts_the_least_likely_tokens_anew(lm):
+def test_refine_predicts_the_least_likely_tokens_anew(lms):
     """Two passes score; then the fraction F is masked that is least probable given the rest."""
-    known, is_known = lm.canvas_for_prompt("def ", 24)
-    x, given = known.expand(3, -1), is_known.expand(3, -1)
-    tokens = lm.fill(x, given, sample.Sampler(), seeded(), None).tokens
-    keep, nfe = lm.likeliest(tokens, given, 0.3)
-    assert nfe == 2 and keep[given].all()
-    assert (~keep).sum(1).tolist() == [6, 6, 6]  # of 20
-    free = (~is_known).nonzero()[:, 0]
-    for row in range(3):
-        score = {}
-        for half in (free[0::2], free[1::2]):
-            xt = tokens[row].index_fill(0, half, lm.cfg.vocab_size)
-            sigma = -torch.log1p(-torch.tensor([len(half) / 25]))
-            log_probs = lm.model(xt[None], sigma)[0].log_softmax(-1)
-            score |= {int(i): log_probs[i, tokens[row, i]].item() for i in half}
-        worst = sorted(score, key=score.get)[:6]
-        assert sorted(worst) == (~keep[row]).nonzero()[:, 0].tolist()
-    (batch,) = lm.batches(known, is_known, sample.Sampler(refine=0.3), n=3, seed=0)
-    assert batch.nfe == 20 + 2 + 6
+    lm = lms["mdlm"]
+    known, given, _ = lm.canvas(sample.Options(prompt="def ", length=24))
+    tokens = torch.randint(97, 123, (1, 24), generator=seeded()).where(~given, known)
+    keep, nfe = lm.likeliest(tokens, given[None], 0.3)
+    free, score = range(4, 24), {}
+    for half in (free[0::2], free[1::2]):
+        xt = tokens.index_fill(1, torch.tensor(half), 256)
+        with torch.no_grad():
+            law = lm.model(xt, -torch.log1p(-torch.tensor([len(half) / 25])))[0].log_softmax(-1)
+        score |= {i: law[i, tokens[0, i]].item() for i in half}
+    worst = sorted(score, key=score.get)[:6]  # of 20
+    assert nfe == 2 and sorted(worst) == (~keep[0]).nonzero()[:, 0].tolist()
+    (batch,) = lm.batches((known, given, {}), sample.Options(refine=0.3))
+    assert batch[1] == 20 + 2 + 6
 
 
-# ------------------------------------------------------------------------------ tokens
-
-
-def saved_tokenizer(name, table, pattern=None, bos_id=0):
-    return {
-        "tokenizer": name, "vocab_size": len(table), "bos_id": bos_id, "pattern": pattern,
-        "token_bytes": [word.decode("latin-1") for word in table],
-    }
-
-
-def byte_tokenizer():
-    table = [bytes([i]) for i in range(256)]
-    table[0] = b""
-    return sample.Tokenizer(saved_tokenizer("byte", table), 256)
-
-
-def bpe_tokenizer(spare=0):
-    """All bytes, four merges and bos at the end."""
-    table = [bytes([i]) for i in range(256)] + [b"th", b"the", b" the", "é".encode(), b""]
-    return sample.Tokenizer(saved_tokenizer("bpe:261", table, sample.PATTERNS[0], 260), 261 + spare)
-
-
-TEXTS = ["", "plain", "the theory of the café", "日本 🙂\n\ttab", "<|endoftext|> is text here"]
-
-
-@pytest.mark.parametrize("make", [byte_tokenizer, bpe_tokenizer])
-@pytest.mark.parametrize("text", TEXTS)
-def test_tokens_round_trip(make, text):
-    tokenizer = make()
-    tokens = tokenizer.encode(text)
-    assert tokenizer.bos_id not in tokens and max(tokens, default=0) < tokenizer.mask_id
-    assert tokenizer.decode(tokens) == text
-    assert tokenizer.n_bytes(tokens) == len(text.encode())
-
-
-def test_decoding():
-    tokenizer = bpe_tokenizer(spare=2)
-    assert tokenizer.encode("the cafés")[0] == 257  # merges apply
-    e = list("é".encode())
-    decode, b = tokenizer.decode, tokenizer.bos_id
-    assert decode([*e, b, 97, 261]) == "é" + sample.DOCUMENT_BREAK + "a"  # 261: a spare id
-    assert decode([97, e[0], 98]) == "a\ufffdb" and decode([97, e[0]]) == "a\ufffd"
-    assert decode([e[0], b, e[1]]) == "\ufffd" + sample.DOCUMENT_BREAK + "\ufffd"
-    assert tokenizer.spans([97, 98, 263, 99], ["k", "k", "m", None]) == [
-        ("ab", "k"), ("░", "m"), ("c", None),
-    ]
-    with pytest.raises(ValueError, match="NUL"):
-        byte_tokenizer().encode("a\0b")
-
-
-def test_tokens_without_their_bytes_are_refused():
-    with pytest.raises(ValueError, match="prepare_data.py"):
-        sample.Tokenizer(saved_tokenizer("gpt2", [b""] * 300, None, 299), 300)
-
-
-# ------------------------------------------------------------------------------ checkpoints
-
-
-def train(folder, name, script=train_mdlm, **flags):
-    """A few steps of a training script's own main, on text of bytes."""
-    data = folder / "data"
-    if not data.exists():
-        data.mkdir()
-        tokens = np.frombuffer(("\0" + TEXT).encode(), np.uint8)
-        for shard in ("train_000001.bin", "val_000000.bin"):
-            header = np.zeros(256, "<i4")
-            header[:5] = 20240520, 1, len(tokens), 1, 256
-            (data / shard).write_bytes(header.tobytes() + tokens.tobytes())
-        write_meta(data, byte_table(256), tokenizer="byte")
-    out = folder / "out" / name
-    flags = {**TINY, "data": data, "out": out, **flags}
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    with contextlib.redirect_stdout(io.StringIO()):
-        script.main([f"--{key}={value}" for key, value in flags.items()])
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    return out / "ckpt.pt"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two threads on matrices this small, beside other work, mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("sample")
-
-
-@pytest.fixture(scope="session")
-def ckpt(folder):
-    return train(folder, "tiny", ema=0.5)
-
-
-@pytest.fixture(scope="session")
-def lm(ckpt):
-    return sample.load(ckpt, device="cpu")
-
-
-def test_python_interface(lm, capfd):
-    texts = lm.generate(n=2, length=20, prompt="def ", steps=5, order="confidence", threshold=0.9)
-    assert [type(text) for text in texts] == [str, str]
-    assert all(text.startswith("def ") for text in texts)
-    texts = lm.infill("def ___(x):\n  ____\n", blank=[3, 5], n=3)
-    assert len(texts) == 3
-    assert all(re.fullmatch(r"def .*\(x\):\n  .*\n", text, re.S) for text in texts)
-    known, is_known = lm.canvas_for_infill("def ___(x):\n  ____\n", [3, 5], 30)
-    assert known[is_known].tolist() == list(b"def (x):\n  \n")
-    assert is_known.long().tolist() == [1] * 4 + [0] * 3 + [1] * 7 + [0] * 5 + [1] + [0] * 10
-    assert len(lm.canvas_for_prompt("ab")[0]) == lm.cfg.seq_len
-    assert isinstance(lm.generate()[0], str)
-    with pytest.raises(ValueError, match="--length=33.*32"):
-        lm.generate(length=33)
-    with pytest.raises(TypeError):
-        lm.generate(lenght=3)
-    assert capfd.readouterr() == ("", "")
-
-
-def test_score_is_the_bound(lm):
-    text = "def café(self):\n    return self.name\n" + "x" * 10
+def test_a_score_is_the_bound(lms):
+    text = "def caf(self):\n    return self.name\n" + "x" * 10
     tokens = torch.tensor(list(text.encode()))
-    windows = [tokens[:32], tokens[32:]]
+    lm, total = lms["mdlm"], 0.0
     score = lm.score(text, draws=60)
-    assert (score.n_tokens, score.n_bytes) == (len(tokens), len(tokens))
-    total = 0.0
-    for window in windows:
+    for window in (tokens[:32], tokens[32:]):
         # The definition, over every number of masks and many placements (arXiv 2110.02037, eq. 8).
-        T, gen, draws = len(window), seeded(9), 60
-        hidden = torch.rand(draws * T, T, generator=gen).argsort(1).argsort(1)
-        hidden = hidden < torch.arange(1, T + 1).repeat(draws)[:, None]
-        xt = torch.where(hidden, 256, window)
-        k = hidden.sum(1)
+        T = len(window)
+        hidden = torch.rand(60 * T, T, generator=seeded(9)).argsort(1).argsort(1)
+        hidden = hidden < torch.arange(1, T + 1).repeat(60)[:, None]
+        k, xt = hidden.sum(1), torch.where(hidden, 256, window)
         with torch.no_grad():
             log_probs = lm.model(xt, -torch.log1p(-k / (T + 1))).log_softmax(-1)
         ce = -log_probs.gather(2, window.expand_as(xt)[..., None])[..., 0]
         total += ((ce * hidden).sum(1) * T / k).mean().item()
     assert abs(score.nats - total) < 5 * score.nats_stderr + 0.1
-    assert 0 < score.nats_stderr < 0.05 * score.nats
-    assert score.bits_per_byte == pytest.approx(score.nats / math.log(2) / len(tokens))
-    # The standard error is that of independent draws.
+    assert 0 < score.nats_stderr < 0.05 * score.nats and score.n_tokens == score.n_bytes == 46
+    assert score.bits_per_byte == pytest.approx(score.nats / math.log(2) / 46)
     other = [lm.score(text, draws=6, seed=s).nats for s in range(1, 11)]
-    spread = torch.tensor(other).std().item()
-    typical = score.nats_stderr * 10**0.5
-    assert 0.4 < spread / typical < 2.2
+    assert 0.4 < torch.tensor(other).std().item() / (score.nats_stderr * 10**0.5) < 2.2
+    exact, total = lms["gpt"].score(text), 0.0
+    for window in (tokens[:32], tokens[32:]):
+        x = torch.cat((torch.tensor([256]), window[:-1]))
+        with torch.no_grad():
+            law = lms["gpt"].model(x[None])[0].log_softmax(-1)
+        total -= law.gather(1, window[:, None]).sum().item()
+    assert exact.nats == pytest.approx(total, rel=1e-5) and exact.nats_stderr == 0
+    for kind in ("block", "absorb", "uniform"):
+        score = lms[kind].score(text, draws=16)
+        assert 0 < score.nats_stderr < score.nats / 4 and 2 < score.nats / 46 < 9
 
 
-def test_both_kinds_of_weights(ckpt, lm):
-    raw = sample.load(ckpt, weights="raw", device="cpu")
-    state = torch.load(ckpt, weights_only=True)
-    for name, p in raw.model.named_parameters():
-        assert torch.equal(p, state["model"][name])
-    for name, p in lm.model.named_parameters():
-        assert torch.equal(p, state["ema"][name])
-    assert "raw weights" in raw.summary and "ema weights" in lm.summary
-    assert sample.load(ckpt, device="cpu", dtype="bf16").dtype == torch.bfloat16
-    assert lm.dtype == torch.float32
+def test_both_kinds_of_weights(ckpts, lms):
+    state = torch.load(ckpts["mdlm"], weights_only=True)
+    for lm, part in ((sample.load(ckpts["mdlm"], weights="raw", device="cpu"), "model"),
+                     (lms["mdlm"], "ema")):
+        for name, p in lm.model.named_parameters():
+            assert torch.equal(p, state[part][name])
+    half = sample.load(ckpts["gpt"], device="cpu", dtype="bf16")
+    assert half.dtype == torch.bfloat16 and half.generate(length=9) and half.score("abc").nats
 
 
-def test_the_newest_checkpoint(ckpt, folder, tmp_path, monkeypatch):
+class Sure:
+    """A model that writes 'a', and the end of a document as token ENDS[row] of a row."""
+    ENDS = (6, 99, 9)
+
+    def __call__(self, x, *rest):
+        rows = rest[-1]
+        at = rows % x.shape[1]
+        sure = torch.where(at == torch.tensor(self.ENDS)[rows // x.shape[1]], 0, 97)
+        return torch.where(torch.arange(256) == sure[:, None], 0.0, -1e4)
+
+
+@pytest.mark.parametrize("kind", ["gpt", "block"])
+def test_a_document_ends(kind, lms, monkeypatch):
+    monkeypatch.setattr(lms[kind], "net", Sure())
+    assert lms[kind].generate(n=3, length=20) == ["a" * 6, "a" * 20, "a" * 9]
+    assert lms[kind].generate(n=2, length=20, prompt="ab") == ["abaaaa", "ab" + 18 * "a"]
+
+
+# ----------------------------------------------------------------------------- tokens
+
+
+def tokenizer(name="bpe:262", spare=0, **meta):
+    words = [word.decode("latin-1") for word in TABLE]
+    meta = {"tokenizer": name, "bos_id": 0 if name == "byte" else 262, "token_bytes": words,
+            "pattern": sample.PATTERNS[0], **meta}
+    return sample.Tokenizer(meta, 256 if name == "byte" else 263 + spare)
+
+
+@pytest.mark.parametrize("name", ["byte", "bpe:262"])
+@pytest.mark.parametrize("text", ["", "the theory of the café", "日本 🙂\n\ttab", "<|endoftext|> is"])
+def test_tokens_round_trip(name, text):
+    tokens = tokenizer(name).encode(text)
+    assert tokenizer(name).bos_id not in tokens
+    assert tokenizer(name).decode(tokens) == text
+
+
+def test_decoding():
+    t, e = tokenizer(spare=2), list("é".encode())
+    assert t.encode("the cafés")[0] == 257  # merges apply
+    assert t.decode([*e, 262, 97, 263]) == "é" + sample.BREAK + "a"  # 263: a spare id
+    assert t.decode([97, e[0], 98]) == "a\ufffdb" and t.decode([97, e[0]]) == "a\ufffd"
+    assert t.spans([97, 98, 265, 99], "kkmn") == [("ab", "k"), ("░", "m"), ("c", "n")]
+    assert t.encode("a\udcffb") == t.encode("a\ufffdb")
+    with pytest.raises(ValueError, match="NUL"):
+        tokenizer("byte").encode("a\0b")
+    with pytest.raises(ValueError, match="prepare_data.py"):
+        tokenizer(token_bytes=[])
+    with pytest.raises(ValueError, match="pattern"):
+        tokenizer(pattern="(a+)+$")
+
+
+@pytest.mark.parametrize("name", ["words", "absorb", "uniform", "gpt_words"])
+def test_a_space_begins_what_is_written(name, lms):
+    """The first token after the text is one that begins with its last space."""
+    lm = lms[name]
+    for prompt, known in (("the ", "the"), ("a  ", "a "), (" ", ""), ("a\n\n", "a\n")):
+        tokens, is_known, begins = lm.canvas(sample.Options(prompt=prompt, length=9))
+        assert tokens[is_known].tolist() == lm.tokenizer.encode(known), prompt
+        (at, allowed), = begins.items()
+        assert at == is_known.sum() and allowed.nonzero().numel() > 1
+        for how in ({}, {"temperature": 0.5, "steps": 3}, {"top_k": 3}):
+            how = {} if lm.kind == "gpt" and "steps" in how else how
+            for rows, _ in lm.batches((tokens, is_known, begins), sample.Options(n=20, **how)):
+                assert all(allowed[row[at]] for row in rows)
+    if lm.kind != "gpt":
+        canvas = lm.canvas(sample.Options(infill="a ___ b ___ ", blank="1,2", length=9))
+        assert [*canvas[2]] == [1, 4, 6] and canvas[1].tolist()[:6] == [1, 0, 1, 1, 0, 0]
+        text, = lm.infill("a ___ b", blank=1, refine=0.9 if name == "words" else 0.0)
+        assert text.startswith("a ") and text.endswith(" b")
+    for prompt in ("the", "a\n", "", "x\u3000"):
+        assert lm.canvas(sample.Options(prompt=prompt, length=9))[2] == {}
+    assert lms["mdlm"].canvas(sample.Options(prompt="a "))[2] == {}  # bytes: nothing longer
+
+
+# ----------------------------------------------------------------------------- checkpoints
+
+
+def test_the_newest_checkpoint(ckpts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="--preset=tiny"):
-        sample.load()
+    assert_refused(run("--n=1"), "--preset=tiny")
     for age, name in enumerate("abc"):
         (tmp_path / "out" / name).mkdir(parents=True)
-        shutil.copy(ckpt, tmp_path / "out" / name / "ckpt.pt")
+        shutil.copy(ckpts["gpt"], tmp_path / "out" / name / "ckpt.pt")
         os.utime(tmp_path / "out" / name / "ckpt.pt", (10**9 - age, 10**9 - age))
-    assert sample.load(device="cpu").summary.startswith(str(Path("out/a/ckpt.pt")))
+    assert sample.load(device="cpu").summary.startswith("out/a/ckpt.pt")
     assert "out/b" in sample.load("out/b", device="cpu").summary
 
 
-def test_a_fork_needs_its_script(folder, tmp_path):
-    """An edited script writes a checkpoint that the original cannot read; --script can."""
-    source = (ROOT / "train_mdlm.py").read_text()
-    fork = tmp_path / "fork_mdlm.py"
-    changed = source.replace("F.relu(self.up(x)).square()", "F.gelu(self.up(x))")
-    field = "    cond_dim: int = 0  #"
-    assert changed != source and field in changed
-    fork.write_text(changed.replace(field, "    twist: int = 1  # new\n" + field))
+FORKS = {  # script, edit, and whether the cache still gives what the network itself gives
+    "other layers": (train_mdlm, "F.relu(self.up(x)).square()", "F.gelu(self.up(x))", True),
+    "no predict": (gpt, "predict(", "forecast(", False),
+    "no predict in blocks": (train_block, "predict(", "forecast(", False),
+    "blocks as they are": (train_block, "predict(", "predict(", True),
+    "another forward": (gpt, "return self.predict(x, ", "return 2 * self.predict(x, ", False),
+}
+
+
+@pytest.mark.parametrize("what", FORKS)
+def test_a_fork_is_sampled_by_its_script(what, home, tmp_path):
+    script, old, new, is_cached = FORKS[what]
+    text = (ROOT / f"{script.SCRIPT}.py").read_text()
+    assert old in text
+    fork = tmp_path / "my_fork.py"
+    fork.write_text(text.replace(old, new))
+    data, flags = home / "byte", ["--block_len=8"] if script is train_block else []
     module = sample.load_script(fork)
-    path = train(folder, "fork", module)
-    with pytest.raises(ValueError, match="'fork_mdlm'.*--script"):
-        sample.load(path)
-    with pytest.raises(ValueError, match="twist"):
-        sample.load(path, script=ROOT / "train_mdlm.py")
+    assert train_tiny(f"--data={data}", f"--out={tmp_path / 'run'}", "--steps=3", *flags,
+                      script=module).status == 0
+    path = tmp_path / "run" / "ckpt.pt"
+    assert_refused(run(f"--ckpt={path}"), "my_fork.py", "--script=PATH")
     lm = sample.load(path, script=fork, device="cpu")
-    assert lm.cfg.twist == 1 and len(lm.generate(n=2, length=8)) == 2
-    x = torch.zeros(1, 8, dtype=torch.int64)
-    own = torch.load(path, weights_only=True)
-    own["config"].pop("twist")
-    plain, _ = train_mdlm.build_model(own)
-    assert not torch.allclose(plain(x, torch.ones(1)), lm.model(x, torch.ones(1)))
+    assert ("no cache" not in lm.summary) == is_cached
+    assert len(lm.generate(n=2, length=16)) == 2
 
 
 class Bomb:
@@ -539,170 +492,135 @@ class Bomb:
         return os.mkdir, (self.path,)
 
 
-def test_code_in_a_checkpoint_is_not_run(ckpt, tmp_path, capsys):
-    state = torch.load(ckpt, weights_only=True)
-    torch.save({**state, "extra": Bomb(str(tmp_path / "ran"))}, tmp_path / "code.pt")
-    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Bomb(str(tmp_path / "ran")), protocol=2))
-    for name in ("code.pt", "plain.pt"):
-        with pytest.raises(SystemExit) as stop:
-            sample.main([f"--ckpt={tmp_path / name}"])
-        assert stop.value.code == 2 and not (tmp_path / "ran").exists()
-        err = capsys.readouterr().err
-        assert err.count("\n") == 1 and name in err
-
-
-def refused(argv, capsys):
-    """The one line with which a mistake ends."""
-    with pytest.raises(SystemExit) as stop:
-        sample.main(argv)
-    assert stop.value.code == 2
-    out, err = capsys.readouterr()
-    assert out == "" and re.fullmatch("sample.py: .*\n", err), (out, err)
-    return err
-
-
-def test_broken_and_foreign_files(ckpt, tmp_path, capsys):
-    (tmp_path / "cut.pt").write_bytes(ckpt.read_bytes()[:-5000])
+def test_broken_and_foreign_files(ckpts, tmp_path):
+    good = ckpts["mdlm"]
+    state = torch.load(good, weights_only=True)
+    (tmp_path / "cut.pt").write_bytes(good.read_bytes()[:-5000])
     (tmp_path / "text.pt").write_text("no checkpoint")
-    (tmp_path / "empty.pt").touch()
+    torch.save({**state, "extra": Bomb(str(tmp_path / "ran"))}, tmp_path / "code.pt")
     torch.save({"model": {}}, tmp_path / "foreign.pt")
-    state = torch.load(ckpt, weights_only=True)
     torch.save({**state, "meta": {"tokenizer": "byte"}}, tmp_path / "mute.pt")
-    torch.save({**state, "script": "os; import this"}, tmp_path / "other.pt")
+    torch.save({**state, "script": "other"}, tmp_path / "other.pt")
     state["model"].popitem()
     torch.save({**state, "ema": None}, tmp_path / "shape.pt")
-    for path in tmp_path.glob("*.pt"):
-        assert path.name in refused([f"--ckpt={path}"], capsys)
-    assert "no such" in refused([f"--ckpt={tmp_path}/none.pt"], capsys)
-    assert "hf:OWNER/REPO/FILE" in refused(["--ckpt=hf:a/b"], capsys)
+    for path in [*tmp_path.glob("*.pt"), tmp_path / "none.pt"]:
+        assert_refused(run(f"--ckpt={path}"), path.name)
+    assert not (tmp_path / "ran").exists()
     fork = tmp_path / "fork.py"
-    assert str(fork) in refused([f"--ckpt={ckpt}", f"--script={fork}"], capsys)
-    fork.write_text("1/0")
-    assert "ZeroDivisionError" in refused([f"--ckpt={ckpt}", f"--script={fork}"], capsys)
-    fork.write_text("")
-    assert "not a training script" in refused([f"--ckpt={ckpt}", f"--script={fork}"], capsys)
+    assert_refused(run(f"--ckpt={good}", f"--script={fork}"), str(fork))
+    for text, words in (("1/0", "ZeroDivisionError"), ("", "not a training script")):
+        fork.write_text(text)
+        assert_refused(run(f"--ckpt={good}", f"--script={fork}"), words)
 
 
-# ------------------------------------------------------------------------------ command line
+def test_hub_names(tmp_path):
+    for name in ("hf:", "hf:a/b", "hf:a//c"):
+        assert_refused(run(f"--ckpt={name}"), "hf:OWNER/REPO/FILE")
+    process = launch(ROOT / "sample.py", "--ckpt=hf:nobody/nothing/ckpt.pt", HF_HUB_OFFLINE="1",
+                     HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_CACHE=str(tmp_path))
+    assert_refused(finish(process), "hf:nobody/nothing/ckpt.pt: could not be downloaded")
 
 
-BAD_FLAGS = [
-    (["--lenght=3"], "did you mean --length?"),
-    (["--zzz=3"], "--help"),
-    (["prompt"], "--prompt"),
-    (["--length", "3"], "--length needs a value"),
-    (["--n=2", "--n=3"], "twice"),
-    (["--n=two"], "whole number"),
-    (["--n=0"], "--n=0"),
-    (["--seed=-1"], "--seed=-1"),
-    (["--temperature=hot"], "a number"),
-    (["--temperature=nan"], "--temperature=nan"),
-    (["--temperature=-1"], "--temperature"),
-    (["--top_k=0"], "--top_k=0"),
-    (["--top_p=1.5"], "--top_p=1.5"),
-    (["--threshold=2"], "--threshold"),
-    (["--refine=-0.1"], "--refine"),
-    (["--watch=maybe"], "--watch=maybe"),
-    (["--order=confidense"], "did you mean confidence?"),
-    (["--order=first_hitting", "--steps=5"], "--steps=5"),
-    (["--order=ancestral", "--threshold=0.5"], "--threshold=0.5"),
-    (["--steps=0"], "--steps=0"),
-    (["--remask=lop"], "did you mean loop?"),
-    (["--remask=cap:x"], "--remask=cap:x"),
-    (["--remask=cap:2"], "--remask=cap:2"),
-    (["--remask=cap", "--order=margin"], "--remask=cap"),
-    (["--weights=best"], "--weights=best"),
-    (["--dtype=bf61"], "did you mean bf16?"),
-    (["--device=abacus"], "--device=abacus"),
-    (["--length=33"], "--length=33"),
-    (["--length=0"], "--length=0"),
-    (["--prompt=" + "x" * 40], "--prompt"),
-    (["--prompt=abcdef", "--length=6"], "--length=6"),
-    (["--infill=def x"], "___"),
-    (["--infill=a___b", "--prompt=c"], "--prompt and --infill"),
-    (["--infill=a___b", "--blank=2,3"], "--blank=2,3"),
-    (["--infill=a___b", "--blank=many"], "--blank=many"),
-    (["--infill=a___b", "--blank=0"], "--blank=0"),
-    (["--infill=a___b", "--blank=60"], "62 tokens"),
-    (["--infill=a___b", "--length=9"], "--length=9"),
-    (["--blank=3"], "--infill"),
-    (["--draws=3"], "--score"),
-    (["--score="], "--score"),
-    (["--score=text", "--draws=1"], "--draws=1"),
-]
+# ----------------------------------------------------------------------------- command line
+
+BAD_FLAGS = {
+    "mdlm": [
+        ("--lenght=3", "did you mean --length?"), ("prompt", "--prompt"), ("--length", "value"),
+        ("--n=two", "--n=two"), ("--n=0", "--n=0"), ("--seed=-1", "--seed=-1"),
+        ("--temperature=nan", "--temperature=nan"), ("--top_k=0", "--top_k=0"),
+        ("--top_p=1.5", "--top_p=1.5"), ("--threshold=2", "--threshold"), ("--watch=2", "--watch"),
+        ("--order=confidense", "confidence"), ("--order=first_hitting --steps=5", "--steps=5"),
+        ("--order=ancestral --threshold=0.5", "--threshold=0.5"), ("--remask=lop", "loop"),
+        ("--remask=cap:2", "--remask=cap:2"), ("--remask=cap --order=margin", "--remask=cap"),
+        ("--weights=best", "--weights=best"), ("--device=abacus", "--device=abacus"),
+        ("--length=33", "--length=33"), (f"--prompt={'x' * 40}", "--prompt"),
+        ("--prompt=abcdef --length=6", "--length=6"), ("--infill=defx", "___"),
+        ("--infill=a___b --prompt=c", "--prompt"), ("--infill=a___b --blank=2,3", "--blank=2,3"),
+        ("--infill=a___b --blank=x", "--blank=x"), ("--infill=a___b --blank=0", "--blank=0"),
+        ("--infill=a___b --blank=60", "62 tokens"), ("--draws=3", "--score"), ("--score=", "--score"),
+        ("--score=text --draws=1", "--draws=1"), ("--order=euler", "train_sedd")],
+    "gpt": [("--order=random", "--order"), ("--steps=8", "--steps"), ("--refine=0.5", "--refine"),
+            ("--infill=a___b", "--infill"), ("--score=ab --draws=4", "--draws=4")],
+    "block": [("--infill=a___b", "--infill"), ("--refine=0.5", "train_mdlm")],
+    "absorb": [("--order=margin", "--order=margin"), ("--threshold=0.5", "train_mdlm"),
+               ("--remask=loop", "--remask")],
+}
 
 
-@pytest.mark.parametrize(("argv", "message"), BAD_FLAGS, ids=lambda x: " ".join(x)[:40])
-def test_mistakes_end_in_one_line(ckpt, argv, message, capsys):
-    assert message in refused([f"--ckpt={ckpt}", *argv], capsys)
+@pytest.mark.parametrize("kind", BAD_FLAGS)
+def test_mistakes_end_in_one_line(kind, ckpts):
+    for flags, words in BAD_FLAGS[kind]:
+        assert_refused(run(f"--ckpt={ckpts[kind]}", *flags.split()), words)
 
 
-def test_help_names_every_flag(capsys):
-    with pytest.raises(SystemExit) as stop:
-        sample.main(["--help"])
-    assert not stop.value.code
-    text = capsys.readouterr().out
-    for name in sample.Options.__dataclass_fields__:
-        assert f"  --{name}" in text
+def test_help_names_every_flag():
+    text = run("--help").out
+    assert all(f"    {name}: " in text for name in sample.Options.__dataclass_fields__)
 
 
-def test_what_is_printed(ckpt, capsys):
-    argv = [f"--ckpt={ckpt}", "--device=cpu", "--n=2", "--length=20", "--prompt=def "]
-    sample.main([*argv, "--order=entropy", "--seed=3"])
-    out, err = capsys.readouterr()
-    lm = sample.load(ckpt, device="cpu")
-    one, two = lm.generate(n=2, length=20, prompt="def ", order="entropy", seed=3)
-    head, rest = out.split("\n", 1)
-    assert str(ckpt) in head and "32" in head
-    body, last, _ = rest.rsplit("\n", 2)
-    assert body == f"--- sample 1 of 2\n{one}\n\n--- sample 2 of 2\n{two}\n"
-    how = r"float32 on cpu, entropy \(mode-seeking\)"
-    assert re.fullmatch(rf"NFE 16, \d+ tokens/s, {how}, entropy \d\.\d\d bits", last)
-    assert err == "" and "\x1b" not in out
-    sample.main([f"--ckpt={ckpt}", "--infill=a ___ b", "--blank=4", "--steps=2", "--refine=0.5"])
-    text = capsys.readouterr().out.split("\n", 1)[1]
-    assert re.match(r"a .* b\n\nNFE \d, .* ancestral, refine 0\.5, entropy", text, re.S)
+def test_stdout_is_the_text(ckpts, lms):
+    argv = [f"--ckpt={ckpts['mdlm']}", "--device=cpu", "--prompt=de ", "--seed=3", "--length=20"]
+    status, out, err = run(*argv, "--order=entropy")
+    (text,) = lms["mdlm"].generate("de ", length=20, seed=3, order="entropy")
+    assert (status, out) == (0, text + "\n") and "\x1b" not in err
+    assert re.search(r"NFE 17, \d+ tokens/s, float32 on cpu, entropy \(mode-seeking\), entropy", err)
+    _, out, err = run(*argv, "--n=2", "--watch", "--steps=17")
+    both = lms["mdlm"].generate("de ", length=20, seed=3, n=2, steps=17)
+    assert out == "".join(f"{text}\n\n" for text in both)
+    marks = [int(x) for x in re.findall(r"^\[(\d+)% after \d+ passes\] de ", err, re.M)]
+    assert len(marks) == 3 and "░" in err and "--- sample 2 of 2" in err
+    _, out, err = run(f"--ckpt={ckpts['uniform']}", "--watch", "--steps=8", "--length=20")
+    assert "[50% after 4 passes]" in err
 
 
-def test_entropy_of_a_sample():
-    assert sample.entropy_bits([1, 1, 1]) == 0
-    assert sample.entropy_bits([0, 1, 2, 3] * 4) == pytest.approx(2)
+def test_files_and_what_looks_like_them(ckpts, lms, tmp_path):
+    text = "the café\n" * 4
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "gbk.txt").write_bytes("中文字符".encode("gbk") * 9)
+    ckpt = f"--ckpt={ckpts['gpt']}"
+    nats = f"= {lms['gpt'].score(text).nats:.2f} nats"
+    for flag in ("--score", "--score_file"):
+        result = run(ckpt, f"{flag}={tmp_path / 'a.txt'}")
+        assert nats in result.out and "a.txt: 40 tokens, 40 bytes; exact" in result.out
+    assert "the text given" in run(ckpt, "--score=a few words").out
+    out = run(ckpt, f"--prompt_file={tmp_path / 'a.txt'}", "--length=32")
+    assert_refused(out, "--prompt=40 tokens")
+    for flags, words in (("--score=no_such_file.txt", "no such file"), ("--score=a/b", "--score_file"),
+                         ("--prompt=story.txt", "--prompt_file"),
+                         ("--score_file=none", "none"), (f"--score={tmp_path / 'gbk.txt'}", "gbk"),
+                         (f"--score={tmp_path / 'a.txt'} --encoding=xyz", "xyz"),
+                         (f"--prompt=a --prompt_file={tmp_path / 'a.txt'}", "--prompt_file")):
+        assert_refused(run(ckpt, *flags.split()), words)
+    result = run(ckpt, f"--score={tmp_path / 'gbk.txt'}", "--encoding=gbk")
+    assert "108 bytes" in result.out
 
 
-def test_score_on_the_command_line(ckpt, tmp_path, capsys):
-    (tmp_path / "text.txt").write_text(TEXT[:100])
-    lines = []
-    for text in (TEXT[:100], tmp_path / "text.txt"):
-        sample.main([f"--ckpt={ckpt}", "--device=cpu", f"--score={text}", "--draws=4"])
-        lines.append(capsys.readouterr().out.splitlines()[1])
-    assert "the text given" in lines[0] and "text.txt" in lines[1]
-    assert lines[0].split("(")[0] == lines[1].split("(")[0]
-    score = sample.load(ckpt, device="cpu").score(TEXT[:100], draws=4)
-    assert f"{score.nats:.2f} +- {score.nats_stderr:.2f} nats" in lines[0]
-    assert f"{score.bits_per_byte:.4f} +- {score.bits_stderr:.4f} bits per byte" in lines[0]
+def test_outputs(ckpts, tmp_path):
+    """UTF-8 in a file whatever the locale; a reader that leaves; a full disk."""
+    command = f"{sys.executable} {ROOT / 'sample.py'} --ckpt={ckpts['words']} --prompt=é{{}}"
+    env = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+
+    def shell(text):
+        return subprocess.run(["bash", "-c", text], cwd=tmp_path, env=env, capture_output=True,
+                              timeout=60)
+
+    assert shell(command.format(" --length=4 > out.txt")).returncode == 0
+    assert (tmp_path / "out.txt").read_bytes().startswith("é".encode())
+    done = shell(command.format(" --length=4 >/dev/full"))
+    assert done.returncode == 2 and b"Traceback" not in done.stderr
+    done = shell(command.format(" --length=9 --n=20000 2>err | head -1; echo ${PIPESTATUS[0]}"))
+    assert b"141" in done.stdout and "Traceback" not in (tmp_path / "err").read_text()
 
 
-def test_watching_a_pipe_prints_lines(ckpt, tmp_path):
-    """The script itself, with no checkpoint named: the newest of out/ in the current folder."""
-    argv = [sys.executable, str(ROOT / "sample.py"), "--watch", "--length=16", "--order=random"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    (tmp_path / "out" / "run").mkdir(parents=True)
-    shutil.copy(ckpt, tmp_path / "out" / "run")
-    done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and done.stderr == "" and "\x1b" not in done.stdout
-    marks = re.findall(r"^\[(\d+)% after (\d+) passes\] ", done.stdout, re.M)
-    assert marks == [("25", "4"), ("50", "8"), ("75", "12")]
-    assert "░" * 3 in done.stdout and "NFE 16," in done.stdout
+# ----------------------------------------------------------------------------- terminal
 
 
-def run_in_terminal(argv, interrupt=None, columns=40):
+def in_terminal(argv, interrupt=None, columns=40, term="xterm"):
     """Run on a pseudo terminal -> (output, exit status); send an interrupt once a text shows."""
-    import pty
-
     pid, fd = pty.fork()
     if pid == 0:
-        os.environ.update(TERM="xterm", OMP_NUM_THREADS="1", COLUMNS=str(columns), LINES="12")
-        os.execv(sys.executable, [sys.executable, str(ROOT / "sample.py"), *argv])
+        os.environ.update(TERM=term, OMP_NUM_THREADS="1", COLUMNS=str(columns), LINES="12")
+        os.execv(sys.executable, [sys.executable, str(ROOT / "sample.py"), *map(str, argv)])
     data, end = b"", time.monotonic() + 60
     while time.monotonic() < end:
         try:
@@ -717,438 +635,99 @@ def run_in_terminal(argv, interrupt=None, columns=40):
     return data.decode(errors="replace"), status
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo terminal")
-def test_watching_in_a_terminal_draws_in_place(ckpt):
-    argv = [f"--ckpt={ckpt}", "--watch", "--n=2", "--prompt=def ", "--seed=2"]
-    out, status = run_in_terminal(argv)
-    assert status == 0
-    final = sample.load(ckpt, device="cpu").generate(n=2, prompt="def ", seed=2)
+def plain(text):
+    return re.sub(r"\x1b\[[0-9;]*m", "", text).replace("\r\n", "\n")
+
+
+def test_watching_in_a_terminal_draws_in_place(ckpts, lms):
+    argv = [f"--ckpt={ckpts['mdlm']}", "--watch", "--n=2", "--prompt=def ", "--seed=2"]
+    out, status = in_terminal(argv)
+    final = lms["mdlm"].generate(n=2, prompt="def ", seed=2)
     pictures = out.split("\x1b[J")
-    assert len(pictures) >= 3
+    assert status == 0 and len(pictures) >= 3
     for picture in pictures[1:-1]:
         assert picture.count("\n") <= 11  # never higher than the terminal
         up = re.search(r"\r(?:\x1b\[(\d+)A)?$", picture)  # back to where the picture began
         assert int(up[1] or 0) == picture.count("\n")
-    shown = re.sub(r"\x1b\[[0-9;]*m", "", pictures[-1]).replace("\r\n", "\n")
-    assert all(sample.printable(text) in shown for text in final)
+    assert all(sample.printable(text) in plain(pictures[-1]) for text in final)
     assert "\x1b[1mdef \x1b[0m" in pictures[-1]  # what was given stands out
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo terminal")
-def test_an_interrupt_ends_quietly(ckpt):
-    argv = [f"--ckpt={ckpt}", "--watch", "--n=4000", "--steps=100000"]
-    out, status = run_in_terminal(argv, interrupt=b" passes")
-    assert status == 130 and "Traceback" not in out
+def test_an_interrupt_ends_quietly(ckpts):
+    argv = [f"--ckpt={ckpts['mdlm']}", "--watch", "--n=4000", "--steps=100000"]
+    out, status = in_terminal(argv, interrupt=b" passes")
+    assert status in (-2, 130) and "Traceback" not in out and "\x1b[?25l" not in out
 
 
-def test_text_cannot_steer_the_terminal():
+def test_text_cannot_steer_the_terminal(ckpts, tmp_path):
     assert sample.printable("a\x1b[2Jb\x07\tc\r\nd") == r"a\x1b[2Jb\x07    c" "\nd"
-    plain = [re.sub(r"\x1b\[\d*m", "", line) for line in sample.lines_of(
-        [("abc", "known"), ("defg\nh", None), ("░" * 7, "mask"), ("日本日", None)], 5
-    )]
-    assert plain == ["abcde", "fg", "h░░░░", "░░░日", "本日"]
-
-
-# ------------------------------------------------------------------------------ gpt
-
-
-@pytest.fixture(scope="session")
-def gpt_ckpt(folder):
-    return train(folder, "gpt", gpt, steps=12, ema=0.5)
-
-
-@pytest.fixture(scope="session")
-def gpt_lm(gpt_ckpt):
-    return sample.load(gpt_ckpt, device="cpu")
-
-
-class Scripted:
-    """A causal model that is sure of what it writes: row i ends after ENDS[i] tokens."""
-
-    ENDS = (6, 30, 9)
-
-    def predict(self, tokens, positions, rows=None, attend=None):
-        S = int(positions[-1]) + 1
-        sure = torch.tensor([0 if S == end + 1 else 97 for end in self.ENDS[:len(tokens)]])
-        return torch.where(torch.arange(256) == sure[:, None], 0.0, -1e4)
-
-
-def test_gpt_writes(gpt_lm, monkeypatch):
-    assert "gpt, " in gpt_lm.summary
-    monkeypatch.setattr(gpt_lm, "model", copy.deepcopy(gpt_lm.model).double())
-    how = {"length": 16, "prompt": "def café(", "temperature": 0.9, "top_k": 50, "top_p": 0.95}
-    many = gpt_lm.generate(n=5, seed=4, **how)
-    assert gpt_lm.generate(n=2, seed=4, **how) == many[:2]
-    assert len(set(many)) == 5 and all(text.startswith("def café(") for text in many)
-    monkeypatch.setattr(sample, "BATCH_NUMBERS", 2 * 16 * 256)
-    assert gpt_lm.generate(n=5, seed=4, **how) == many
-    greedy = gpt_lm.generate(n=2, temperature=0, prompt="def ")
-    assert greedy[0] == greedy[1]
-
-
-def test_gpt_ends_with_the_document(gpt_lm, gpt_ckpt, monkeypatch, capsys):
-    monkeypatch.setattr(gpt_lm, "model", Scripted())
-    assert gpt_lm.generate(n=3, length=20) == ["a" * 6, "a" * 20, "a" * 9]
-    known, is_known = gpt_lm.canvas_for_prompt("ab", 20)
-    (batch,) = gpt_lm.batches(known, is_known, sample.Sampler(), n=3, seed=0)
-    assert [len(row) for row in batch.tokens] == [6, 20, 9] and batch.nfe == 18
-    monkeypatch.setattr(sample, "load", lambda *args: gpt_lm)
-    sample.main(["--prompt=ab", "--n=1", "--length=20", "--watch"])
-    out = capsys.readouterr().out
-    assert "---" not in out  # what fills the row behind its end is no document
-    assert "\nabaaaa\n" in out and "NFE 5," in out and "left to right" in out
-
-
-def test_gpt_scores_exactly(gpt_lm, gpt_ckpt, capsys):
-    text = "def café(self):\n    return self.name\n" + "x" * 10
-    tokens = torch.tensor(list(text.encode()))
-    total = 0.0
-    for window in (tokens[:32], tokens[32:]):
-        x = torch.cat((torch.tensor([256]), window[:-1]))
-        with torch.no_grad():
-            log_probs = gpt_lm.model(x[None])[0].log_softmax(-1)
-        total -= log_probs.gather(1, window[:, None]).sum().item()
-    score = gpt_lm.score(text)
-    assert score.nats == pytest.approx(total, rel=1e-5) and score.nats_stderr == 0
-    assert score.bits_per_byte == pytest.approx(total / math.log(2) / len(tokens), rel=1e-5)
-    sample.main([f"--ckpt={gpt_ckpt}", "--device=cpu", f"--score={text}"])
-    out = capsys.readouterr().out
-    assert f"-log p = {score.nats:.2f} nats, {score.bits_per_byte:.4f} bits per byte (" in out
-    assert "<=" not in out and "+-" not in out and "exact" in out
-
-
-@pytest.mark.parametrize("flag", ["--order=confidence", "--order=random", "--steps=8",
-                                  "--threshold=0", "--remask=loop", "--refine=0.5",
-                                  "--infill=a ___ b"])
-def test_gpt_refuses_what_diffusion_can(gpt_ckpt, flag, capsys):
-    err = refused([f"--ckpt={gpt_ckpt}", "--length=16", flag], capsys)
-    assert flag.partition("=")[0] + ":" in err and "checkpoint of train_mdlm" in err
-
-
-def test_gpt_refuses_draws_lengths_and_other_scripts(gpt_ckpt, ckpt, capsys):
-    for flags, message in ((["--score=ab", "--draws=4"], "--draws=4: "),
-                           (["--length=33"], "--length=33: "),
-                           ([f"--script={ROOT / 'train_mdlm.py'}"], "written by gpt.py")):
-        assert message in refused([f"--ckpt={gpt_ckpt}", *flags], capsys)
-    message = refused([f"--ckpt={ckpt}", f"--script={ROOT / 'gpt.py'}"], capsys)
-    assert "written by train_mdlm.py" in message
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo terminal")
-def test_gpt_is_watched_in_a_terminal(gpt_ckpt):
-    out, status = run_in_terminal([f"--ckpt={gpt_ckpt}", "--watch", "--prompt=def ", "--seed=2"])
-    assert status == 0
-    (final,) = sample.load(gpt_ckpt, device="cpu").generate(prompt="def ", seed=2)
-    assert sample.printable(final) in re.sub(r"\x1b\[[0-9;]*m", "", out).replace("\r\n", "\n")
-
-
-# ------------------------------------------------------------------------------ block
-
-
-@pytest.fixture(scope="session")
-def block_ckpt(folder):
-    return train(folder, "block", train_block, steps=12, ema=0.5, block_len=8)
-
-
-@pytest.fixture(scope="session")
-def block_lm(block_ckpt):
-    return sample.load(block_ckpt, device="cpu")
-
-
-class BlockScripted:
-    """A model that is sure of its tokens: row i ends after ENDS[i] of them."""
-
-    ENDS = (6, 99, 41)
-
-    def predict(self, tokens, positions, rows=None, n_query=None, attend=None):
-        ends = torch.tensor(self.ENDS)[rows // n_query]
-        sure = torch.where(positions[rows % n_query] == ends, 0, 97)[:, None]
-        return torch.where(torch.arange(256) == sure, 0.0, -1e4)
-
-
-@pytest.mark.parametrize("how", [
-    {}, {"steps": 3}, {"order": "ancestral"}, {"threshold": 0.1}, {"remask": "conf", "steps": 6},
-    {"order": "margin", "steps": 4, "top_k": 50}, {"remask": "loop"}], ids=str)
-def test_blocks_in_every_order(block_lm, how, monkeypatch):
-    """Any length, prompts that end inside a block, a sample whatever the batch."""
-    monkeypatch.setattr(block_lm, "model", copy.deepcopy(block_lm.model).double())
-    monkeypatch.setattr(block_lm.tokenizer, "bos_id", -1)  # no end
-    how = {"length": 75, "prompt": "def café(", **how}
-    many = block_lm.generate(n=3, seed=4, **how)
-    assert block_lm.generate(n=1, seed=4, **how) == many[:1] and len(set(many)) == 3
-    known, is_known = block_lm.canvas_for_prompt("def café(", 75)
-    sampler = sample.Sampler(**{k: v for k, v in how.items() if k not in ("length", "prompt")})
-    (batch,) = block_lm.batches(known, is_known, sampler, n=3, seed=4)
-    assert [len(row) for row in batch.tokens] == [75] * 3
-    assert all(row[:10] == list("def café(".encode()) for row in batch.tokens)
-    assert batch.nfe <= 9 * (sampler.steps or 8)
-    monkeypatch.setattr(sample, "BATCH_NUMBERS", 2 * 32 * 256)
-    assert block_lm.generate(n=3, seed=4, **how) == many
-
-
-def test_conf_remasking_knows_what_each_block_drew(block_lm, monkeypatch):
-    """psi is the probability of the token that stands there, a block after another."""
-    monkeypatch.setattr(block_lm.tokenizer, "bos_id", -1)
-    see, seen = sample.Remask.see, []
-
-    def look(self, tokens, nfe):
-        fixed, was_mask, log_probs = self.drawn
-        fixed = fixed.clone()
-        see(self, tokens, nfe)
-        row, at = fixed.nonzero().unbind(1)
-        place = self.block * 8 + at
-        inside = place < tokens.shape[1]
-        rank = was_mask.flatten().cumsum(0).view(was_mask.shape) - 1
-        for r, a, p in zip(row[inside], at[inside], place[inside], strict=True):
-            expected = log_probs[rank[r, a], tokens[r, p]].exp().item()
-            assert self.psi[r, a].item() == pytest.approx(expected, rel=1e-5)
-            seen.append(p.item())
-
-    monkeypatch.setattr(sample.Remask, "see", look)
-    block_lm.generate(n=2, length=30, prompt="def def de", remask="conf", steps=5)
-    assert set(seen) == set(range(10, 30))
-
-
-def test_blocks_end_with_the_document(block_lm, monkeypatch, capsys):
-    monkeypatch.setattr(block_lm, "model", BlockScripted())
-    assert block_lm.generate(n=3, length=60) == ["a" * 6, "a" * 60, "a" * 41]
-    known, is_known = block_lm.canvas_for_prompt("ab", 60)
-    (batch,) = block_lm.batches(known, is_known, sample.Sampler(), n=3, seed=0)
-    assert [len(row) for row in batch.tokens] == [6, 60, 41]
-    monkeypatch.setattr(sample, "load", lambda *args: block_lm)
-    sample.main(["--prompt=ab", "--n=1", "--length=60", "--watch"])
-    out = capsys.readouterr().out
-    assert "---" not in out  # what fills the row behind its end is no document
-    assert "\nabaaaa\n" in out and "NFE 6," in out and "first_hitting in blocks of 8" in out
-
-
-def test_blocks_score_any_length(block_lm):
-    """A text of 1 token has one term: the model's own log-probability of it in a masked block."""
-    with torch.no_grad():
-        logits = block_lm.model(torch.full((1, 8), 256), torch.full((1, 8), 256))[0, 0]
-    expected = -logits.log_softmax(-1)[ord("d")].item()
-    score = block_lm.score("d", draws=2)
-    assert score.nats == pytest.approx(expected, rel=1e-5)
-    assert score.nats_stderr == pytest.approx(0, abs=1e-5)
-    text = "def café(self):\n    return self.name\n" + "x" * 6  # 1.4 windows, 5.6 blocks
-    score = block_lm.score(text)
-    assert 0 < score.nats_stderr < score.nats / 10 and score.n_tokens == len(text.encode())
-    assert score.nats == pytest.approx(block_lm.score(text, draws=64).nats, abs=5 * (
-        score.nats_stderr))
-
-
-@pytest.mark.parametrize("flag", ["--infill=a ___ b", "--refine=0.5"])
-def test_blocks_refuse_what_needs_the_right_context(block_ckpt, flag, capsys):
-    err = refused([f"--ckpt={block_ckpt}", "--length=16", flag], capsys)
-    assert flag.partition("=")[0] + ":" in err and "checkpoint of train_mdlm" in err
-
-
-# ------------------------------------------------------------------------------ sedd
-
-
-@pytest.fixture(scope="session", params=["absorb", "uniform"])
-def sedd_ckpt(folder, request):
-    return train(folder, request.param, train_sedd, steps=12, ema=0.5, graph=request.param,
-                 cond_dim=8)
-
-
-@pytest.mark.parametrize("how", [
-    {}, {"steps": 5}, {"steps": 9, "order": "euler"}, {"steps": 5, "temperature": 0.5},
-    {"top_k": 9, "top_p": 0.9, "steps": 4}], ids=str)
-def test_scores_write(sedd_ckpt, how, monkeypatch):
-    """A prompt, an infill; a sample whatever the batch; as many passes as were asked for."""
-    lm = sample.load(sedd_ckpt, device="cpu")
-    many = lm.generate(n=5, length=24, prompt="def café(", seed=4, **how)
-    assert all(text.startswith("def café(") for text in many) and len(set(many)) == 5
-    assert lm.generate(n=2, length=24, prompt="def café(", seed=4, **how) == many[:2]
-    monkeypatch.setattr(sample, "BATCH_NUMBERS", 2 * 24 * 256)
-    assert lm.generate(n=5, length=24, prompt="def café(", seed=4, **how) == many
-    (filled,) = lm.infill("def ___(x):", blank=6, **how)
-    assert filled.startswith("def ") and filled.endswith("(x):")
-    (batch,) = lm.batches(*lm.canvas_for_prompt("ab", 20), sample.Sampler(**how), n=2, seed=0)
-    assert batch.nfe == how.get("steps", 20) or lm.graph == "absorb"
-
-
-def test_scores_on_the_command_line(sedd_ckpt, capsys):
-    sample.main([f"--ckpt={sedd_ckpt}", "--length=30", "--steps=8", "--watch"])
-    out = capsys.readouterr().out
-    assert "train_sedd" in out and "tweedie, entropy" in out
-    shown = [int(x) for x in re.findall(r"^\[(\d+)% after", out, re.M)]
-    assert shown == sorted(shown) and 1 <= len(shown) <= 3 and 25 <= shown[0]
-    sample.main([f"--ckpt={sedd_ckpt}", "--length=30", "--steps=8", "--order=euler"])
-    assert "euler, entropy" in capsys.readouterr().out
-
-
-def test_scores_bound_a_text(sedd_ckpt):
-    """The bound of a text in two windows, one of them short."""
-    lm = sample.load(sedd_ckpt, device="cpu")
-    score = lm.score(TEXT[:40], draws=64)
-    assert score.n_bytes == 40 and 0 < score.nats_stderr < score.nats / 4
-    # Hardly trained: near ln 256 nats a byte, and a letter that it saw often costs less.
-    assert 2 < score.nats / 40 < 8
-
-
-@pytest.mark.parametrize("flag", ["--order=confidence", "--order=first_hitting", "--threshold=0.5",
-                                  "--remask=loop", "--refine=0.5"])
-def test_scores_refuse_what_masks_can(sedd_ckpt, flag, capsys):
-    err = refused([f"--ckpt={sedd_ckpt}", "--length=16", flag], capsys)
-    assert f"{flag.partition('=')[0]}" in err and "checkpoint of train_mdlm" in err
-
-
-def test_orders_of_scores_are_refused_elsewhere(ckpt, capsys):
-    err = refused([f"--ckpt={ckpt}", "--order=euler"], capsys)
-    assert "--order=euler: train_mdlm" in err and "checkpoint of train_sedd" in err
-
-
-# ------------------------------------------------------------------------------ race
+    lines = sample.lines_of(
+        [("abc", "known"), ("defg\nh", None), ("░" * 7, "mask"), ("日本日", None)], 5)
+    assert [plain(line) for line in lines] == ["abcde", "fg", "h░░░░", "░░░日", "本日"]
+    state = torch.load(ckpts["gpt"], weights_only=True)
+    state["model"]["head.weight"].zero_()
+    state["model"]["head.weight"][27] = 1  # ESC, or anything
+    torch.save({**state, "ema": None}, tmp_path / "ckpt.pt")
+    for term in ("xterm", "dumb"):
+        out, status = in_terminal([f"--ckpt={tmp_path}", "--n=9", "--length=9"], term=term)
+        assert status == 0 and r"\x1b" in out
+        assert not re.search(r"\x1b(?!\[\d*[mJAG])", out) and (term == "xterm" or "\x1b" not in out)
 
 
 RACE_TABLE = r"^(\w+) +(\d+) +(\d+\.\d\d) +(\d+)  (\d\.\d\d) bits, (.+)$"
 
 
-@pytest.fixture
-def race(ckpt, gpt_ckpt, block_ckpt):
-    return [f"--ckpt={ckpt}", f"--race={gpt_ckpt},{block_ckpt}", "--device=cpu", "--length=30"]
-
-
-def test_a_race_counts_what_each_model_does_alone(race, lm, gpt_lm, block_lm, capsys, monkeypatch):
+def test_a_race_counts_what_each_model_does_alone(ckpts, lms, monkeypatch):
     monkeypatch.setattr(sample, "BATCH_NUMBERS", 2 * 30 * 256)  # two samples a batch
-    sample.main([*race, "--n=3", "--prompt=def ", "--steps=5", "--seed=4", "--temperature=0.5"])
-    out, err = capsys.readouterr()
-    assert err == "" and "3 samples (the first is shown) of 30 tokens, float32 on cpu" in out
-    rows = re.findall(RACE_TABLE, out, re.M)
-    names = ["train_mdlm", "gpt", "train_block"]
-    assert [row[0] for row in rows] == names
-    how = ["ancestral", "left to right", "ancestral in blocks of 8"]
-    assert [row[5] for row in rows] == how
-    for racer, row in zip((lm, gpt_lm, block_lm), rows, strict=True):
-        monkeypatch.setattr(racer, "stops", False)
-        steps = {} if racer.is_ar else {"steps": 5}
-        sampler = sample.Sampler(temperature=0.5, **steps)
-        alone = list(racer.batches(*racer.canvas_for_prompt("def ", 30), sampler, n=3, seed=4))
-        assert int(row[1]) == sum(batch.nfe for batch in alone)
-        texts = [tokens for batch in alone for tokens in batch.tokens]
-        entropy = sum(sample.entropy_bits(tokens[4:]) for tokens in texts) / 3
-        assert float(row[4]) == pytest.approx(entropy, abs=0.006)
-        assert f"--- {row[0]}\n{racer.tokenizer.decode(texts[0])}\n" in out
-        seconds, rate = float(row[2]), int(row[3])
-        assert (seconds - 0.006) * (rate - 0.51) <= 3 * 26 <= (seconds + 0.006) * (rate + 0.51)
+    names = ["mdlm", "gpt", "block"]
+    result = run(f"--ckpt={ckpts['mdlm']}", f"--race={ckpts['gpt']},{ckpts['block']}", "--n=3",
+                 "--length=30", "--prompt=def ", "--steps=5", "--seed=4", "--temperature=0.5")
+    rows = re.findall(RACE_TABLE, result.out, re.M)
+    assert [row[0] for row in rows] == ["train_mdlm", "gpt", "train_block"]
+    assert [row[5] for row in rows] == ["ancestral", "left to right", "ancestral in blocks of 8"]
+    for name, row in zip(names, rows, strict=True):
+        lm = lms[name]
+        steps = {} if name == "gpt" else {"steps": 5}
+        opts = sample.Options(prompt="def ", length=30, n=3, seed=4, temperature=0.5, **steps)
+        alone = list(lm.batches(lm.canvas(opts), opts, stops=False))
+        assert int(row[1]) == sum(nfe for _, nfe in alone)
+        assert f"--- {row[0]}\n{lm.tokenizer.decode(alone[0][0][0])}\n" in result.out
+        assert all(len(tokens) == 30 for rows, _ in alone for tokens in rows)
 
 
-class Slow:
-    """A model whose passes take a second each, on a clock that nothing else moves but looks at the
-    clock of the screen, an hour each."""
-
-    def __init__(self, model, monkeypatch):
-        self.model, self.now = model, 0
-        monkeypatch.setattr(sample.time, "perf_counter", lambda: self.now)
-        monkeypatch.setattr(sample.time, "monotonic", self.look)
-
-    def __call__(self, *args, **kwargs):
-        self.now += 1
-        return self.model(*args, **kwargs)
-
-    def look(self):
-        self.now += 3600
-        return self.now
-
-
-def test_the_clock_of_a_race_counts_forward_passes_alone(lm, monkeypatch, capsys):
+def test_the_clock_of_a_race_counts_forward_passes_alone(lms, monkeypatch):
     """Neither the warm-up nor the pictures; and each picture shows the state of its time."""
-    monkeypatch.setattr(lm, "model", Slow(lm.model, monkeypatch))
-    monkeypatch.setattr(sample, "is_terminal", lambda stream: True)
-    monkeypatch.setattr(lm, "stops", True)
-    racer = sample.Racer(lm, sample.Options(prompt="def "), 30)
-    racer.run()
-    assert "train_mdlm:  50%, 13 passes" in capsys.readouterr().err
-    assert sorted({frame.seconds for frame in racer.frames}) == list(range(27))
+    lm, clock = lms["mdlm"], SimpleNamespace(now=0)
+
+    def slow(*args, model=lm.net):
+        clock.now += 1
+        return model(*args)
+
+    monkeypatch.setattr(lm, "net", slow)
+    monkeypatch.setattr(sample.time, "perf_counter", lambda: clock.now)
+    racer = sample.Run(lm, sample.Options(prompt="def ", length=30), is_race=True)
+    list(racer.rows())
+    assert sorted({frame[0] for frame in racer.frames}) == list(range(27)) and racer.seconds == 26
     for now, n in ((0, 0), (0.9, 0), (5, 5), (5.9, 5), (26, 26), (99, 26)):
-        lines = [re.sub(r"\x1b\[\d*m", "", line) for line in racer.column(now, 40)]
-        assert lines[:2] == ["train_mdlm", f"{n} passes, {n / 26:.0%}"]
-        assert lines[2].startswith(f"{min(now, 26):.1f} s, ")
-        text = "\n".join(lines[4:])
-        assert text.count("░") == 26 - n and text.startswith("def ")
+        lines = [plain(line) for line in racer.column(now, 40)]
+        assert lines[:2] == ["train_mdlm", f"{n} passes, {min(now, 26):.1f} s"]
+        assert "\n".join(lines[3:]).count("░") == 26 - n
 
 
-def test_the_end_of_a_document_stops_no_race(gpt_lm, block_lm, monkeypatch):
-    for lm, model in ((gpt_lm, Scripted()), (block_lm, BlockScripted())):
-        monkeypatch.setattr(lm, "model", model)
-        monkeypatch.setattr(lm, "stops", True)
-        racer = sample.Racer(lm, sample.Options(prompt="ab"), 30)
-        racer.run()
-        assert len(racer.first) == 30 and racer.frames[-1].n_written == 28
-        lm.stops = True
-        assert lm.generate(prompt="ab", length=30) == ["abaaaa"]
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo terminal")
-def test_a_race_in_a_terminal_fills_columns(race, lm, gpt_lm, monkeypatch):
-    race[1] = race[1].partition(",")[0]
-    argv = [*race, "--prompt=def ", "--seed=2"]
-    out, status = run_in_terminal(argv, columns=63)
-    assert status == 0
-    pictures = out[out.index("real time") :].split("\x1b[J")
-    for picture in pictures[1:-1]:
-        assert picture.count("\n") <= 11  # never higher than the terminal
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", pictures[-1]).replace("\r\n", "\n")
-    picture, table = re.split(r"\n\n +passes", plain)
+def test_a_race_in_a_terminal_fills_columns(ckpts, lms):
+    argv = [f"--ckpt={ckpts['mdlm']}", f"--race={ckpts['gpt']}", "--length=30", "--prompt=def ",
+            "--seed=2"]
+    out, status = in_terminal(argv, columns=63)
+    picture, table = re.split(r"\n\n +passes", plain(out.split("\x1b[J")[-1]))
     rows = [line.split("\x1b[31G │ ") for line in picture.split("\n")]
-    for side, racer in enumerate((lm, gpt_lm)):
-        name, passes, rate, _, *text = (row[side] for row in rows)
-        assert (name, passes) == (racer.name, "26 passes, 100%")
-        assert re.fullmatch(r"\d+\.\d s, \d+ tokens/s", rate)
-        monkeypatch.setattr(racer, "stops", False)
-        final = racer.generate(prompt="def ", length=30, seed=2)[0]
-        expected = sample.lines_of([(final, None)], 30)
+    assert status == 0
+    for side, name in enumerate(("mdlm", "gpt")):
+        head, counters, _, *text = (row[side] for row in rows)
+        assert head == lms[name].name and counters.startswith("26 passes, ")
+        opts = sample.Options(prompt="def ", length=30, seed=2)
+        ((tokens, *_), _), = lms[name].batches(lms[name].canvas(opts), opts, stops=False)
+        expected = sample.lines_of([(lms[name].tokenizer.decode(tokens), None)], 30)
         assert text == expected + [""] * (len(text) - len(expected))
     assert [row[0] for row in re.findall(RACE_TABLE, table, re.M)] == ["train_mdlm", "gpt"]
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo terminal")
-def test_a_race_in_a_narrow_terminal_and_its_interrupt(race):
-    race[1] = race[1].partition(",")[0]
-    out, status = run_in_terminal(race, columns=50)  # 23 cells each
-    assert status == 0 and "│" not in out and "--- gpt" in out
-    out, status = run_in_terminal([*race, "--n=50"], interrupt="│".encode(), columns=51)
-    assert status == 130 and "Traceback" not in out and "entropy" not in out
-    assert "\x1b[?25l" not in out  # the cursor stays visible
-
-
-def test_a_race_with_a_score(sedd_ckpt, gpt_ckpt, capsys):
-    sample.main([f"--ckpt={sedd_ckpt}", f"--race={gpt_ckpt}", "--device=cpu", "--length=30",
-                 "--steps=6"])
-    rows = re.findall(RACE_TABLE, capsys.readouterr().out, re.M)
-    assert [(row[0], row[5]) for row in rows] == [("train_sedd", "tweedie"),
-                                                  ("gpt", "left to right")]
-    assert int(rows[0][1]) <= 6
-
-
-def test_mistakes_in_a_race(ckpt, gpt_ckpt, block_ckpt, tmp_path, capsys):
-    state = torch.load(gpt_ckpt, weights_only=True)
-    table = [bytes([i]) for i in range(256)]
-    table[1] = b""
-    other = saved_tokenizer("byte", table, bos_id=1)
-    torch.save({**state, "meta": other}, tmp_path / "other.pt")
-    torch.save(state, tmp_path / "gpt.pt")
-    for first, others, flags, message in (
-        (ckpt, "", [], "--race=: "),
-        (ckpt, f"{gpt_ckpt},", [], "commas"),
-        (ckpt, tmp_path / "none.pt", [], "none.pt: no such"),
-        (ckpt, ckpt.parent, [], "twice"),
-        (ckpt, f"{gpt_ckpt},{gpt_ckpt}", [], "twice"),
-        (ckpt, tmp_path / "other.pt", [], "other.pt are not those of"),
-        (ckpt, gpt_ckpt, ["--infill=a ___ b"], "--infill and --race"),
-        (ckpt, gpt_ckpt, ["--score=ab"], "--score and --race"),
-        (ckpt, gpt_ckpt, ["--length=33"], "--length=33: train_mdlm"),
-        (block_ckpt, gpt_ckpt, ["--length=33"], "--length=33: gpt"),
-        (ckpt, block_ckpt, ["--refine=0.5"], "--refine: train_block"),
-        (gpt_ckpt, tmp_path / "gpt.pt", ["--steps=4"], "--steps: gpt"),
-    ):
-        argv = [f"--ckpt={first}", f"--race={others}", "--device=cpu", *flags]
-        assert message in refused(argv, capsys)
-
-
-def test_import_does_nothing():
-    code = "import sys, sample, json; print(json.dumps([m for m in sys.modules if 'mdlm' in m]))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (json.loads(done.stdout), done.stderr) == ([], "")
+    out, status = in_terminal(argv, columns=40)
+    assert status == 0 and "│" not in out and "--- gpt" in out  # too narrow for two
