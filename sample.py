@@ -210,13 +210,14 @@ class Tokenizer:
             raise SampleError("the text holds a NUL byte, which begins a document here: remove it")
         return tokens
 
-    def split_space(self, text):
-        """A text that goes on -> (what is known, which tokens (V,) may be next, or None): its last
-        space, or the last of several white-space characters, begins a token as GPT-2 cuts them."""
+    def split_space(self, text, n_new):
+        """A text and n_new tokens to follow -> (what is known, which tokens (V,) may be next, or
+        None): its last space, or the last of several white-space characters, begins a token as
+        GPT-2 cuts them. A single token then is more than that space."""
         found = re.search(r" \Z|(?<=\s)\s\Z", text, re.A)
-        space = found[0].encode() if found else b""
-        allowed = torch.tensor([word.startswith(space) for word in self.table])
-        return (text[:-1], allowed) if found and allowed.sum() > 1 else (text, None)
+        space, least = found[0].encode() if found else b"", 1 + (n_new == 1)
+        allowed = [word.startswith(space) and len(word) >= least for word in self.table]
+        return (text[:-1], torch.tensor(allowed)) if found and sum(allowed) > 1 else (text, None)
 
     def spans(self, tokens, kinds):
         """[(text, kind)] of a row: characters take the kind of the token that completes them."""
@@ -694,7 +695,7 @@ class LM:
         for text, n_new in zip(texts, [*blanks, 0] if is_infill else [0], strict=True):
             allowed = None
             if n_new or not is_infill or opts.length:
-                text, allowed = self.tokenizer.split_space(text)
+                text, allowed = self.tokenizer.split_space(text, n_new)
             tokens += self.tokenizer.encode(text)
             begins |= {} if allowed is None else {len(tokens): allowed}
             tokens += [None] * n_new
