@@ -1,0 +1,731 @@
+"""The samplers of sample.py against exact oracles and whole passes; and mutants, which fail them."""
+import contextlib
+import dataclasses
+import itertools
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from runs import one_thread as one_thread
+from toys import (
+    AbsorbScore,
+    Iid,
+    Joint,
+    UniformScore,
+    chi_square_z,
+    correlated,
+    mutant_of_sample,
+    with_samplers,
+)
+
+import gpt
+import sample
+import train_block
+import train_mdlm
+import train_sedd
+
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without")
+MDLM, BLOCK, SEDD, GPT = map(with_samplers, (train_mdlm, train_block, train_sedd, gpt))
+Z_LIMIT = 5.0  # a correct program fails one z-test in about 10**6; the seeds are fixed besides
+JOINT = Joint(correlated(3, 3))
+ONE = Joint([0.6, 0.3, 0.1])  # one token; copies of it are independent
+V, T, L = 11, 12, 4  # of a small network
+SWITCHES = {
+    "plain": {},
+    "grouped queries, unet": {"n_kv_head": 2, "unet": True, "n_layer": 3},
+    "all": {"mlp": "swiglu", "unet": True, "tied": True, "softcap": 3.0, "n_kv_head": 1,
+            "dropout": 0.1, "value_residual": True},
+}
+GRAPHS, NOISES = ("absorb", "uniform"), ("loglinear", "geometric")
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def config(module, n_values=V, seq_len=T, **names):
+    blocks = {"block_len": L} if module.SCRIPT == "train_block" else {}
+    return module.Config(**{"vocab_size": n_values, "seq_len": seq_len, "n_layer": 2, "n_head": 4,
+                            "n_embd": 32, **blocks, **names})
+
+
+def small_model(module, **names):
+    """A network that uses every parameter: its zero-initialised matrices are moved."""
+    cfg = config(module, **names)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = module.Model(cfg)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.2 * torch.randn_like(p))
+    return model.eval(), cfg
+
+
+def tokens(n_rows, seq_len=T, n_values=V):
+    return torch.randint(n_values, (n_rows, seq_len), generator=seeded(1))
+
+
+def write(module, model, cfg, known=None, is_known=None, *, n_rows=None, seed=0, **how):
+    if known is None:
+        known = torch.zeros(n_rows, cfg.seq_len, dtype=torch.int64)
+        is_known = known.bool()
+    out = module.generate(model, cfg, known, is_known, gen=seeded(seed), **how)
+    assert out.tokens.shape == out.order.shape == known.shape and len(out.length) == len(known)
+    assert torch.equal(out.tokens[is_known], known[is_known])
+    assert (out.tokens < cfg.vocab_size).all(), "a position is left masked"
+    assert (out.order[is_known] == 0).all() and (out.order[~is_known] > 0).all()
+    return out
+
+
+def assert_law(toy, out, law=None, rows=slice(None)):
+    assert abs(chi_square_z(toy.counts(out.tokens[rows]), toy.p if law is None else law)) < Z_LIMIT
+
+
+# ----------------------------------------------------------------------------- toys
+
+
+class Blocks:
+    """The exact conditionals of a toy distribution: a block's given what is known of it in xt, and
+    x0 before it."""
+    def __init__(self, toy, seq_len, block_len):
+        self.toy, self.seq_len, self.block_len = toy, seq_len, block_len
+
+    def __call__(self, xt, x0, rows):
+        (B, S), size, mask_id = xt.shape, self.block_len, self.toy.mask_id
+        assert S % size == 0
+        row, at = rows // S, (rows % S)[:, None]
+        groups = getattr(self.toy, "n", 1)
+        place = torch.arange(-(-max(S, self.seq_len) // groups) * groups)
+        xt, x0 = (F.pad(x, (0, len(place) - S), value=mask_id)[row] for x in (xt, x0))
+        own, earlier = (f(place // size, at // size) for f in (torch.eq, torch.lt))
+        context = torch.where(own, xt, torch.where(earlier, x0, mask_id))  # (R, S)
+        assert not (context[earlier] == mask_id).any()
+        is_joint = isinstance(self.toy, Joint)
+        logits = self.toy.log_conditional(context) if is_joint else self.toy(context)
+        return logits[torch.arange(len(rows)), at[:, 0]].float()
+
+
+class LeftToRight:
+    """The exact conditionals of a toy distribution, each given what stands before it alone."""
+    def __init__(self, toy, seq_len):
+        self.toy, self.seq_len = toy, seq_len
+
+    def __call__(self, x, rows):
+        (B, S), mask_id = x.shape, self.toy.mask_id
+        assert (x[:, 0] == mask_id).all() and (x[:, 1:] < mask_id).all()
+        at = rows % S  # position that each asked output predicts
+        seen = F.pad(x[:, 1:], (0, self.seq_len - S + 1), value=mask_id)[rows // S]  # (R, T)
+        context = torch.where(torch.arange(self.seq_len) < at[:, None], seen, mask_id)
+        if isinstance(self.toy, Joint):
+            return self.toy.log_conditional(context)[torch.arange(len(at)), at].float()
+        return self.toy(context)[:, 0]
+
+
+def exact(module, toy, seq_len, **names):
+    """(A denoiser that knows the toy distribution, a config)"""
+    cfg = config(module, toy.n_values, seq_len, **names)
+    if module.SCRIPT == "train_sedd":
+        return (AbsorbScore if cfg.graph == "absorb" else UniformScore)(toy), cfg
+    if module.SCRIPT == "train_block":
+        return Blocks(toy, seq_len, cfg.block_len), cfg
+    return (toy if module.SCRIPT == "train_mdlm" else LeftToRight(toy, seq_len)), cfg
+
+
+# ----------------------------------------------------------------------------- the joint
+
+
+def ancestral_law(joint, steps):
+    """(V**n,) what ancestral sampling in `steps` even steps of t yields. In step i each masked token
+    is committed with probability 1 / (steps - i), all at once."""
+    law = torch.zeros(len(joint.contexts), dtype=torch.float64)
+    law[joint.code(torch.full((joint.n,), joint.mask_id), joint.n_values + 1)] = 1
+    for i in range(steps):
+        commit, after = 1 / (steps - i), torch.zeros_like(law)
+        for c in law.nonzero().flatten().tolist():
+            choices = []  # per position: (value, probability) of what stands there afterwards
+            for pos, value in enumerate(joint.contexts[c].tolist()):
+                p = (commit * joint.table[c, pos].exp()).tolist()
+                is_mask = value == joint.mask_id
+                choices.append([(value, 1 - commit), *enumerate(p)] if is_mask else [(value, 1.0)])
+            for outcome in itertools.product(*choices):
+                code = joint.code(torch.tensor([v for v, _ in outcome]), joint.n_values + 1)
+                after[code] += law[c] * math.prod(p for _, p in outcome)
+        law = after
+    return law[joint.code(joint.states, joint.n_values + 1)]
+
+
+def check_ancestral_law(mdlm, steps):
+    """Few steps give exactly the factorised law of few steps; one step the product of marginals."""
+    toy = Joint(correlated(), copies=2500)
+    out = write(mdlm, *exact(mdlm, toy, toy.seq_len), n_rows=8, steps=steps)
+    assert_law(toy, out, ancestral_law(JOINT, steps))
+    assert out.nfe <= steps
+
+
+def check_first_hitting(mdlm):
+    """One token a pass, in random order: the joint itself, and every order equally often."""
+    out = write(mdlm, *exact(mdlm, JOINT, 3), n_rows=20_000)
+    assert_law(JOINT, out)
+    assert out.nfe == 3 and torch.equal(out.order.sort(-1).values, torch.arange(1, 4).expand(20_000, -1))
+    orders = torch.bincount((out.order * torch.tensor([9, 3, 1])).sum(-1))
+    assert (orders > 0).sum() == 6
+    assert abs(chi_square_z(orders[orders > 0], torch.ones(6))) < Z_LIMIT
+
+
+def check_many_steps(mdlm):
+    toy = Joint(correlated(), copies=2500)
+    out = write(mdlm, *exact(mdlm, toy, toy.seq_len), n_rows=8, steps=1000)
+    assert_law(toy, out)
+    shares = toy.counts(out.tokens) / toy.counts(out.tokens).sum()
+    assert (shares - JOINT.p).abs().sum() / 2 < 0.02  # total variation
+
+
+def check_random_order(mdlm):
+    toy = Joint(correlated(3, 3), copies=8)
+    assert_law(toy, write(mdlm, *exact(mdlm, toy, 24), n_rows=1500, choose=sample.ordered("random")))
+
+
+def check_infill(mdlm, steps):
+    """Known tokens stay; the rest follows the conditional given what is known in its row."""
+    copies = 1 if steps is None else 1000
+    toy, n_rows = Joint(correlated(), copies), 6000 // copies
+    is_known = torch.tensor([False, True, False]).repeat(n_rows, copies)
+    is_known[:n_rows // 3] = torch.tensor([True, False, False]).repeat(copies)
+    out = write(mdlm, *exact(mdlm, toy, toy.seq_len), torch.where(is_known, 2, 0), is_known,
+                steps=steps)
+    for rows, pos in ((slice(0, n_rows // 3), 0), (slice(n_rows // 3, n_rows), 1)):
+        assert_law(toy, out, JOINT.p * (JOINT.states[:, pos] == 2), rows)
+
+
+def check_blocks(block):
+    """Groups of 3 tokens across blocks of 4: first-hitting and ancestral."""
+    toy = Joint(correlated(2, 3).sqrt(), copies=4)
+    for steps, n_rows in ((None, 1500), (60, 500)):
+        out = write(block, *exact(block, toy, 12), n_rows=n_rows, steps=steps)
+        assert_law(toy, out)
+        assert (out.length == 12).all() and out.nfe <= (12 if steps is None else 180)
+    out = write(block, *exact(block, toy, 12), n_rows=1500)
+    order = out.order.view(-1, 3, 4).sort(2)[0].flatten(1)
+    assert torch.equal(order, torch.arange(1, 13).expand(1500, -1))
+    assert abs(chi_square_z((out.order == 1).sum(0)[:4], torch.ones(4))) < Z_LIMIT
+
+
+def check_left_to_right(module):
+    toy = Joint(correlated(3, 3), copies=8)
+    out = write(module, *exact(module, toy, 24), n_rows=2000)
+    assert_law(toy, out)
+    assert out.nfe == 24 and torch.equal(out.order, torch.arange(1, 25).expand(2000, -1))
+
+
+def check_continues(module):
+    """After a prompt, of another length in each half of the batch, the conditional given it."""
+    toy = Joint(correlated(2, 4).sqrt())
+    known, is_known = torch.ones(8000, 4, dtype=torch.int64), torch.zeros(8000, 4).bool()
+    is_known[:4000, :3] = is_known[4000:, :1] = True
+    names = {"block_len": 2} if module.SCRIPT == "train_block" else {}
+    out = write(module, *exact(module, toy, 4, **names), known, is_known)
+    for rows, n in ((slice(4000), 3), (slice(4000, 8000), 1)):
+        assert_law(toy, out, toy.p * (toy.states[:, :n] == 1).all(1), rows)
+
+
+@pytest.mark.parametrize("module", [MDLM, BLOCK, GPT, SEDD], ids=lambda m: m.SCRIPT)
+def test_a_token_whose_beginning_is_known(module):
+    """The joint's conditional, given a first token and the set that the next one comes from."""
+    toy = Joint(correlated(3, 3))
+    names = {"block_len": 3} if module is BLOCK else {}
+    model, cfg = exact(module, toy, 3, **names)
+    lm = object.__new__(sample.LM)
+    lm.__dict__.update(
+        model=model, net=model, cfg=cfg, script=module, device=torch.device("cpu"),
+        kind=module.SCRIPT.removeprefix("train_"), amp=contextlib.nullcontext,
+        block_len=3 if module is BLOCK else None, tokenizer=SimpleNamespace(bos_id=-1))
+    canvas = (torch.tensor([2, 0, 0]), torch.tensor([True, False, False]),
+              {1: torch.tensor([True, False, True])})
+    steps = 400 if module is SEDD else None
+    rows = [row for rows, _ in lm.batches(canvas, sample.Options(n=4000, steps=steps)) for row in rows]
+    law = toy.p * (toy.states[:, 0] == 2) * (toy.states[:, 1] != 1)
+    assert_law(toy, SimpleNamespace(tokens=torch.tensor(rows)), law)
+
+
+# ----------------------------------------------------------------------------- numbers
+
+
+def check_unmasking_rate(mdlm, steps):
+    """The tokens fixed in a pass are Binomial: even over the passes, though P begins at 1 / steps.
+
+    Gumbel noise in fp32 draws such rare events too seldom and leaves nearly all to the last passes.
+    """
+    toy, seq_len = Iid([0.6, 0.3, 0.1]), 16_384
+    out = write(mdlm, toy, config(mdlm, 3, seq_len), n_rows=1, steps=steps)
+    fixed = torch.bincount(out.order.flatten())
+    fixed = fixed[fixed > 0]  # per pass that fixed any; the others are few, and anywhere
+    assert len(fixed) == out.nfe, "a pass that fixes nothing needs no forward"
+    empty = (1 - 1 / steps) ** seq_len
+    assert abs(out.nfe - steps * (1 - empty)) <= Z_LIMIT * math.sqrt(steps * empty)
+    groups = fixed.tensor_split(64)
+    counts = torch.stack([g.sum() for g in groups])
+    assert abs(chi_square_z(counts, torch.tensor([len(g) for g in groups]))) < Z_LIMIT
+    assert abs(chi_square_z(torch.bincount(out.tokens.flatten()), toy.p)) < Z_LIMIT
+
+
+class Nested:
+    """`fan` equal tokens, of which the one at path[0] is split into `fan` again, and so on.
+
+    path: list of (T,), per position. Shows where the sampler's uniform number lies, ever finer."""
+    def __init__(self, fan, path):
+        self.fan, self.path, self.n_values = fan, path, fan + len(path) * (fan - 1)
+
+    def __call__(self, xt, sigma, rows):
+        fan, depth = self.fan, len(self.path)
+        level = torch.zeros(xt.shape[1], self.n_values)
+        start = torch.zeros(xt.shape[1], 1, dtype=torch.int64)
+        index = torch.arange(self.n_values)
+        for d, pick in enumerate(self.path):
+            start = start + pick[:, None]
+            width = fan + (depth - 1 - d) * (fan - 1)  # tokens that the split one is now
+            level[(index >= start) & (index < start + width)] = d + 1.0
+        return (-level * math.log(fan))[rows % xt.shape[1]]
+
+
+def read_uniforms(mdlm, fan, depth, seq_len):
+    """(T,) the uniform numbers behind the tokens of one seed, in units of fan**-depth."""
+    path, number = [], torch.zeros(seq_len, dtype=torch.int64)
+    for _ in range(depth):
+        toy = Nested(fan, path)
+        out = write(mdlm, toy, config(mdlm, toy.n_values, seq_len), n_rows=1, steps=1)
+        digit = out.tokens[0] - sum(path)  # of the finest tokens; outside 0..fan-1: another one
+        inside = (digit >= 0) & (digit < fan)
+        assert inside.float().mean() > 0.98, "the draw is not the inverse of the CDF"
+        path.append(digit.clamp(0, fan - 1))
+        number = number * fan + path[-1]
+    return number
+
+
+def check_rare_tokens(mdlm):
+    """A token of probability 1e-9 is drawn exactly where the uniform number falls into it.
+
+    The same seed draws the same numbers, so 3 runs of 1024-fold splits read 30 bits of them, and 6
+    runs of 32-fold splits read the same 30. Gumbel noise contradicts itself from run to run; a CDF
+    in fp32 depends on the split; fp32 numbers have 24 bits and leave the last ones empty."""
+    number, again = (read_uniforms(mdlm, *how, 1024) for how in ((1024, 3), (32, 6)))
+    # The splits' own log-probabilities are fp32, which moves a boundary by about one token.
+    assert ((number - again).abs() <= 8).double().mean() > 0.98
+    for digit in (number >> 26, number >> 16 & 15, number >> 6 & 15, number >> 2 & 15):
+        counts = torch.bincount(digit, minlength=16)
+        assert abs(chi_square_z(counts, torch.ones(16))) < Z_LIMIT
+    p = torch.tensor([[0.5, 1e-12, 0.5]]).log()
+    for u, token in ((0.5 - 1e-12, 0), (0.5, 1), (0.5 + 1e-12, 2), (1 - 2**-53, 2)):
+        assert mdlm.draw_tokens(p, torch.tensor([u], dtype=torch.float64)).item() == token
+
+
+def check_rows(module):
+    """A row alone, or in front of others with other prompts, is the same; rows and seeds differ."""
+    model, cfg = small_model(module)
+    model, known = model.double(), tokens(6)
+    is_known = torch.arange(T) < torch.tensor([9, 9, 0, 4, 5, 6])[:, None]
+    for how in ({}, {"steps": 3}) if module.SCRIPT != "gpt" else ({},):
+        many = write(module, model, cfg, known, is_known, **how)
+        few = write(module, model, cfg, known[:2], is_known[:2], **how)
+        assert torch.equal(many.tokens[:2], few.tokens)
+        many = write(module, model, cfg, n_rows=6, **how)
+        assert len(many.tokens.unique(dim=0)) == 6
+        assert not torch.equal(write(module, model, cfg, n_rows=6, seed=1, **how).tokens, many.tokens)
+
+
+# ----------------------------------------------------------------------------- protocol
+
+
+def check_choose(mdlm):
+    """`choose` may remask; known positions never are, and the last pass leaves nothing masked. The
+    network is told the noise level of the masked count."""
+    known = torch.tensor([[2, 0, 0], [0, 0, 1]])
+    is_known = torch.tensor([[True, False, False], [False, False, True]])
+    seen, frames = [], []
+
+    def choose(log_probs, is_mask, *, step, steps, u, psi):
+        assert u.shape == is_mask.shape and u.dtype == torch.float64
+        assert log_probs.shape == (is_mask.sum(), 3) and not (is_mask & is_known).any()
+        assert torch.isinf(psi[is_mask | is_known]).all() and (psi[~is_mask & ~is_known] <= 1).all()
+        seen.append(int(is_mask.sum()))
+        return torch.full_like(is_mask, step != 1)  # commits all in the second pass, else remasks
+
+    def only_token_1(log_probs):
+        return log_probs.masked_fill(torch.tensor([True, False, True]), -math.inf)
+
+    def spy(xt, sigma, rows):
+        n_masked = (xt == 3).sum(-1)
+        torch.testing.assert_close(sigma, -(1 - n_masked / 4).log())
+        return JOINT(xt, sigma, rows)
+
+    out = write(mdlm, spy, config(mdlm, 3, 3), known, is_known, steps=4, choose=choose,
+                warp=only_token_1, watch=lambda tokens, nfe: frames.append((tokens, nfe)))
+    assert seen == [4, 4, 0, 4] and out.nfe == 3 and (out.tokens[~is_known] == 1).all()
+    assert [int((f == 3).sum()) for f, _ in frames] == [4, 0, 4, 0]
+    assert [n for _, n in frames] == [1, 2, 2, 3]
+    assert all(torch.equal(f[is_known], known[is_known]) for f, _ in frames)
+
+
+def check_stop(module):
+    """A row is what it would be without an end, cut before the first stop that is not its first."""
+    toy, length = Iid([0.1, 0.5, 0.4]), 18 if module.SCRIPT == "train_block" else 16
+    model, cfg = exact(module, toy, 16)
+    known = torch.zeros(200, length, dtype=torch.int64)
+    is_known = torch.zeros(200, length, dtype=torch.bool)
+    is_known[100:, :5] = True  # these begin with five stops of the user's own
+    free, seen = write(module, model, cfg, known, is_known), []
+    out = write(module, model, cfg, known, is_known, stop=0,
+                watch=lambda x, nfe: seen.append((int((x == 3).sum()), nfe)))
+    for i in range(200):
+        row, begin = free.tokens[i].tolist(), 5 if i >= 100 else 1
+        end = row.index(0, begin) if 0 in row[begin:] else length
+        assert out.length[i] == end
+        assert out.tokens[i].tolist() == row[:end] + [0] * (length - end)
+    assert len(set(out.length.tolist())) > 10 and (free.length == length).all()
+    assert seen[-1] == (0, out.nfe)
+    few = write(module, *exact(module, Iid([0.9, 0.05, 0.05]), 16), n_rows=4, stop=0)
+    assert few.nfe <= 4 and few.length.max() < 4  # no pass behind the last end
+
+
+def test_watch_sees_every_pass():
+    known, is_known = torch.ones(1, 3, dtype=torch.int64), torch.tensor([[True, False, False]])
+    likeliest, toy = sample.make_warp(temperature=0.0), Iid([0.5, 0.3, 0.2])
+    for module, order in ((BLOCK, {"choose": lambda lp, m, step, **_: m & (torch.arange(2) > step)}),
+                          (GPT, {})):
+        names, seen = {"block_len": 2} if module is BLOCK else {}, []
+        write(module, *exact(module, toy, 4, **names), known, is_known, warp=likeliest, **order,
+              watch=lambda x, nfe, seen=seen: seen.append((x[0].tolist(), nfe)))
+        expected = [([1, 3, 3], 1), ([1, 0, 3], 2), ([1, 0, 0], 3), ([1, 0, 0], 4)]
+        assert seen == (expected if module is BLOCK else [([1, 0, 3], 1), ([1, 0, 0], 2)])
+
+
+# ----------------------------------------------------------------------------- caches
+
+
+def remask_some(log_probs, is_mask, *, step, steps, u, psi):
+    return torch.where(is_mask, u > 1 / (steps - step), u < 0.2)
+
+
+def check_cache(module):
+    """Tokens are those of whole passes: every prompt, order, switch; a last block cut short."""
+    is_block = module.SCRIPT == "train_block"
+    documents = [{"doc_mask": True, "bos_id": 3}] if is_block else []
+    for names in [*SWITCHES.values(), *documents]:
+        model, cfg = small_model(module, **names)
+        for length in (T, T - 2):
+            known = tokens(6, length, n_values=5)
+            is_known = torch.arange(length) < torch.tensor([0, 3, 4, 6, 8, length])[:, None]
+            hows = ({}, {"steps": 2}, {"steps": 9, "choose": remask_some}) if is_block else ({},)
+            for how in hows:
+                for given in (is_known & False, is_known, is_known[3:4]):
+                    kept, again = (write(module, model, cfg, known[:len(given)], given, cached=cached,
+                                         **how) for cached in (True, False))
+                    assert torch.equal(kept.tokens, again.tokens) and kept.nfe == again.nfe
+                    assert torch.equal(kept.order, again.order)
+
+
+def check_window(block):
+    """Beyond seq_len: what a whole pass gives in which every block sees the newest seq_len tokens; a
+    long prompt enters the cache in pieces."""
+    def banded(n, block_len, device, flex):
+        at = torch.arange(2 * n)
+        q, k = at[:, None] % n // block_len, at % n // block_len
+        mask = block.sees(at[:, None], at, n, block_len) & (q - k < T // L)
+        return {n: mask[:n], 2 * n: mask}
+
+    for names in (*SWITCHES.values(), {"doc_mask": True, "bos_id": 3}):
+        model, cfg = small_model(block, **names)
+        long, known = 5 * T + 2, tokens(3, 5 * T + 2, n_values=5)
+        wide = dataclasses.replace(cfg, seq_len=2 * long)  # every pass reads all of it
+        for prompts in ((0, 0, 0), (30, 41, 33), (1, 40, 7)):
+            is_known = torch.arange(long) < torch.tensor(prompts)[:, None]
+            out = write(block, model, cfg, known, is_known)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(train_block, "two_copy_masks", banded)
+                model.masks.clear()
+                again = write(block, model, wide, known, is_known, cached=False)
+                model.masks.clear()
+            assert torch.equal(out.tokens, again.tokens)
+
+
+@pytest.mark.parametrize("module", [BLOCK, GPT], ids=lambda m: m.SCRIPT)
+def test_cached_passes_take_what_is_new(module):
+    """What the cache is for: behind the prompt, a pass embeds a block a row, or two; or a token."""
+    model, cfg = small_model(module, seq_len=20)
+    seen = []
+    model.embed.register_forward_hook(lambda m, args, out: seen.append(args[0].shape[1]))
+    write(module, model, cfg, tokens(2, 20), (torch.arange(20) < 10).expand(2, -1))
+    blocks = [12, *[4], *2 * [8, *3 * [4]]]
+    assert seen == (blocks if module is BLOCK else [11, *9 * [1]])
+
+
+@pytest.mark.parametrize("module", [MDLM, SEDD], ids=lambda m: m.SCRIPT)
+def test_a_network_fills_in_any_length(module):
+    """Rows known in part or in full beside an empty one; shorter and longer than trained."""
+    graphs = [{"graph": graph, "cond_dim": 16} for graph in GRAPHS]
+    for names in graphs if module is SEDD else (SWITCHES["plain"], {**SWITCHES["all"], "cond_dim": 8}):
+        model, cfg = small_model(module, **names)
+        for seq_len in (5, 20):
+            known, is_known = tokens(3, seq_len), torch.zeros(3, seq_len, dtype=torch.bool)
+            is_known[1, ::2] = is_known[2] = True
+            out = write(module, model, cfg, known, is_known, steps=4)
+            assert (out.length == seq_len).all()
+
+
+# ----------------------------------------------------------------------------- score entropy
+
+
+def rates(graph, n_values=3):
+    """Q[a, b], the rate at which a becomes b: the mask is the last state (2310.16834, section 3.4;
+    the uniform one for a total rate of (N - 1) / N, so that exp(-sigma) is left alone)."""
+    n = n_values + (graph == "absorb")
+    q = torch.zeros(n, n, dtype=torch.float64)
+    if graph == "absorb":
+        q[:-1, -1] = 1
+    else:
+        q += 1 / n
+    return q - torch.diag(q.sum(1))
+
+
+def score_law(graph, noise, steps, euler):
+    """(V**n,) what a sampler with the exact score yields in few steps, by the definitions: every
+    position moves on its own, by Tweedie's (exp(-delta Q) s)_y exp(delta Q)(xt, y) (theorem 4.2) or
+    by Euler's rates, from t = 1 over even steps; the last one is Tweedie's to sigma = 0."""
+    is_absorb, q = graph == "absorb", rates(graph)
+    n = 3 + is_absorb
+    states = torch.cartesian_prod(*[torch.arange(n)] * 3)
+    law = torch.zeros(len(states), dtype=torch.float64)
+    law[:] = (states == 3).all(1) if is_absorb else 1 / len(states)
+    code = {tuple(s): i for i, s in enumerate(states.tolist())}
+    toy = (AbsorbScore if is_absorb else UniformScore)(JOINT, dtype=torch.float64)
+    for i in range(steps):
+        t, s = 1 - i / steps, 1 - (i + 1) / steps
+        if noise == "geometric":
+            sigma, sigma_next = (1e-4 * 25e4**x for x in (t, s))
+            slope = math.log(25e4) * sigma
+        else:
+            sigma, sigma_next = (-math.log(1 - (1 - 1e-3) * x) for x in (t, s))
+            slope = (1 - 1e-3) * math.exp(sigma)
+        last = i == steps - 1
+        delta = sigma if last else sigma - sigma_next
+        back, forth = (torch.linalg.matrix_exp(x * q) for x in (-delta, delta))
+        score = toy(states, torch.full((len(states),), sigma, dtype=torch.float64)).exp()
+        if is_absorb:
+            score = torch.cat((score, torch.ones(len(states), 3, 1)), -1)
+        after = torch.zeros_like(law)
+        for c in (law > 0).nonzero().flatten().tolist():
+            choices = []
+            for pos, x in enumerate(states[c].tolist()):
+                if is_absorb and x < 3:
+                    choices.append([(x, 1.0)])
+                    continue
+                if euler and not last:
+                    p = slope / steps * q[:, x] * score[c, pos]
+                    p[x] = 0
+                    p[x] = max(0.0, 1 - p.sum())
+                else:
+                    p = (score[c, pos] @ back) * forth[:, x]
+                if last and is_absorb:
+                    p[3] = 0
+                p = p.clamp(min=0) / p.clamp(min=0).sum()
+                choices.append(list(enumerate(p.tolist())))
+            for outcome in itertools.product(*choices):
+                after[code[tuple(v for v, _ in outcome)]] += law[c] * math.prod(p for _, p in outcome)
+        law = after
+    return law[(states < 3).all(1)]
+
+
+def check_few_steps(sedd, graph, noise, euler):
+    """Few steps yield exactly the law of the definitions, one step the product of marginals."""
+    toy = Joint(correlated(), copies=2000)
+    for steps in (1, 3):
+        out = write(sedd, *exact(sedd, toy, 6000, graph=graph, noise=noise), n_rows=5, steps=steps,
+                    euler=euler)
+        assert_law(toy, out, score_law(graph, noise, steps, euler))
+        assert out.nfe == steps if graph == "uniform" or noise == "loglinear" else out.nfe <= steps
+
+
+def check_many_score_steps(sedd, graph, noise, euler):
+    toy = Joint(correlated(), copies=2000)
+    model, cfg = exact(sedd, toy, 6000, graph=graph, noise=noise, sigma_min=1e-2, sigma_max=12.0)
+    assert_law(toy, write(sedd, model, cfg, n_rows=5, steps=500, euler=euler))
+
+
+def check_score_infill(sedd, graph):
+    """Known tokens stay; under absorb the rest follows the conditional given what is known."""
+    toy, n_rows, seen = Joint(correlated(), copies=1000), 6, []
+    is_known = torch.tensor([False, True, False]).repeat(n_rows, toy.copies)
+    known = torch.where(is_known, 2, 0)
+    model, cfg = exact(sedd, toy, 3000, graph=graph)
+    out = write(sedd, model, cfg, known, is_known, steps=300,
+                watch=lambda tokens, nfe: seen.append(tokens))
+    assert all(torch.equal(tokens[is_known], known[is_known]) for tokens in seen)
+    if graph == "absorb":
+        assert_law(toy, out, JOINT.p * (JOINT.states[:, 1] == 2))
+    assert write(sedd, model, cfg, known, torch.ones_like(is_known), steps=3).nfe == 0
+
+
+def check_unnormalised_score(sedd):
+    """A score that is not normalised changes when masks fall, not what they become: half of it
+    leaves half as many tokens, and the last step takes all that are left."""
+    toy, frames = Joint(ONE.p, copies=20_000), []
+    cfg = config(sedd, 3, toy.seq_len)
+    out = write(sedd, AbsorbScore(toy, shift=math.log(0.5)), cfg, n_rows=1, steps=4,
+                watch=lambda tokens, nfe: frames.append(int((tokens == 3).sum())))
+    left = toy.seq_len * np.cumprod([7 / 8, 5 / 6, 3 / 4, 0])  # 1 - (1/2) / (passes left)
+    assert frames == pytest.approx(left.tolist(), abs=Z_LIMIT * math.sqrt(toy.seq_len) / 2)
+    assert_law(toy, out)
+
+
+def check_score_warp(sedd, graph):
+    """The warp changes the law of clean tokens, exactly, at any number of steps."""
+    toy = Joint(ONE.p, copies=5000)
+
+    def half(log_probs):
+        assert torch.allclose(log_probs.double(), ONE.p.log(), atol=1e-3)
+        return (2 * log_probs).log_softmax(-1)
+
+    for noise, steps, euler in (("loglinear", 1, 0), ("loglinear", 7, 0), ("geometric", 400, 1)):
+        model, cfg = exact(sedd, toy, 5000, graph=graph, noise=noise, sigma_min=1e-2, sigma_max=12.0)
+        out = write(sedd, model, cfg, n_rows=2, steps=steps, euler=bool(euler), warp=half)
+        assert_law(toy, out, ONE.p**2)
+
+
+def check_passes(sedd):
+    """Under absorb a pass in which no token fell costs no forward pass, and the network is told
+    the noise of the masks that it sees; under uniform it starts from evenly drawn tokens, and is
+    told the noise of the time."""
+    for graph in GRAPHS:
+        model, cfg = exact(sedd, Joint(ONE.p, copies=9000), 9000, graph=graph)
+        calls = []
+
+        def spy(xt, sigma, rows, model=model, calls=calls):
+            calls.append((xt, sigma))
+            return model(xt, sigma, rows)
+
+        is_known = torch.arange(9000)[None] < 8996
+        out = write(sedd, spy, cfg, torch.ones(1, 9000).long(), is_known, steps=50)
+        assert out.nfe == len(calls)
+        if graph == "absorb":
+            assert out.nfe <= 5
+            for xt, sigma in calls:
+                torch.testing.assert_close(sigma, -torch.log1p(-(xt == 3).sum(1) / 9001))
+        else:
+            t = 1 - torch.arange(50) / 50
+            told = torch.cat([sigma for _, sigma in calls])
+            torch.testing.assert_close(told, -torch.log(1 - (1 - 1e-3) * t))
+            write(sedd, spy, cfg, n_rows=1, steps=1)
+            counts = torch.bincount(calls[-1][0].flatten(), minlength=3)
+            assert abs(chi_square_z(counts, torch.ones(3))) < Z_LIMIT
+
+
+# ----------------------------------------------------------------------------- all of them
+
+CHECKS = [
+    *((check_ancestral_law, MDLM, steps) for steps in (1, 2, 5)), (check_first_hitting, MDLM),
+    (check_many_steps, MDLM), (check_random_order, MDLM), (check_infill, MDLM, None),
+    (check_infill, MDLM, 500), (check_blocks, BLOCK), (check_left_to_right, GPT),
+    (check_continues, BLOCK), (check_continues, GPT), (check_unmasking_rate, MDLM, 1024),
+    (check_unmasking_rate, MDLM, 4096), (check_rare_tokens, MDLM), (check_choose, MDLM),
+    *((check_rows, module) for module in (MDLM, BLOCK, GPT, SEDD)), (check_stop, BLOCK),
+    (check_stop, GPT), (check_cache, BLOCK), (check_cache, GPT), (check_window, BLOCK),
+    *((check, SEDD, *how) for check in (check_few_steps, check_many_score_steps)
+      for how in itertools.product(GRAPHS, NOISES, (False, True))),
+    *((check, SEDD, graph) for check in (check_score_infill, check_score_warp) for graph in GRAPHS),
+    (check_unnormalised_score, SEDD), (check_passes, SEDD)]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda c: "-".join(
+    [c[0].__name__, c[1].SCRIPT, *map(str, c[2:])]))
+def test_exactness(check):
+    check[0](*check[1:])
+
+
+UNIFORM = (check_few_steps, SEDD, "uniform", "loglinear", False)
+MUTANTS = {  # a changed line makes its oracle fail
+    # 50,257 equal tokens and the mask race with fp32 Gumbel noise, as if a categorical were drawn
+    # over all of them: the best of the tokens is a uniform number's root on the grid of fp32.
+    "the unmasking is a race of fp32 Gumbel noise": (
+        "commit = pick * (steps - i) < 1",
+        """grid = 2.0**-24
+                best = ((pick ** (1 / 50257)) / grid).floor() * grid
+                stay = torch.rand(pick.shape, generator=gens[0], dtype=torch.float64)
+                odds = max(steps - i - 1, 1e-9) * 50257
+                commit = -best.log() * odds < -stay.log()""", (check_unmasking_rate, MDLM, 1024)),
+    "tokens are drawn with fp32 Gumbel noise": (
+        "token = torch.searchsorted(cdf, u.to(cdf.device)[:, None] * total, right=True)[:, 0]",
+        """seed = int(u[0] * 2**53)
+    noise = torch.rand(cdf.shape, generator=torch.Generator().manual_seed(seed))
+    token = (log_probs - (-(noise + 1e-10).log()).log()).argmax(-1)""", (check_rare_tokens, MDLM)),
+    "the CDF is in fp32": ("cdf = log_probs.double()", "cdf = log_probs.float()",
+                           (check_rare_tokens, MDLM)),
+    "the uniform numbers have 24 bits": (
+        "torch.rand(shape, generator=g, dtype=torch.float64)", "torch.rand(shape, generator=g).double()",
+        (check_rare_tokens, MDLM)),
+    "one number decides both whether and what": (
+        "pick, u = numbers[:, 0], numbers[:, -1]", "pick = u = numbers[:, 0]",
+        (check_ancestral_law, MDLM, 5)),
+    "every pass commits at the rate of the first": (
+        "commit = pick * (steps - i) < 1", "commit = (pick * steps < 1) | (i == steps - 1)",
+        (check_ancestral_law, MDLM, 5)),
+    "first-hitting goes from left to right": (
+        "pick.masked_fill(~is_mask.cpu(), -1).argmax", "is_mask.double().cpu().argmax",
+        (check_first_hitting, MDLM)),
+    "rows share their random numbers": (
+        "return [torch.Generator().manual_seed(seed) for seed in seeds]",
+        "return [gen for _ in seeds]", (check_rows, GPT)),
+    "random numbers hang on the batch": (
+        "uniforms(gens, passes, n_numbers, L)", "pass", (check_rows, BLOCK)),
+    "the cache keeps the noised block": (
+        "self.length, self.done = 0, length + N - L, self.done + N - L",
+        "self.length, self.done = 0, length + N, self.done + N", (check_cache, BLOCK)),
+    "the cache forgets its values": (
+        "buffer[..., length:length + N, :] = torch", "buffer[..., :N, :] = torch", (check_cache, GPT)),
+    "the window is a block short": (
+        "self.window, self.capacity = cfg.seq_len - self.n_noised,",
+        "self.window, self.capacity = cfg.seq_len // 3,", (check_window, BLOCK)),
+    "the window has no end": ("(j > i - cfg.seq_len // L)", "(j > i - 10**6)", (check_window, BLOCK)),
+    "stops behind the end of a row count": (
+        "ends = (block == stop) & ~fixed[:, here]", "ends = block == stop", (check_stop, BLOCK)),
+    "a stop may not come first": ("ends[:, 0] &= start > 0", "pass", (check_stop, GPT)),
+    "known tokens are masked again": (
+        "new_mask &= ~fixed[:, here] & (i < passes - 1)", "new_mask &= i < passes - 1",
+        (check_choose, MDLM)),
+    "the last step is as the others": (
+        "sigmas = [*sigmas.tolist(), 0.0]", "sigmas = [*sigmas.tolist(), sigmas[-1].item() / 2]",
+        UNIFORM),
+    "the last step leaves masks": (" | is_last)", ")", (check_unnormalised_score, SEDD)),
+    "euler does not denoise": ("if is_euler and not is_last", "if is_euler", (*UNIFORM[:-1], True)),
+    "tweedie without the forward kernel": (
+        "(F.one_hot(current, N) * math.exp(-delta) - math.expm1(-delta) / N)",
+        "F.one_hot(current, N).add(1)", UNIFORM),
+    "tweedie without the backward one": (
+        "before = math.exp(delta) * score - math.expm1(delta) * score.mean(-1, keepdim=True)",
+        "before = score", UNIFORM),
+    "euler stays too seldom": (
+        "stay = 1 + law.gather(-1, current[:, None]) - law", "stay = 1 - law",
+        (check_few_steps, SEDD, "uniform", "geometric", True)),
+    "masks fall at the rate of the step's end": (
+        "share / math.expm1(sigma)", "share / math.expm1(sigmas[i + 1] + 0.1)",
+        (check_few_steps, SEDD, "absorb", "loglinear", False)),
+    "sampling starts from one token": (
+        "(uniforms(gens, T) * V).long()", "(uniforms(gens, T) * 0).long()", (check_passes, SEDD)),
+    "known tokens are noise, too": (
+        "if is_absorb else ~is_known", "if is_absorb else torch.ones_like(is_known)",
+        (check_score_infill, SEDD, "uniform")),
+    "the warp acts on noisy tokens": (
+        "clean = (1 + growth) * score - growth * score.mean(-1, keepdim=True)", "clean = score",
+        (check_score_warp, SEDD, "uniform")),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_fails(name):
+    snippet, replacement, (check, module, *how) = MUTANTS[name]
+    script = {"gpt": gpt, "train_block": train_block, "train_sedd": train_sedd}
+    mutant = with_samplers(script.get(module.SCRIPT, train_mdlm),
+                           mutant_of_sample(snippet, replacement))
+    with pytest.raises((AssertionError, RuntimeError)):
+        check(mutant, *how)
