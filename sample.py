@@ -161,9 +161,9 @@ def parse_args(argv):
             print(__doc__, inspect.getsource(Options).partition("\n    def ")[0], sep="\n")
             raise SystemExit(0)
         name, equals, text = arg.removeprefix("--").partition("=")
-        if not arg.startswith("--") or name not in fields:
-            near = (difflib.get_close_matches(name, fields, 1) or ["help"])[0]
-            raise SampleError(f"unknown flag {arg.partition('=')[0]}: did you mean --{near}?")
+        near = (difflib.get_close_matches(name, fields, 1) or ["help"])[0]
+        is_known = arg.startswith("--") and name in fields
+        check(is_known, name, text, f"there is no such flag; did you mean --{near}?")
         kind = (get_args(fields[name].type) or (fields[name].type,))[0]
         check(equals or kind is bool, name, "VALUE", "needs a value")
         try:
@@ -402,22 +402,21 @@ def fill_blocks(model, cfg, known, is_known, *, kind, gen, steps=None, choose=No
                 warped = log_probs if warp is None else warp(log_probs)
                 drawn = draw_tokens(warped, u.flatten()[rows.cpu()])
                 block = block.flatten().index_put((rows,), drawn).view(B, L)
-                p = log_probs.gather(1, drawn[:, None])[:, 0].cpu().double().exp()
-                psi.view(-1)[rows.cpu()] = p
-                psi[:, T - start:] = math.inf  # what is cut is not masked again
+                if choose is not None:
+                    p = log_probs.gather(1, drawn[:, None])[:, 0].cpu().double().exp()
+                    psi.view(-1)[rows.cpu()] = p
+                    psi[:, T - start:] = math.inf  # what is cut is not masked again
             tokens[:, here] = block
-            if watch is not None and i < passes - 1:
+            if stop is not None and i == passes - 1:
+                ends = (block == stop) & ~fixed[:, here]
+                ends[:, 0] &= start > 0
+                at = start + ends.int().argmax(1)
+                behind = torch.arange(whole, device=device) >= at[:, None]  # (B, whole)
+                behind &= ends.any(1, keepdim=True)
+                tokens, fixed = torch.where(behind, stop, tokens), fixed | behind
+                length = torch.where(ends.any(1), at.clamp(max=T), length)
+            if watch is not None:
                 watch(tokens[:, :T], nfe)
-        if stop is not None:
-            ends = (block == stop) & ~fixed[:, here]
-            ends[:, 0] &= start > 0
-            at = start + ends.int().argmax(1)
-            behind = torch.arange(whole, device=device) >= at[:, None]  # (B, whole)
-            behind &= ends.any(1, keepdim=True)
-            tokens, fixed = torch.where(behind, stop, tokens), fixed | behind
-            length = torch.where(ends.any(1), at.clamp(max=T), length)
-        if watch is not None:
-            watch(tokens[:, :T], nfe)
     return tokens[:, :T], length, nfe
 
 
@@ -909,8 +908,8 @@ def styled(text, kind):
 def printable(text):
     """Text that cannot steer a terminal: a model of bytes writes escape codes, too."""
     text = text.replace("\t", "    ").replace("\r\n", "\n")
-    return "".join(c if c == "\n" or unicodedata.category(c) not in ("Cc", "Cf", "Co", "Cn", "Zl",
-                   "Zp") else c.encode("unicode_escape").decode() for c in text)
+    return re.sub(r"[^\n\S ]|[^\s\w]|_", lambda found: found[0] if found[0].isprintable()
+                  else found[0].encode("unicode_escape").decode(), text)
 
 
 def show(spans, stream):
@@ -957,13 +956,13 @@ def redraw(lines, height, stream, is_last=False):
 
 
 class Run:
-    """A model at work on a canvas. It counts, and shows on stderr how far it is: a line on a
-    terminal, and the text below it with --watch; in a file, with --watch, the first sample at a few
+    """A model at work on a canvas. It counts, and shows on stderr how far it is: on a terminal a
+    line, with --watch the text below it; in a file, with --watch, the first sample at a few
     milestones. For a race it keeps pictures. Its clock stands still while it does all that."""
     def __init__(self, lm, opts, is_race=False):
         self.lm, self.opts, self.is_race, self.canvas = lm, opts, is_race, lm.canvas(opts)
         known, is_known, _ = self.canvas
-        self.has_text, self.is_known = opts.watch and not is_race, is_known.tolist()
+        self.is_known, self.has_text = is_known.tolist(), opts.watch and not is_race
         # Where no mask shows how far it is, the number of passes does.
         is_uniform = getattr(lm.cfg, "graph", None) == "uniform"
         self.n_passes = (opts.steps or len(known)) if is_uniform else None
@@ -986,10 +985,9 @@ class Run:
             self.last, self.due = None, MILESTONES
             for row in rows:
                 new = [token for token, old in zip(row, self.is_known, strict=False) if not old]
-                counts = torch.tensor(new).unique(return_counts=True)[1]
-                self.bits += torch.special.entr(counts / len(new)).sum().item() / math.log(2)
-                self.n_new += len(new)
-                self.n_done += 1
+                shares = torch.tensor(new).bincount() / len(new)
+                self.bits += torch.special.entr(shares).sum().item() / math.log(2)
+                self.n_new, self.n_done = self.n_new + len(new), self.n_done + 1
                 yield row
             self.since = time.perf_counter()
 
@@ -998,31 +996,29 @@ class Run:
         self.seconds += time.perf_counter() - self.since
         done = 1 - n_left / (len(tokens) * self.is_known.count(False))
         done = nfe / self.n_passes if self.n_passes else done
-        rows, now = tokens.tolist(), time.monotonic()
+        is_live, now = is_terminal(sys.stderr), time.monotonic()
         if self.is_race:
-            self.frames.append((self.seconds, self.nfe + nfe, rows[0]))
-        if is_terminal(sys.stderr) and (now - self.drawn >= FRAME or done == 1):
+            self.frames.append((self.seconds, self.nfe + nfe, tokens[0].tolist()))
+        if is_live and (now - self.drawn >= FRAME or done == 1):
+            rows, width = tokens.tolist(), shutil.get_terminal_size().columns
             lines = [styled(f"{self.lm.name}: {done:4.0%}, {nfe} passes", "note")]
             for row, before in zip(rows, self.last or rows, strict=True):
-                width = shutil.get_terminal_size().columns
                 lines += ["", *lines_of(self.spans(row, before), width)] if self.has_text else []
-            self.height = redraw(lines, self.height, sys.stderr)
-            self.last, self.drawn = rows, now
-        elif not is_terminal(sys.stderr) and self.has_text and self.due and self.due[0] <= done < 1:
+            self.height, self.last, self.drawn = redraw(lines, self.height, sys.stderr), rows, now
+        elif not is_live and self.has_text and self.due and self.due[0] <= done < 1:
             self.due = [share for share in self.due if share > done]
-            text = "".join(text for text, _ in self.spans(rows[0], rows[0]))
-            note(f"[{done:.0%} after {nfe} passes] {text}")
+            row = tokens[0].tolist()
+            show([(f"[{done:.0%} after {nfe} passes] ", None), *self.spans(row, row)], sys.stderr)
         self.since = time.perf_counter()
 
     def spans(self, row, before):
         """[(text, kind)] of a row, without what fills it behind its end."""
-        n, tokenizer = len(row), self.lm.tokenizer
-        while n and row[n - 1] == tokenizer.bos_id:
-            n -= 1
-        kinds = ["mask" if token == tokenizer.mask_id else "known" if is_known
+        mask_id, bos_id = self.lm.cfg.vocab_size, self.lm.tokenizer.bos_id
+        n = max((i + 1 for i, token in enumerate(row) if token != bos_id), default=0)
+        kinds = ["mask" if token == mask_id else "known" if is_known
                  else "new" if token != old else None
                  for token, old, is_known in zip(row, before, self.is_known, strict=True)]
-        return tokenizer.spans(row[:n], kinds[:n])
+        return self.lm.tokenizer.spans(row[:n], kinds[:n])
 
     def column(self, now, width):
         """Lines that show how far it was at a time: counters, and a sample."""
@@ -1034,10 +1030,10 @@ class Run:
         return lines_of(spans, width)
 
     def figures(self):
-        """(passes, seconds, tokens a second, entropy of a sample's token frequencies, which is low
-        when it repeats itself, and how it was written)"""
-        rate, bits = self.n_new / self.seconds, self.bits / self.n_done
-        return self.nfe, self.seconds, rate, f"{bits:.2f} bits", self.lm.describe(self.opts)
+        """(passes, seconds, tokens a second, how it was written, entropy of a sample's token
+        frequencies, which is low when it repeats itself)"""
+        rate, entropy = self.n_new / self.seconds, f"{self.bits / self.n_done:.2f} bits"
+        return self.nfe, self.seconds, rate, self.lm.describe(self.opts), entropy
 
 
 # ----------------------------------------------------------------------------- race
@@ -1081,8 +1077,8 @@ def print_race(opts):
     width = max(len(lm.name) for lm in lms)
     print(f"{'':{width}}  passes  seconds  tokens/s  entropy")
     for run in runs:
-        nfe, seconds, rate, bits, how = run.figures()
-        print(f"{run.lm.name:{width}}  {nfe:6}  {seconds:7.2f}  {rate:8.0f}  {bits}, {how}")
+        nfe, seconds, rate, how, entropy = run.figures()
+        print(f"{run.lm.name:{width}}  {nfe:6}  {seconds:7.2f}  {rate:8.0f}  {entropy}, {how}")
 
 
 # ----------------------------------------------------------------------------- command line
@@ -1130,8 +1126,8 @@ def print_samples(lm, opts):
             note(f"--- sample {run.n_done} of {opts.n}")
             spans.append(("\n", None))
         show(spans, sys.stdout)
-    nfe, _, rate, bits, how = run.figures()
-    note(f"NFE {nfe}, {rate:.0f} tokens/s, {lm.where}, {how}, entropy {bits}")
+    nfe, _, rate, how, entropy = run.figures()
+    note(f"NFE {nfe}, {rate:.0f} tokens/s, {lm.where}, {how}, entropy {entropy}")
 
 
 def main(argv):
