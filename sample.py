@@ -306,6 +306,7 @@ class Cache:
         logits = self.model.predict(tokens[:, at], at, rows=rows, n_query=L, attend=self)
         return logits.log_softmax(-1)
 
+
 def read_row(model, tokens, is_mask, rows):
     """train_mdlm: log p (R, V) at flat positions rows (R,) of tokens (B, T)."""
     sigma = -torch.log1p(-is_mask.sum(1).clamp(min=1) / (tokens.size(1) + 1))
@@ -908,8 +909,8 @@ def styled(text, kind):
 def printable(text):
     """Text that cannot steer a terminal: a model of bytes writes escape codes, too."""
     text = text.replace("\t", "    ").replace("\r\n", "\n")
-    return re.sub(r"[^\n\S ]|[^\s\w]|_", lambda found: found[0] if found[0].isprintable()
-                  else found[0].encode("unicode_escape").decode(), text)
+    return "".join(c if c in "\n" or c.isprintable() or unicodedata.category(c) == "Zs"
+                   else c.encode("unicode_escape").decode() for c in text)
 
 
 def show(spans, stream):

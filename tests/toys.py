@@ -203,7 +203,8 @@ def with_samplers(script, sampler=None):
         tokens, length, nfe = out
         return types.SimpleNamespace(tokens=tokens, length=length, nfe=nfe, order=order)
 
-    script.generate, script.draw_tokens = generate, sampler.draw_tokens
+    script.generate, script.uniforms = generate, sampler.uniforms
+    script.draw_tokens = sampler.draw_tokens
     return script
 
 
