@@ -74,7 +74,6 @@ PATTERNS = (
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Every flag, --name=value."""
-
     # which model
     ckpt: str | None = None  # checkpoint, its run folder, or hf:OWNER/REPO/FILE; None: the newest
     script: str | None = None  # training script that wrote it, when that is an edited one
@@ -123,6 +122,8 @@ class Options:
             check(fits, name, value, f"from {low} to {high}")
             fits = field.type is not Literal[choices] or value in choices
             check(fits, name, value, f"there are {choices}")
+        fits = re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", self.blank)
+        check(fits, "blank", self.blank, "a number of tokens, or several as in 8,16")
         fits = self.order != "first_hitting" or self.steps is None
         check(fits, "steps", self.steps, "first_hitting fixes one token a pass: drop it")
         fits = self.threshold is None or self.order in (None, *RANKS)
@@ -372,7 +373,8 @@ def fill_blocks(model, cfg, known, is_known, *, kind, gen, steps=None, choose=No
     for start in range(0, whole, L):
         here = slice(start, start + L)
         if not (tokens[:, here] == mask_id).any():
-            uniforms(gens, passes, n_numbers, L)  # those of later blocks do not depend on this one
+            for _ in range(passes):  # the numbers of later blocks do not depend on this one
+                uniforms(gens, n_numbers, L)
             continue
         psi = torch.full((B, L), math.inf, dtype=torch.float64)
         for i in range(passes):
@@ -510,7 +512,6 @@ RANKS = {
 }
 # ReMDM's loop: up to alpha = LOOP_ALPHA by t = LOOP_ON, there until LOOP_OFF, then on to the end.
 LOOP_ON, LOOP_OFF, LOOP_ALPHA = 0.55, 0.05, 0.9
-SCORE_ORDERS = ("tweedie", "euler")  # of train_sedd
 REMASK_ETA = {"loop": 0.02, "cap": 0.02, "rescale": 0.02, "conf": 1.0}
 
 
@@ -603,11 +604,13 @@ def warp_among(log_probs, allowed, warp):
 
 # ----------------------------------------------------------------------------- model
 PASSES = ("order", "steps", "threshold", "remask", "refine")  # flags of diffusion alone
-WAYS = {  # how a kind of model writes, and the flags that it cannot take
-    "mdlm": ("tokens in any order", ()),
-    "gpt": ("from left to right, one token a pass", (*PASSES, "infill")),
-    "block": ("one block after another", ("refine", "infill")),
-    "sedd": ("all tokens in every pass, by its score", ("threshold", "remask", "refine"))}
+MASK_ORDERS, SCORE_ORDERS = ("first_hitting", "ancestral", *RANKS), ("tweedie", "euler")
+WAYS = {  # how a kind of model writes, the flags that it cannot take, and its orders
+    "mdlm": ("tokens in any order", (), MASK_ORDERS),
+    "gpt": ("from left to right, one token a pass", (*PASSES, "infill"), ()),
+    "block": ("one block after another", ("refine", "infill"), MASK_ORDERS),
+    "sedd": ("all tokens in every pass, by its score", ("threshold", "remask", "refine"),
+             SCORE_ORDERS)}
 
 
 class LM:
@@ -660,14 +663,12 @@ class LM:
 
     def check_able(self, opts):
         """Refuse what this kind of model cannot do."""
-        how, refused = WAYS[self.kind]
-        is_score = opts.order in SCORE_ORDERS
-        if self.kind != "gpt" and opts.order and is_score != (self.kind == "sedd"):
-            refused = ("order",)
+        how, refused, orders = WAYS[self.kind]
         for name in refused:
-            value, other = getattr(opts, name), "train_sedd" if is_score else "train_mdlm"
-            check(value == getattr(Options, name), name, value, f"{self.name} writes {how}: drop "
-                  f"the flag or take a checkpoint of {other}")
+            value = getattr(opts, name)
+            check(value == getattr(Options, name), name, value,
+                  f"{self.name} writes {how}: drop the flag or take a checkpoint of train_mdlm")
+        check(opts.order in (None, *orders), "order", opts.order, f"{self.name} has {orders}")
 
     def describe(self, opts):
         """How it writes, in words, with what its samples are not."""
@@ -683,14 +684,11 @@ class LM:
         self.check_able(opts)
         is_infill = opts.infill is not None
         texts = BLANK.split(opts.infill) if is_infill else [opts.prompt or ""]
-        try:
-            blanks = [int(n) for n in opts.blank.split(",")]
-            blanks *= len(texts) - 1 if len(blanks) == 1 else 1
-        except ValueError:
-            blanks = [0]
-        check(len(texts) > 1 or not is_infill, "infill", opts.infill, "no blank: write ___ for one")
-        fits = not is_infill or min(blanks) > 0 and len(blanks) == len(texts) - 1
-        check(fits, "blank", opts.blank, f"a number of tokens, or {len(texts) - 1} as in 8,16")
+        n_blanks, blanks = len(texts) - 1, [int(n) for n in opts.blank.split(",")]
+        blanks = blanks if len(blanks) > 1 else blanks * n_blanks
+        check(n_blanks or not is_infill, "infill", opts.infill, "no blank: write ___ for one")
+        fits = not is_infill or len(blanks) == n_blanks
+        check(fits, "blank", opts.blank, f"the text has {n_blanks} blanks")
         tokens, begins = [], {}
         for text, n_new in zip(texts, [*blanks, 0] if is_infill else [0], strict=True):
             allowed = None
@@ -731,14 +729,15 @@ class LM:
         gens = [torch.Generator().manual_seed(seed) for seed in streams]
         for first in range(0, opts.n, size):
             x, given = (t.repeat(min(size, opts.n - first), 1) for t in (known, is_known))
+            n_first = 0
             with self.amp():
                 for at, own_warp in firsts.items():
                     end = at + 1 if self.kind in ("gpt", "block") else T  # of what the token sees
                     there = x[:, :end], given[:, :end]
-                    drawn, *_ = self.fill(*there, Options(steps=1), gens[2], own_warp)
-                    x[:, at], given[:, at] = drawn[:, at], True
+                    drawn, _, n = self.fill(*there, Options(steps=1), gens[2], own_warp)
+                    x[:, at], given[:, at], n_first = drawn[:, at], True, n_first + n
                 tokens, length, nfe = self.fill(x, given, opts, gens[0], warp, watch, **how)
-                nfe += len(firsts)
+                nfe += n_first
                 if opts.refine > 0:
                     keep, n_passes = self.likeliest(tokens, given, opts.refine)
                     seen = nfe = nfe + n_passes
@@ -986,6 +985,7 @@ class Run:
             self.last, self.due = None, MILESTONES
             for row in rows:
                 new = [token for token, old in zip(row, self.is_known, strict=False) if not old]
+                # Entropy of the tokens' frequencies, low when a sample repeats itself.
                 shares = torch.tensor(new).bincount() / len(new)
                 self.bits += torch.special.entr(shares).sum().item() / math.log(2)
                 self.n_new, self.n_done = self.n_new + len(new), self.n_done + 1
@@ -1030,12 +1030,6 @@ class Run:
         spans = [(f"{self.lm.name}\n", "known"), (counters, "note"), *self.spans(row, before)]
         return lines_of(spans, width)
 
-    def figures(self):
-        """(passes, seconds, tokens a second, how it was written, entropy of a sample's token
-        frequencies, which is low when it repeats itself)"""
-        rate, entropy = self.n_new / self.seconds, f"{self.bits / self.n_done:.2f} bits"
-        return self.nfe, self.seconds, rate, self.lm.describe(self.opts), entropy
-
 
 # ----------------------------------------------------------------------------- race
 WARM_UP = 8  # tokens that a model writes before its clock starts
@@ -1078,8 +1072,8 @@ def print_race(opts):
     width = max(len(lm.name) for lm in lms)
     print(f"{'':{width}}  passes  seconds  tokens/s  entropy")
     for run in runs:
-        nfe, seconds, rate, how, entropy = run.figures()
-        print(f"{run.lm.name:{width}}  {nfe:6}  {seconds:7.2f}  {rate:8.0f}  {entropy}, {how}")
+        print(f"{run.lm.name:{width}}  {run.nfe:6}  {run.seconds:7.2f}  {run.n_new / run.seconds:8.0f}  "
+              f"{run.bits / opts.n:.2f} bits, {run.lm.describe(run.opts)}")
 
 
 # ----------------------------------------------------------------------------- command line
@@ -1127,8 +1121,8 @@ def print_samples(lm, opts):
             note(f"--- sample {run.n_done} of {opts.n}")
             spans.append(("\n", None))
         show(spans, sys.stdout)
-    nfe, _, rate, how, entropy = run.figures()
-    note(f"NFE {nfe}, {rate:.0f} tokens/s, {lm.where}, {how}, entropy {entropy}")
+    note(f"NFE {run.nfe}, {run.n_new / run.seconds:.0f} tokens/s, {lm.where}, "
+         f"{lm.describe(opts)}, entropy {run.bits / opts.n:.2f} bits")
 
 
 def main(argv):

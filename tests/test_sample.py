@@ -513,7 +513,7 @@ BAD_FLAGS = {
         ("--infill=a___b --blank=x", "--blank=x"), ("--infill=a___b --blank=0", "--blank=0"),
         ("--infill=a___b --blank=60", "62 tokens"), ("--draws=3", "--score"),
         ("--score=", "--score"), ("--score=text --draws=1", "--draws=1"),
-        ("--order=euler", "train_sedd")],
+        ("--order=euler", "--order=euler: train_mdlm has")],
     "gpt": [("--order=random", "--order"), ("--steps=8", "--steps"), ("--refine=0.5", "--refine"),
             ("--infill=a___b", "--infill"), ("--score=ab --draws=4", "--draws=4")],
     "block": [("--infill=a___b", "--infill"), ("--refine=0.5", "train_mdlm")],

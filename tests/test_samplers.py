@@ -94,7 +94,7 @@ class Blocks:
         self.toy, self.seq_len, self.block_len = toy, seq_len, block_len
 
     def __call__(self, xt, x0, rows):
-        (B, S), size, mask_id = xt.shape, self.block_len, self.toy.mask_id
+        S, size, mask_id = xt.shape[1], self.block_len, self.toy.mask_id
         assert S % size == 0
         row, at = rows // S, (rows % S)[:, None]
         groups = getattr(self.toy, "n", 1)
@@ -114,7 +114,7 @@ class LeftToRight:
         self.toy, self.seq_len = toy, seq_len
 
     def __call__(self, x, rows):
-        (B, S), mask_id = x.shape, self.toy.mask_id
+        S, mask_id = x.shape[1], self.toy.mask_id
         assert (x[:, 0] == mask_id).all() and (x[:, 1:] < mask_id).all()
         at = rows % S  # position that each asked output predicts
         seen = F.pad(x[:, 1:], (0, self.seq_len - S + 1), value=mask_id)[rows // S]  # (R, T)
@@ -358,8 +358,11 @@ def check_stop(module):
 def test_watch_sees_every_pass():
     known, is_known = torch.ones(1, 3, dtype=torch.int64), torch.tensor([[True, False, False]])
     likeliest, toy = sample.make_warp(temperature=0.0), Iid([0.5, 0.3, 0.2])
-    for module, order in ((BLOCK, {"choose": lambda lp, m, step, **_: m & (torch.arange(2) > step)}),
-                          (GPT, {})):
+
+    def in_order(log_probs, is_mask, *, step, **_):
+        return is_mask & (torch.arange(2) > step)
+
+    for module, order in ((BLOCK, {"choose": in_order}), (GPT, {})):
         names, seen = {"block_len": 2} if module is BLOCK else {}, []
         write(module, *exact(module, toy, 4, **names), known, is_known, warp=likeliest, **order,
               watch=lambda x, nfe, seen=seen: seen.append((x[0].tolist(), nfe)))
@@ -647,7 +650,8 @@ MUTANTS = {  # a changed line makes its oracle fail
         "return [torch.Generator().manual_seed(seed) for seed in seeds]",
         "return [gen for _ in seeds]", (check_rows, GPT)),
     "random numbers hang on the batch": (
-        "uniforms(gens, passes, n_numbers, L)", "pass", (check_rows, BLOCK)),
+        "uniforms(gens, n_numbers, L)\n            continue", "pass\n            continue",
+        (check_rows, BLOCK)),
     "the cache keeps the noised block": (
         "self.length, self.done = 0, length + N - L, self.done + N - L",
         "self.length, self.done = 0, length + N, self.done + N", (check_cache, BLOCK)),
