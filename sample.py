@@ -119,9 +119,9 @@ class Options:
             name, value, choices = field.name, getattr(self, field.name), get_args(field.type)
             low, high = RANGES.get(name, (0, math.inf))
             fits = name not in RANGES or value is None or low <= value <= high  # NaN does not
-            check(fits, name, value, f"from {low} to {high}")
+            check(fits, name, value, f"from {low} to {high}" if high < 2 else f"at least {low}")
             fits = field.type is not Literal[choices] or value in choices
-            check(fits, name, value, f"there are {choices}")
+            check(fits, name, value, f"there are {', '.join(filter(None, choices))}")
         fits = re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", self.blank)
         check(fits, "blank", self.blank, "a number of tokens, or several as in 8,16")
         fits = self.order != "first_hitting" or self.steps is None
@@ -163,15 +163,16 @@ def parse_args(argv):
             raise SystemExit(0)
         name, equals, text = arg.removeprefix("--").partition("=")
         near = (difflib.get_close_matches(name, fields, 1) or ["help"])[0]
-        is_known = arg.startswith("--") and name in fields
-        check(is_known, name, text, f"there is no such flag; did you mean --{near}?")
+        if not arg.startswith("--") or name not in fields:
+            raise SampleError(f"unknown flag {arg}: did you mean --{near}?")
         kind = (get_args(fields[name].type) or (fields[name].type,))[0]
         check(equals or kind is bool, name, "VALUE", "needs a value")
         try:
             value = ("0", "1", "").index(text) > 0 if kind is bool else text
             given[name] = kind(value) if kind in (int, float) else value
         except ValueError:
-            raise SampleError(f"{arg}: {kind.__name__} expected") from None
+            kinds = {int: "a whole number", float: "a number", bool: "0 or 1"}
+            raise SampleError(f"{arg}: {kinds[kind]} expected") from None
     return Options(**given)
 
 
@@ -668,7 +669,7 @@ class LM:
             value = getattr(opts, name)
             check(value == getattr(Options, name), name, value,
                   f"{self.name} writes {how}: drop the flag or take a checkpoint of train_mdlm")
-        check(opts.order in (None, *orders), "order", opts.order, f"{self.name} has {orders}")
+        check(opts.order in (None, *orders), "order", opts.order, f"{self.name} has {', '.join(orders)}")
 
     def describe(self, opts):
         """How it writes, in words, with what its samples are not."""
@@ -841,11 +842,11 @@ def naming(name):
 
 
 def find_checkpoint(name=None):
-    """The file behind PATH, a run folder, or hf:OWNER/REPO/FILE, which is downloaded once; None:
-    the newest in out/."""
-    if name is None:
+    """The file behind PATH, a run folder, or hf:OWNER/REPO/FILE, which is downloaded once; without a
+    name, the newest in out/."""
+    if not name:
         name = max(Path("out").glob("*/ckpt.pt"), key=os.path.getmtime, default=None)
-        if name is None:
+        if not name:
             raise SampleError("out/*/ckpt.pt: no checkpoint here: pass --ckpt=PATH, or train one: "
                               "python train_mdlm.py --preset=tiny")
     hub_name = re.fullmatch(r"hf:(?:([\w.-]+/[\w.-]+)/(.+))?.*", str(name))
@@ -1072,8 +1073,9 @@ def print_race(opts):
     width = max(len(lm.name) for lm in lms)
     print(f"{'':{width}}  passes  seconds  tokens/s  entropy")
     for run in runs:
-        print(f"{run.lm.name:{width}}  {run.nfe:6}  {run.seconds:7.2f}  {run.n_new / run.seconds:8.0f}  "
-              f"{run.bits / opts.n:.2f} bits, {run.lm.describe(run.opts)}")
+        rate, entropy = run.n_new / run.seconds, run.bits / opts.n
+        print(f"{run.lm.name:{width}}  {run.nfe:6}  {run.seconds:7.2f}  {rate:8.0f}  "
+              f"{entropy:.2f} bits, {run.lm.describe(run.opts)}")
 
 
 # ----------------------------------------------------------------------------- command line
