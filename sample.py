@@ -121,7 +121,7 @@ class Options:
             fits = name not in RANGES or value is None or low <= value <= high  # NaN does not
             check(fits, name, value, f"from {low} to {high}" if high < 2 else f"at least {low}")
             fits = field.type is not Literal[choices] or value in choices
-            check(fits, name, value, f"there are {', '.join(filter(None, choices))}")
+            check(fits, name, value, "there are " + ", ".join(str(c) for c in choices if c))
         fits = re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", self.blank)
         check(fits, "blank", self.blank, "a number of tokens, or several as in 8,16")
         fits = self.order != "first_hitting" or self.steps is None
@@ -669,7 +669,8 @@ class LM:
             value = getattr(opts, name)
             check(value == getattr(Options, name), name, value,
                   f"{self.name} writes {how}: drop the flag or take a checkpoint of train_mdlm")
-        check(opts.order in (None, *orders), "order", opts.order, f"{self.name} has {', '.join(orders)}")
+        fits = opts.order in (None, *orders)
+        check(fits, "order", opts.order, f"{self.name} has {', '.join(orders)}")
 
     def describe(self, opts):
         """How it writes, in words, with what its samples are not."""
@@ -842,8 +843,8 @@ def naming(name):
 
 
 def find_checkpoint(name=None):
-    """The file behind PATH, a run folder, or hf:OWNER/REPO/FILE, which is downloaded once; without a
-    name, the newest in out/."""
+    """The file behind PATH, a run folder, or hf:OWNER/REPO/FILE, which is downloaded once; without
+    a name, the newest in out/."""
     if not name:
         name = max(Path("out").glob("*/ckpt.pt"), key=os.path.getmtime, default=None)
         if not name:
