@@ -59,6 +59,7 @@ MAX_REPLACED = 0.01  # share of a file's characters that may be invalid
 BATCH_NUMBERS = 2**27  # logits, or attention scores of a layer, in one forward pass
 MAX_ROWS = 512  # samples at once, so that the first of many are soon there
 FIRST_STREAM = 0x5EED  # of random numbers
+BREAK = "\n\n---\n\n"  # how the beginning of a document is shown
 BLANK = re.compile("_{3,}")
 FILE_NAME = re.compile(r"\S*[/\\]\S*|.*\.(txt|text|md|rst|tex|log|jsonl?|csv|tsv|xml|html?|py|gz|"
                        r"zst|pdf|docx?|epub|parquet)", re.I)
@@ -100,14 +101,12 @@ class Options:
     temperature: float = 1.0  # below 1 sharper; 0 takes the likeliest token
     top_k: int | None = None  # draw from that many likeliest tokens
     top_p: float | None = None  # draw from the likeliest tokens that together reach this
-    # ReMDM masks some tokens again, so that errors can be mended: loop, cap, rescale or conf, with
-    # :ETA behind it (.02; conf: 1).
-    remask: str | None = None
+    # ReMDM, masking some tokens again to mend errors: loop, cap, rescale (ETA .02) or conf (ETA 1).
+    remask: str | None = None  # NAME or NAME:ETA
     refine: float = 0.0  # at the end, mask this fraction, the least likely, and predict it anew
     watch: bool = False  # show the text appearing
-    # Checkpoints, with commas, that race --ckpt: each writes the same number of tokens, one after
-    # the other; a terminal then shows them side by side in real time. gpt ignores flags about
-    # passes; the end of a document stops none.
+    # Checkpoints, with commas, that write as much as --ckpt, one after the other; a terminal then
+    # shows all side by side in real time. gpt ignores flags about passes, all the end of documents.
     race: str | None = None
     score: str | None = None  # text or file: its bound in nats and bits per byte; gpt: exact
     score_file: str | None = None  # the same, always a file
@@ -177,9 +176,6 @@ def parse_args(argv):
 
 
 # ----------------------------------------------------------------------------- tokens
-BREAK = "\n\n---\n\n"  # how the beginning of a document is shown
-
-
 class Tokenizer:
     """Text <-> tokens, by the bytes of every token that the checkpoint carries."""
     def __init__(self, meta, mask_id):
@@ -241,10 +237,9 @@ class Tokenizer:
 
 # ----------------------------------------------------------------------------- networks
 class Cache:
-    """Attention that keeps keys and values, for Trunk.predict of gpt and train_block. In blocks,
-    the first block_len positions of a pass are the noised block, which the next pass writes over;
-    the others stay, and as many of the newest are seen as fit into the context. A model without
-    predict computes earlier tokens anew in every pass."""
+    """Attention that keeps keys and values, for Trunk.predict of gpt and train_block, whose first
+    block_len positions are the noised block, which the next pass writes over. Of the others, as
+    many as fit into the context are seen. A model without predict computes all anew every time."""
     def __init__(self, model, cfg, T):
         self.model, self.cfg, self.is_cached = model, cfg, hasattr(model, "predict")
         self.n_noised = getattr(cfg, "block_len", 0)
@@ -347,8 +342,8 @@ def draw_tokens(log_probs, u):
 @torch.no_grad()
 def fill_blocks(model, cfg, known, is_known, *, kind, gen, steps=None, choose=None, warp=None,
                 watch=None, stop=None):
-    """Fill in the unknown positions, block after block: train_block's (kind block), the whole row
-    (mdlm), or one token (gpt).
+    """Fill in the unknown positions, block after block: those of train_block, or (kind mdlm) the
+    whole row, or (gpt) one token.
 
     steps=N: ancestral sampling on N equal steps of t (arXiv 2406.07524, eq. 6 with SUBS), each
     masked token drawn with probability (t - s) / t. steps=None: first-hitting (arXiv 2409.02908),
@@ -717,8 +712,7 @@ class LM:
         document, where the model writes in order.
 
         Sample i depends on (seed, i) alone. A token whose beginning is known is drawn first, so
-        that the others follow the conditional given it; a uniform score keeps to it in every pass.
-        """
+        that the others follow the conditional given it; a uniform score keeps to it throughout."""
         known, is_known = (x.to(self.device) for x in canvas[:2])
         warp = make_warp(opts.temperature, opts.top_k, opts.top_p)
         begins = {at: functools.partial(warp_among, allowed=allowed.to(self.device), warp=warp)
@@ -786,8 +780,7 @@ class LM:
         return self.texts(Options(prompt=prompt, **how))
 
     def infill(self, text, blank=16, **how):
-        """n versions of a text whose blanks (___) are filled with `blank` tokens, an int or a list.
-        """
+        """n versions of a text, its blanks (___) filled with `blank` tokens, an int or a list."""
         blank = ",".join(map(str, [blank] if isinstance(blank, int) else blank))
         return self.texts(Options(infill=text, blank=blank, **how))
 
@@ -880,9 +873,7 @@ def load_script(path):
 
 def load(path=None, script=None, opts=None, **how):
     """LM from a checkpoint: PATH, its folder or hf:OWNER/REPO/FILE; None: the newest in out/.
-
-    script: file of the training script, when it is not one beside this file. how: weights, device
-    and dtype, as the flags."""
+    script: the file that wrote it, when it is not one of ours. how: weights, device, dtype."""
     opts, path = opts or Options(**how), find_checkpoint(path)
     module = load_script(script or HERE / f"{SCRIPTS[0]}.py")
     with naming(path):
