@@ -22,14 +22,13 @@ per token, [4] vocab size), then uint8 or uint16 tokens. meta.json, written last
 complete. A document starts with bos_id, which stands nowhere else: text that spells <|endoftext|>
 stays text. Validation is the source's own, or --val_input, or the documents of lowest hash up to 2%
 of the text; a corpus of fewer than 20 documents gives its last 10%. What is removed, replaced or
-left out is counted and reported. The same command after Ctrl-C, kill -9 or a full disk goes on, and
-gives the same bytes.
+left out is reported. The same command after Ctrl-C, kill -9 or a full disk goes on from there.
 """
-import codecs
 import contextlib
 import csv
 import dataclasses
 import difflib
+import fcntl
 import glob
 import hashlib
 import io
@@ -42,11 +41,10 @@ import re
 import shlex
 import shutil
 import sys
-import sysconfig
 import tempfile
 import urllib.request
 import zipfile
-from collections import Counter, namedtuple
+from collections import Counter, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -54,29 +52,23 @@ import numpy as np
 import pyarrow
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows: no lock, everything else works
-    fcntl = None
-
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
 PIECE_CHARS = 1 << 19  # longest text tokenized in one go, and size of a batch of short ones
 CUT_CHARS = 1 << 16  # how far back from there a safe place to cut is looked for
+SAVE_BATCHES = 32  # batches between two saved positions, which is the most that a kill can lose
 HASH_CHARS = 1 << 16  # a document's split depends on its start, since the rest may not be read yet
-MAX_ROW = 1 << 26  # longest line of JSON, csv field or separated document: it is held whole
+MAX_ROW = 1 << 26  # longest JSON row, csv field or separated document: it is held whole
 MAX_LOSS = 0.01  # a text of which more characters cannot be decoded is refused
 BPE_CHARS = 50_000_000  # a BPE is trained on this much of the training text, from the start
 FEW_DOCUMENTS, TAIL = 20, 0.1
 VAL_FRACTION, SCAN_DOCUMENTS = 0.02, 2000  # the hash that gives 2% is found on the first 2,000
-GROUP = 16  # pieces a thread between two saved positions, which is the most that a kill can lose
-SEPARATORS = {"line": r"\r?\n", "blank": r"\r?\n(?:[ \t]*\r?\n)+"}
-SMALL_CORPUS = 50_000_000  # tokens; a larger one is trained on without a preset
-STATE = "state.json"  # of an unfinished run
+SMALL_CORPUS = 50_000_000  # tokens; the command at the end takes a preset below
+STATE, START = "state.json", {"part": 0, "pieces": 0, "counts": {}, "totals": {}}
 READABLE = re.compile(r".*\.(txt|md|py|jsonl?|ndjson|csv|tsv|parquet|arrow)"
                       r"(\.(gz|xz|zst|bz2|zip))?", re.I)
+SEPARATORS = {"line": r"\r?\n", "blank": r"\r?\n(?:[ \t]*\r?\n)+"}
 NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-BOS_TEXT = "<|endoftext|>"
-BOS_TEXTS = (BOS_TEXT, "<|begin_of_text|>", "<s>", "<bos>", "</s>", "<eos>")
+BOS_TEXTS = ("<|endoftext|>", "<|begin_of_text|>", "<s>", "<bos>", "</s>", "<eos>")
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 TOKENIZER_KEYS = ("tokenizer", "vocab_size", "bos_id", "pattern", "token_bytes", "byte_length")
 SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
@@ -91,7 +83,6 @@ HUB = {  # NAME -> data set, configuration, tokenizer
 SPLITS = {"test": "test", "validation": "val", "valid": "val", "val": "val", "dev": "val",
           "train": "train"}
 NAMES = ("stdlib", "shakespeare", *HUB, "hf:OWNER/NAME", "files", "finewebedu10B", "meta")
-
 # A file of a corpus. split: None if the corpus's rule decides; stamp: tells a changed file; held:
 # the rows of a file on the hub, the temporary file of standard input.
 Part = namedtuple("Part", "path split stamp held", defaults=[None])
@@ -148,22 +139,20 @@ def parse(argv):
         flag, _, value = arg.partition("=") if arg.startswith("--") else ("", "", arg)
         key = flag[2:] or key
         if key not in default or flag == "--name":
-            fail(f"{flag}: unknown flag{near(flag[2:], default)}; --help lists them")
+            hint = near(flag, [f"--{name}" for name in default])
+            fail(f"{flag}: unknown flag{hint}; --help lists them")
         kind = type(default[key])
         if not value or key in values and (flag or kind is not tuple):
             fail(f"{arg}: write flags once and with a value, --key=VALUE; the source comes first")
-        if kind is int:
-            value = int(value) if re.fullmatch(r"\d+(_\d+)*", value) else 0
-            if not 0 < value < 2**62:
-                fail(f"{arg}: not a whole number above 0, or too large")
-        values[key] = (*values.get(key, ()), value) if kind is tuple else value
+        if kind is int and not re.fullmatch(r"0*[1-9](_?\d){,18}", value):
+            fail(f"{arg}: not a whole number above 0, or too large")
+        values[key] = (*values.get(key, ()), value) if kind is tuple else kind(value)
     cfg = Config(**values)
     name, *rest = cfg.name or ("no source",)
     if name not in NAMES and not re.fullmatch("hf:[^/]+/[^/]+", name):
         fail(f"{name}: unknown source{near(name, NAMES)}; one of {', '.join(NAMES)}")
     if len(rest) != (name == "meta") or bool(cfg.input) != (name == "files"):
-        fail(f"{' '.join(cfg.name)}: a source is one word; only meta FOLDER has two, and files, "
-             "which needs it, has --input=PATH")
+        fail(f"{' '.join(cfg.name)}: give one word, but meta FOLDER; files needs --input=PATH")
     if cfg.kind not in ("", "text", "json", "csv"):
         fail(f"--kind={cfg.kind}: is one of text, json and csv")
     usual = HUB[name][2] if name in HUB else "" if name in ("meta", "finewebedu10B") else "byte"
@@ -179,14 +168,14 @@ def local_parts(given, split=None, pattern=""):
     """Paths, folders and globs in the order given, the files of a folder by name."""
     found = {}
     for item in given:
-        path = Path(item).expanduser()
-        if item == "-" or path.is_fifo():  # a pipe could not be read twice
+        path = Path("/dev/stdin" if item == "-" else item).expanduser()
+        if path.is_fifo():  # it could not be read twice
             spool = tempfile.NamedTemporaryFile()
-            with open(0 if item == "-" else path, "rb", closefd=item != "-") as pipe:
+            with path.open("rb") as pipe:
                 shutil.copyfileobj(pipe, spool)
             spool.seek(0)
             stamp = hashlib.file_digest(spool, "sha256").hexdigest()
-            found[spool] = Part(spool.name, split, stamp, spool)
+            found[path] = Part(spool.name, split, stamp, spool)
             continue
         files = [path] if path.exists() else map(Path, glob.glob(str(path), recursive=True))
         if path.is_dir():
@@ -215,8 +204,7 @@ def hub_parts(cfg):
     if not cfg.split and "val" not in chosen.values():
         chosen["train"] = None
     if not set(chosen) <= set(found):
-        fail(f"{cfg.name}: has no split {cfg.split or 'train'}; name one by --split: "
-             f"{', '.join(found)}")
+        fail(f"{cfg.name}: name a split by --split={' or '.join(found)}")
     return [Part(f"hf:{repo} {name} {i}", split, f"{revision} {name} {i}",
                  found[name].shard(found[name].num_shards, i))
             for name, split in chosen.items() for i in range(found[name].num_shards)]
@@ -224,22 +212,21 @@ def hub_parts(cfg):
 
 def corpus(cfg, folder):
     """-> parts, held-out ones first."""
-    remedy = "the same command tries again, or fetch the text by other means and use files"
-    if cfg.name == "files":
-        parts = local_parts(cfg.input, None, cfg.glob)
-    elif cfg.name == "stdlib":  # less the tests, which some systems leave out
-        root = Path(sysconfig.get_path("stdlib"))
-        parts = local_parts(path for path in sorted(root.rglob("*.py"))
-                            if not NOT_STDLIB & set(path.relative_to(root).parts))
-    elif cfg.name == "shakespeare":
-        path = folder / "tinyshakespeare.txt"
-        with doing(f"shakespeare: {SHAKESPEARE}", remedy):
+    remedy = "the same command tries again; or fetch the text by other means and use files"
+    with doing(cfg.name, remedy):
+        if cfg.name == "files":
+            parts = local_parts(cfg.input, pattern=cfg.glob)
+        elif cfg.name == "stdlib":  # less the tests, which some systems leave out
+            root = Path(os.__file__).parent
+            parts = local_parts(path for path in sorted(root.rglob("*.py"))
+                                if not NOT_STDLIB & set(path.relative_to(root).parts))
+        elif cfg.name == "shakespeare":
+            path = folder / "tinyshakespeare.txt"
             if not path.exists():
                 with urllib.request.urlopen(SHAKESPEARE, timeout=30) as reply:
                     write_atomically(path, reply.read())
-        parts = local_parts([path])
-    else:
-        with doing(f"{cfg.name}: the Hugging Face hub", remedy):
+            parts = local_parts([path])
+        else:
             parts = hub_parts(cfg)
     for split, given in ("val", cfg.val_input), ("test", cfg.test_input):
         own = local_parts(given, split)
@@ -254,7 +241,7 @@ def digest(parts):
 
 
 def unpack(name, file):
-    """(name, stream) of a file, or of all that is packed in it."""
+    """(name, stream) of a file, or of all that is packed in it, by its first bytes."""
     file = io.BufferedReader(file, 1 << 20)
     head = file.peek(8)
     packed = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz"}
@@ -277,9 +264,9 @@ def unpack(name, file):
 def kind_of(name, start, text_key):
     """What a text is by its name and its start: json, csv, html or text."""
     line = start.lstrip().partition("\n")[0].strip()
+    columns = re.split("[,;\t]", line)
     if re.search(r"\.(jsonl?|ndjson)$", name, re.I):
         return "json"
-    columns = re.split("[,;\t]", line)
     if re.search(r"\.[ct]sv$", name, re.I) or len(columns) > 1 and text_key in columns:
         return "csv"
     if re.match(r"<(!doctype|html|head|body|\?xml)\b", line, re.I):
@@ -324,9 +311,11 @@ def table_rows(stream, kind):
     """Rows of a parquet or an arrow file, which cannot be read from front to back."""
     import datasets
     with tempfile.NamedTemporaryFile() as file:
-        shutil.copyfileobj(stream, file)
-        file.flush()
-        yield from datasets.load_dataset(kind, data_files=file.name, split="train", streaming=True)
+        path = stream.raw.name if isinstance(stream.raw, io.FileIO) else file.name
+        if path == file.name:
+            shutil.copyfileobj(stream, file)
+            file.flush()
+        yield from datasets.load_dataset(kind, data_files=path, split="train", streaming=True)
 
 
 def texts_of(cfg, name, rows, counts):
@@ -349,15 +338,25 @@ def texts_of(cfg, name, rows, counts):
     counts["missing"] += n_missing
 
 
+def checked(name, blocks):
+    """Decoded text as it is; what is not text in its encoding is refused."""
+    size = lost = 0
+    for block in blocks:
+        size, lost = size + len(block), lost + block.count("\ufffd") + block.count("\0")
+        if lost > MAX_LOSS * size:
+            fail(f"{name}: {lost:,} of {size:,} characters are not text in UTF-8 or the --encoding "
+                 "given; name another, as in --encoding=gbk, latin-1 or utf-16-le, or leave it out")
+        yield block
+
+
 def documents(cfg, name, stream, counts):
     """Texts of a file that is not packed, or blocks of it if it is one document."""
     head = stream.peek(6)
     if head.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")):
         rows = table_rows(stream, "parquet" if head.startswith(b"PAR1") else "arrow")
         return (yield from texts_of(cfg, name, rows, counts))
-    is_utf16 = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    encoding = cfg.encoding or ("utf-16" if is_utf16 else "utf-8-sig")
-    file = io.TextIOWrapper(stream, encoding, "replace", newline="")
+    encoding = "utf-16" if head.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    file = io.TextIOWrapper(stream, cfg.encoding or encoding, "replace", newline="")
     start = file.read(PIECE_CHARS)
     blocks = checked(name, itertools.chain([start], iter(lambda: file.read(PIECE_CHARS), "")))
     kind = cfg.kind or kind_of(name, start, cfg.text_key)
@@ -376,17 +375,6 @@ def documents(cfg, name, stream, counts):
         yield from (text.strip("\r\n") for text in separated(name, blocks, separator))
     else:
         yield blocks
-
-
-def checked(name, blocks):
-    """Decoded text as it is; what is not text in its encoding is refused."""
-    size = lost = 0
-    for block in blocks:
-        size, lost = size + len(block), lost + block.count("\ufffd") + block.count("\0")
-        if lost > MAX_LOSS * size:
-            fail(f"{name}: {lost:,} of {size:,} characters are not text in UTF-8 or the --encoding "
-                 "given; name another, as in --encoding=gbk, latin-1 or utf-16-le, or leave it out")
-        yield block
 
 
 def read(cfg, part, counts):
@@ -431,6 +419,8 @@ def split_rule(cfg, parts):
             break
         if not is_repeat:
             sizes[code] = sizes.get(code, 0) + len(text.encode())
+    if not sizes:
+        return {}
     total = sum(sizes.values())
     if len(sizes) < FEW_DOCUMENTS:
         return {"tail": total - int(total * TAIL)}
@@ -450,10 +440,11 @@ def route(cfg, part, run, counts):
                 split = "val" if code <= rule["hash"] else "train"
             # Held-out text comes first; training, and all under the tail rule, does without it.
             owner = f"document {counts['documents']}" if has_tail else split
-            note = run["seen"].setdefault if has_tail or part.split != "train" else run["seen"].get
-            is_repeat = note(str(code), owner) != owner
-            counts["repeated"] += is_repeat
-        if is_repeat:
+            is_repeat = run["seen"].get(str(code), owner) != owner
+            if has_tail or part.split in ("val", "test"):
+                run["seen"].setdefault(str(code), owner)
+            counts["kept" if run["keeps"] else "repeated"] += is_repeat
+        if is_repeat and not run["keeps"]:
             continue
         if has_tail:
             raw, left = text.encode(), max(0, rule["tail"] - counts["tail_bytes"])
@@ -480,10 +471,10 @@ def pieces(blocks, size):
             split, first, text = next_split, True, ""
         text += block
         while len(text) > size:
-            end = size
-            while end > size - CUT_CHARS and not (text[end].isspace() and text[end - 1].isalnum()):
-                end = max(text.rfind(" ", 0, end), text.rfind("\n", 0, end))
-            end = end if end > max(0, size - CUT_CHARS) else size
+            end, low = size, max(0, size - CUT_CHARS)
+            while end > low and not (text[end] in " \n" and text[end - 1].isalnum()):
+                end = max(text.rfind(" ", low, end), text.rfind("\n", low, end))
+            end = end if end > low else size
             yield split, first, text[:end]
             first, text = False, text[end:]
 
@@ -495,7 +486,7 @@ def batches(cfg, parts, run, position, is_wanted):
         before, skip = dict(counts), position["pieces"] * (index == position["part"])
         blocks = route(cfg, parts[index], run, counts)
         for number, piece in enumerate(pieces(blocks, PIECE_CHARS), 1):
-            counts["spelled"] += piece[2].count(BOS_TEXT)
+            counts["spelled"] += piece[2].count(BOS_TEXTS[0])
             if number > skip and is_wanted(piece[0]):
                 batch.append(piece)
                 size += len(piece[2])
@@ -540,7 +531,7 @@ def make_encoder(meta):
 
 
 def hf_tokenizer(name, hf):
-    """A tokenizer of the library `tokenizers` in the form of tiktoken, if that gives the same."""
+    """A tokenizer of the library `tokenizers` in the form of tiktoken, if that cuts text alike."""
     saved, vocab = json.loads(hf.to_str()), hf.get_vocab()
     steps = saved["pre_tokenizer"].get("pretokenizers", [saved["pre_tokenizer"]])
     pattern = next((step["pattern"]["Regex"] for step in steps if step["type"] == "Split"),
@@ -554,7 +545,8 @@ def hf_tokenizer(name, hf):
         table[i] = token.encode().decode("latin-1") if token in added else token.translate(byte_of)
     bos_id = next((added[text] for text in BOS_TEXTS if text in added), len(table))
     meta = tokenizer_meta(name, table + [""] * (bos_id == len(table)), pattern, bos_id)
-    text = f"{__doc__} d\u00e9j\u00e0 \u65e5\u672c  12345, don't\n\n\tx!\n".replace(BOS_TEXT, "")
+    text = f"{__doc__} d\u00e9j\u00e0 \u65e5\u672c, don't\n\n\tx = [-1]!\n"
+    text = text.replace(BOS_TEXTS[0], "")
     [(_, ids)] = make_encoder(meta)[1]([("", False, text)])
     if ids.tolist() != hf.encode(text, add_special_tokens=False).ids:
         fail(f"--tokenizer={name}: cuts text in a way that this program does not; use another")
@@ -589,21 +581,19 @@ def training_texts(cfg, parts, run):
 
 def make_tokenizer(name, texts):
     """A tokenizer by its name, or from a prepared folder, a checkpoint or a tokenizer.json."""
-    file = Path(name)
-    remedy = ("give byte, gpt2, bpe:N as in bpe:8192, or the path of a prepared folder, a "
-              "checkpoint or a byte-level tokenizer.json")
+    if name == "byte":
+        return tokenizer_meta("byte")
     if name == "gpt2":
-        remedy = "connect once, or set TIKTOKEN_CACHE_DIR to a folder that holds it"
-    with doing(f"--tokenizer={name}", remedy):
-        if name == "byte":
-            return tokenizer_meta("byte")
-        if name == "gpt2":
+        with doing("--tokenizer=gpt2", "connect once, or set TIKTOKEN_CACHE_DIR to its folder"):
             import tiktoken
             ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
-            table = [token.decode("latin-1") for token in sorted(ranks, key=ranks.get)]
-            return tokenizer_meta("gpt2", [*table, ""], GPT2_PATTERN, len(table))
+        table = [token.decode("latin-1") for token in sorted(ranks, key=ranks.get)]
+        return tokenizer_meta("gpt2", [*table, ""], GPT2_PATTERN, len(table))
+    with doing(f"--tokenizer={name}", "give byte, gpt2, bpe:N as in bpe:8192, or the path of a "
+               "prepared folder, a checkpoint or a byte-level tokenizer.json"):
         if name.startswith("bpe:"):
             return train_bpe(name, texts)
+        file = Path(name)
         if file.is_dir():
             file /= "meta.json" if (file / "meta.json").exists() else "tokenizer.json"
         if file.suffix == ".pt":
@@ -628,8 +618,10 @@ def write_atomically(path, data):
 
 def take_back(folder, totals, cfg, width):
     """Remove what an earlier run wrote beyond these tokens of each split."""
-    for path in folder.glob("*_??????.bin*"):
-        split, index = path.name.partition(".")[0].split("_")
+    for path in folder.glob("*.bin*"):
+        if not (match := re.fullmatch(r"(train|val|test)_(\d{6})\.bin(\.tmp)?", path.name)):
+            continue
+        split, index, _ = match.groups()
         n = totals.get(split, 0) - (int(index) - (split == "train")) * cfg.shard_tokens
         path = path.rename(folder / f"{split}_{index}.bin.tmp")
         if n <= 0:
@@ -682,9 +674,19 @@ def describe(folder, meta, dtype):
         splits.setdefault(match[1], Counter()).update(found)
         with path.open("rb") as file:
             shards[path.name] = found | {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-    if not shards:
-        fail(f"{folder}: no *train*.bin or *val*.bin there")
     return {"splits": splits, "shards": shards}
+
+
+def in_order(pool, work, stream, ahead):
+    """(position, work(batch)) in the order of the stream, at most `ahead` batches under way."""
+    pending = deque()
+    for position, batch in stream:
+        pending.append((position, pool.submit(work, batch)))
+        if len(pending) > ahead:
+            position, future = pending.popleft()
+            yield position, future.result()
+    for position, future in pending:
+        yield position, future.result()
 
 
 def tokenize(cfg, parts, encode, folder, run):
@@ -702,32 +704,27 @@ def tokenize(cfg, parts, encode, folder, run):
     stream = batches(cfg, parts, run, position, lambda split: room(split) > 0)
     bar = tqdm(total=cfg.max_tokens or None, unit="tok", unit_scale=True, disable=None)
     with ThreadPoolExecutor(n_workers) as pool, bar:
-        while group := list(itertools.islice(stream, GROUP * n_workers)):
-            for runs in pool.map(encode, [batch for _, batch in group]):
-                for split, tokens in runs:
-                    append(folder, cfg, split, tokens[:room(split)], totals)
-            reached = group[-1][0]
+        found = in_order(pool, encode, stream, 2 * n_workers)
+        for number, (reached, runs) in enumerate(found, 1):
+            for split, tokens in runs:
+                append(folder, cfg, split, tokens[:room(split)], totals)
             bar.set_description(f"file {min(reached['part'] + 1, len(parts))} of {len(parts)}")
             bar.update(totals.total() - bar.n)
-            earlier = position if reached["part"] > position["part"] else earlier
-            n = len(parts) if is_tail else reached["part"] + 1
-            position = {**reached, "totals": totals, "inputs": digest(parts[:n])}
-            if reached["part"] < len(parts):
+            if number % SAVE_BATCHES == 0 and reached["part"] < len(parts):
+                earlier = position if reached["part"] > position["part"] else earlier
+                n = len(parts) if is_tail else reached["part"] + 1
+                position = {**reached, "totals": dict(totals), "inputs": digest(parts[:n])}
                 run["positions"] = [position, earlier]
                 write_atomically(folder / STATE, json.dumps(run).encode())
             # Under the tail rule validation comes last: reading goes on past a full training split
             if limits and not is_tail and not any(room(split) > 0 for split in limits):
                 break
-    for split in "train", "val":
-        if not totals[split]:
-            fail(f"{cfg.name}: no text for {split}; give more text or --val_input=PATH")
-    return Counter(reached["counts"])
+    return Counter(reached["counts"]) | totals
 
 
 def resume(cfg, folder, parts, settings):
     """What an unfinished run has saved, as far as its inputs are the same, or a new run."""
-    start = {"part": 0, "pieces": 0, "counts": {}, "totals": {}}
-    run = {"settings": settings, "seen": {}}
+    run = {"settings": settings, "seen": {}, "keeps": False}
     if (folder / STATE).exists():
         saved = json.loads((folder / STATE).read_bytes())
         for position in saved["positions"] if saved["settings"] == settings else ():
@@ -738,7 +735,7 @@ def resume(cfg, folder, parts, settings):
         print(f"{folder}: begun with other settings or files; starting over", file=sys.stderr)
     elif path := next(folder.glob("*.bin"), None):
         fail(f"{path}: of another origin; give another --out")
-    return run | {"rule": split_rule(cfg, parts), "positions": [start]}
+    return run | {"rule": split_rule(cfg, parts), "positions": [START]}
 
 
 def build(cfg, folder, parts, settings):
@@ -758,12 +755,22 @@ def build(cfg, folder, parts, settings):
         dtype, encode = make_encoder(meta)
         take_back(folder, totals, cfg, dtype.itemsize)
         counts = tokenize(cfg, parts, encode, folder, run)
+        if not counts["train"] and counts["repeated"]:  # all of it is held out, too: keep it
+            run |= {"keeps": True, "positions": [START]}
+            take_back(folder, {}, cfg, dtype.itemsize)
+            counts = tokenize(cfg, parts, encode, folder, run)
+        for split in "train", "val":
+            if not counts[split]:
+                fail(f"{cfg.name}: no text for {split}; give more text or --val_input=PATH")
         finish(folder, dtype, meta["vocab_size"])
         source = ", ".join(Path(part.path).name for part in parts[:9]) + ", ..." * (len(parts) > 9)
     else:
         widths = [np.fromfile(path, "<i4", 256)[3:4] for path in folder.glob("*.bin")]
+        if not widths:
+            fail(f"{folder}: no such folder, or no *train*.bin or *val*.bin there")
         meta = make_tokenizer(cfg.tokenizer or ("byte" if 1 in widths else "gpt2"), ())
-        dtype, counts, source = make_encoder(meta)[0], Counter(), PUBLISHED
+        dtype, counts = make_encoder(meta)[0], Counter()
+        source = PUBLISHED if cfg.name == "finewebedu10B" else "shards made elsewhere"
     return {"format": 1, "name": cfg.name, "source": source, **meta,
             **describe(folder, meta, dtype)}, counts
 
@@ -774,10 +781,9 @@ def prepare(cfg):
     is_text, made = cfg.name not in ("meta", "finewebedu10B"), {}
     missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY) if fcntl else None
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        if fcntl:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if path.exists():
             made = json.loads(path.read_bytes())
         parts = corpus(cfg, folder) if is_text and (cfg.name == "files" or not made) else []
@@ -805,8 +811,7 @@ def prepare(cfg):
                     parent.rmdir()
         raise
     finally:
-        if fcntl:
-            os.close(handle)
+        os.close(handle)
     report(folder, meta, counts)
 
 
@@ -816,13 +821,17 @@ def report(folder, meta, counts):
     for split, total in meta["splits"].items():
         print(f"{split:5} {total['tokens']:13,} tokens {total['bytes']:13,} bytes "
               f"{total['bytes'] / total['tokens']:.3f} bytes/token {total['documents']:,} docs")
-    for key, text in {"invalid": "characters that could not be decoded are U+FFFD",
-                      "nul": "NUL characters removed", "missing": "rows without text skipped",
-                      "repeated": "documents left out that are in another split, too",
-                      "spelled": f"spellings of {BOS_TEXT} are plain text; if they separate "
-                      f"documents, use --split_on='{BOS_TEXT}'"}.items():
-        if counts[key] > (key == "spelled"):
+    for key, text in {
+        "invalid": "characters that could not be decoded are U+FFFD",
+        "nul": "NUL characters removed", "missing": "rows without text skipped",
+        "repeated": "documents left out: the same text is held out, or came before",
+        "kept": "training documents, all there are, are held out, too: the loss tells little",
+    }.items():
+        if counts[key]:
             print(f"{counts[key]:,} {text}")
+    if counts["spelled"] > 1:
+        print(f"{counts['spelled']:,} spellings of {BOS_TEXTS[0]} are plain text; if they separate "
+              f"documents, use --split_on='{BOS_TEXTS[0]}'")
     n_train, n_val = (meta["splits"].get(split, {}).get("tokens", 0) for split in ("train", "val"))
     seq_len, batch, flags = 256, 4096, ""
     if n_train < SMALL_CORPUS or not torch.cuda.is_available():
@@ -835,8 +844,8 @@ def report(folder, meta, counts):
     if n_val < 512:
         print(f"{n_val} tokens for validation are few: two windows of --seq_len are needed; give "
               "more text or --val_input=PATH")
-    print(f"{folder} is complete; next: python train_mdlm.py --data={shlex.quote(str(folder))}"
-          f"{flags}")
+    data = shlex.quote(str(folder))
+    print(f"{folder} is complete; next: python train_mdlm.py --data={data}{flags}")
 
 
 def main(argv):
@@ -848,7 +857,8 @@ def main(argv):
         with doing(cfg.out, "once mended, the same command goes on from here"):
             prepare(cfg)
     except KeyboardInterrupt:
-        fail("interrupted; the same command goes on from here")
+        print("prepare_data.py: interrupted; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -1,24 +1,31 @@
 """prepare_data.py, seen from outside: what is on disk after it ran, was killed, or was misused."""
+import bz2
 import gzip
 import hashlib
+import io
 import json
 import lzma
 import os
 import random
+import shutil
+import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
+import tokenizers
+import torch
 
-SCRIPT = Path(__file__).resolve().parent.parent / "prepare_data.py"
-sys.path.insert(0, str(SCRIPT.parent))
-import prepare_data  # noqa: E402
+import prepare_data
 
+SCRIPT = Path(prepare_data.__file__)
 BOS = "<|endoftext|>"
-OFFLINE = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
 
 
 def read_shard(path):
@@ -37,7 +44,7 @@ def read_meta(folder):
 
 def read_split(folder, split):
     shards = sorted(folder.glob(f"{split}_*.bin"))
-    return np.concatenate([read_shard(path) for path in shards]) if shards else np.zeros(0, "<u1")
+    return np.concatenate([read_shard(path) for path in shards])
 
 
 def read_documents(folder, split):
@@ -47,7 +54,7 @@ def read_documents(folder, split):
     if meta["token_bytes"]:
         spelling = [token.encode("latin-1") for token in meta["token_bytes"]]
     starts = np.flatnonzero(tokens == meta["bos_id"])
-    assert not len(tokens) or starts[0] == 0
+    assert starts[0] == 0
     ends = [*starts[1:], len(tokens)]
     return [b"".join(spelling[t] for t in tokens[a + 1:b].tolist()).decode()
             for a, b in zip(starts, ends, strict=True)]
@@ -56,6 +63,10 @@ def read_documents(folder, split):
 def contents(folder):
     """Everything that a run leaves, by name."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def shards(folder):
+    return {name: raw for name, raw in contents(folder).items() if name.endswith(".bin")}
 
 
 def prepare(*args):
@@ -78,8 +89,9 @@ def refused(capsys, *args):
     return error
 
 
-def write_jsonl(path, texts):
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+def write_jsonl(path, texts, key="text"):
+    path.write_text("".join(json.dumps({"id": i, key: text}) + "\n"
+                            for i, text in enumerate(texts)))
     return path
 
 
@@ -97,24 +109,17 @@ def corpus(tmp_path_factory):
     return write_jsonl(tmp_path_factory.mktemp("corpus") / "texts.jsonl", some_texts(3000))
 
 
-# ---- what is written
-
-
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe:400"])
 def test_round_trip(tmp_path, tokenizer):
-    if tokenizer != "byte":
-        pytest.importorskip("tokenizers")
     texts = some_texts(60)
-    texts += ["", f"a {BOS} b", BOS, f"{BOS}{BOS[:-1]}", "one\0two", "\0", "\r\n x\r"]
+    texts += [f"a {BOS} b", BOS, f"{BOS}{BOS[:-1]}", "one\0two", "\r\n x\r"]
     path, out = write_jsonl(tmp_path / "a.jsonl", texts), tmp_path / "out"
     prepare("files", f"--input={path}", f"--out={out}", f"--tokenizer={tokenizer}",
             "--shard_tokens=1000")
     meta = read_meta(out)
     found = {split: read_documents(out, split) for split in ("train", "val")}
-    kept = [text.replace("\0", "") for text in texts if text.strip("\0")]
+    kept = [text.replace("\0", "") for text in texts]
     assert found["val"] and sorted(found["train"] + found["val"]) == sorted(kept)
-    assert not set(found["train"]) & set(found["val"])
-    assert [text for text in kept if text in set(found["train"])] == found["train"]
     for split, documents in found.items():
         tokens = read_split(out, split)
         size = sum(len(text.encode()) for text in documents)
@@ -125,10 +130,8 @@ def test_round_trip(tmp_path, tokenizer):
     for name, shard in meta["shards"].items():
         tokens, raw = read_shard(out / name), (out / name).read_bytes()
         assert shard["tokens"] == len(tokens) <= 1000
-        assert shard["bytes"] == np.array(meta["byte_length"])[tokens].sum()
         assert shard["sha256"] == hashlib.sha256(raw).hexdigest()
-        header = np.frombuffer(raw, "<i4", 256)
-        assert header[3] == (1 if tokenizer == "byte" else 2) and header[4] == meta["vocab_size"]
+        assert np.frombuffer(raw, "<i4", 256)[4] == meta["vocab_size"]
     assert meta["vocab_size"] == len(meta["byte_length"]) == (256 if tokenizer == "byte" else 400)
     assert meta["bos_id"] == (0 if tokenizer == "byte" else 399)
 
@@ -140,7 +143,7 @@ def test_few_documents_give_their_tail(tmp_path):
     (train,), (val,) = (read_documents(tmp_path / "one", split) for split in ("train", "val"))
     assert train + val == text
     assert 0 <= len(val.encode()) - len(text.encode()) // 10 <= 1
-    # several documents: the cut falls inside the second, whose two halves both start with BOS
+    # the cut falls inside the second document, whose two halves both start with BOS
     texts = ["é" * 1001, "b" * 10001, "c" * 100]
     write_jsonl(tmp_path / "a.jsonl", texts)
     prepare("files", f"--input={tmp_path / 'a.jsonl'}", f"--out={tmp_path / 'three'}")
@@ -162,11 +165,23 @@ def test_split_by_hash_follows_the_text(tmp_path, corpus):
         assert 0.005 < len(val) / len(given) < 0.03
 
 
-def test_lone_surrogate_and_other_field(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"body": "a \\ud83d b \\ud83d\\ude42"}\n\n{"body": "cccccccccc"}')
-    prepare("files", f"--input={path}", "--text_key=body", f"--out={tmp_path / 'out'}")
-    assert read_documents(tmp_path / "out", "train")[0] == "a \ufffd b 🙂"
+def test_no_text_in_two_splits(tmp_path, capsys):
+    """What is held out, or under the tail rule came before, is left out, counted and reported."""
+    texts = some_texts(40)
+    train = write_jsonl(tmp_path / "a.jsonl", texts)
+    val = write_jsonl(tmp_path / "v.jsonl", texts[30:] + ["new"])
+    prepare("files", f"--input={train}", f"--val_input={val}", f"--out={tmp_path / 'own'}")
+    assert read_documents(tmp_path / "own", "train") == texts[:30]
+    assert read_documents(tmp_path / "own", "val") == texts[30:] + ["new"]
+    assert "10 documents left out" in capsys.readouterr().out
+    few = write_jsonl(tmp_path / "few.jsonl", texts[:5] * 3)
+    prepare("files", f"--input={few}", f"--out={tmp_path / 'few'}")
+    assert "10 documents left out" in capsys.readouterr().out
+    found = [read_documents(tmp_path / "few", split) for split in ("train", "val")]
+    assert "".join(found[0] + found[1]) == "".join(texts[:5])
+    same = write_jsonl(tmp_path / "same.jsonl", texts)
+    prepare("files", f"--input={train}", f"--val_input={same}", f"--out={tmp_path / 'same'}")
+    assert "40 training documents, all there are, are held out" in capsys.readouterr().out
 
 
 def test_max_tokens_is_exact(tmp_path, corpus):
@@ -175,7 +190,7 @@ def test_max_tokens_is_exact(tmp_path, corpus):
     for name, source, rest, n_val in (("hash", corpus, [], 124), ("tail", one, [], 5001),
                                       ("own", corpus, [f"--val_input={val}"], 700)):
         out = tmp_path / name
-        prepare("files", f"--input={source}", f"--out={out}", "--max_tokens=12345",
+        prepare("files", f"--input={source}", f"--out={out}", "--max_tokens=12_345",
                 "--shard_tokens=5000", *rest)
         assert read_meta(out)["splits"]["train"]["tokens"] == 12345 == len(read_split(out, "train"))
         assert len(read_split(out, "val")) == n_val
@@ -185,181 +200,421 @@ def test_max_tokens_is_exact(tmp_path, corpus):
 def test_stdlib(tmp_path):
     prepare("stdlib", f"--out={tmp_path}")
     meta = read_meta(tmp_path)
-    share = meta["splits"]["val"]["bytes"] / meta["splits"]["train"]["bytes"]
-    assert meta["splits"]["train"]["bytes"] > 5e6 and 0.002 < share < 0.03
-    assert any("def dataclass(" in text for split in ("train", "val")
-               for text in read_documents(tmp_path, split))
+    train, val = (meta["splits"][split]["bytes"] for split in ("train", "val"))
+    assert train > 5e6 and 0.002 < val / train < 0.03
 
 
-# ---- pieces, long lines, tokens
+def packed(raw, suffix):
+    if suffix == ".zst":
+        return pyarrow.compress(raw, "zstd", asbytes=True)
+    if suffix == ".zip":
+        file = io.BytesIO()
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("folder/.hidden.txt", "hidden")
+            archive.writestr("folder/a.jsonl", raw)
+        return file.getvalue()
+    return {".gz": gzip, ".xz": lzma, ".bz2": bz2}[suffix].compress(raw)
+
+
+def test_containers(tmp_path):
+    """The same rows in any form, whatever the file is called, give the same shards."""
+    texts = [text + " \u2028 \"quoted\",\tcut" for text in some_texts(50)]
+    rows = [{"id": i, "text": text} for i, text in enumerate(texts)]
+    lines = write_jsonl(tmp_path / "a.jsonl", texts).read_bytes()
+    files = {f"a.jsonl{suffix}": packed(lines, suffix)
+             for suffix in (".gz", ".xz", ".bz2", ".zst", ".zip")}
+    files |= {"no_extension": lines, "named.txt": gzip.compress(lines), "bom.jsonl":
+              b"\xef\xbb\xbf" + lines, "wide.json": lines.decode().encode("utf-16"),
+              "array.json": json.dumps(rows, ensure_ascii=False, indent=1).encode()}
+    for name, delimiter in ("a.csv", ","), ("a.tsv", "\t"), ("table", ";"):
+        fields = ["\"" + text.replace("\"", "\"\"") + "\"" for text in texts]
+        body = "".join(f"{i}{delimiter}{text}\n" for i, text in enumerate(fields))
+        files[name] = f"id{delimiter}text\n{body}".encode()
+    table = pyarrow.Table.from_pylist(rows)
+    pyarrow.parquet.write_table(table, file := io.BytesIO(), row_group_size=7)
+    files["a.parquet"] = file.getvalue()
+    files["a.parquet.gz"] = gzip.compress(file.getvalue())
+    with pyarrow.ipc.new_stream(file := io.BytesIO(), table.schema) as writer:
+        writer.write_table(table)
+    files["data.arrow"] = file.getvalue()
+    prepare("files", f"--input={tmp_path / 'a.jsonl'}", f"--out={tmp_path / 'plain'}")
+    assert sorted(read_documents(tmp_path / "plain", "train")
+                  + read_documents(tmp_path / "plain", "val")) == sorted(texts)
+    for name, raw in files.items():
+        (tmp_path / name).write_bytes(raw)
+        prepare("files", f"--input={tmp_path / name}", f"--out={tmp_path / 'out' / name}")
+        assert shards(tmp_path / "out" / name) == shards(tmp_path / "plain"), name
+
+
+def test_standard_input(tmp_path, corpus):
+    prepare("files", f"--input={corpus}", f"--out={tmp_path / 'plain'}")
+    run = start("files", "--input=-", f"--out={tmp_path / 'out'}", stdin=subprocess.PIPE)
+    assert run.communicate(corpus.read_text(), timeout=60) and run.returncode == 0
+    assert shards(tmp_path / "out") == shards(tmp_path / "plain")
+
+
+def test_folders(tmp_path):
+    """Files that are named as text, hidden ones left out, or those that --glob picks."""
+    tree = tmp_path / "tree"
+    for name in ("a.md", "b/c.py", "b/d.txt.gz", ".git/x.txt", "b/.ipynb_checkpoints/d.txt",
+                 "b/.hidden.md", "b/image.png", "b/e.rst"):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        raw = f"This is {name}. ".encode() * 20
+        (tree / name).write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
+    (val := tmp_path / "val.txt").write_text("validation")
+    for name, args, expected in (
+            ("all", [tree], ["a.md", "b/c.py", "b/d.txt.gz"]),
+            ("py", [tree, "--glob=**/*.py"], ["b/c.py"]),
+            ("list", [tree / "b/e.rst", tree / "a.md"], ["b/e.rst", "a.md"]),
+            ("star", [f"{tree}/*/*.py"], ["b/c.py"])):
+        args = [f"--input={args[0]}", *args[1:]]
+        prepare("files", *args, f"--val_input={val}", f"--out={tmp_path / name}")
+        texts = read_documents(tmp_path / name, "train")
+        assert texts == [f"This is {file}. " * 20 for file in expected]
+        assert read_documents(tmp_path / name, "val") == ["validation"]
+
+
+def test_encodings(tmp_path, capsys):
+    """What is not UTF-8 is refused, and the remedy that is named works in the same folder."""
+    text = "Où est passée la forêt ? 日本語の森。\n" * 300
+    for encoding in ("gbk", "latin-1", "utf-16-le"):
+        raw = text.encode(encoding, "ignore")
+        (tmp_path / "a.txt").write_bytes(raw)
+        out = tmp_path / encoding
+        args = ["files", f"--input={tmp_path}/a.txt", f"--out={out}"]
+        assert "--encoding=gbk, latin-1 or utf-16-le" in refused(capsys, *args)
+        assert not out.exists()
+        prepare(*args, f"--encoding={encoding}")
+        train, val = (read_documents(out, split) for split in ("train", "val"))
+        assert train[0] + val[0] == raw.decode(encoding)
+    raw = (b"x" * 499 + b"\xff\n") * 3000  # wherever a block of the file happens to end
+    (tmp_path / "few.txt").write_bytes(raw)
+    prepare("files", f"--input={tmp_path}/few.txt", f"--out={tmp_path / 'few'}")
+    assert "3,000 characters that could not be decoded" in capsys.readouterr().out
+    (train,), (val,) = (read_documents(tmp_path / "few", split) for split in ("train", "val"))
+    assert train + val == raw.decode(errors="replace")
+
+
+def test_fields(tmp_path, capsys):
+    """Null, missing and empty texts are skipped and counted; half of them are too many."""
+    path, args = tmp_path / "a.jsonl", ["files", f"--out={tmp_path / 'out'}"]
+    rows = [{"data": {"text": f"text {i}"}} for i in range(40)]
+    rows[30:30] = [{"data": None}, {"data": {"text": None}}, {}, {"data": {"text": ""}}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows)
+                    + '{"data": {"text": "half \\ud83d a pair \\ud83d\\ude42"}}')
+    error = refused(capsys, *args, f"--input={path}")
+    assert "45 of 45 rows have no text in the field text; they hold: data" in error
+    assert not (tmp_path / "out").exists()
+    prepare(*args, f"--input={path}", "--text_key=data.text")
+    assert "4 rows without text skipped" in capsys.readouterr().out
+    found = read_documents(tmp_path / "out", "train") + read_documents(tmp_path / "out", "val")
+    assert sorted(found) == sorted([f"text {i}" for i in range(40)]
+                                   + ["half \ufffd a pair \U0001f642"])
+
+
+def test_split_on(tmp_path, capsys):
+    stories = [f"Story {i}.\nIts end." for i in range(50)]
+    for name, joint in ((BOS, f"\n{BOS}\n"), ("blank", "\n\n \n")):
+        (tmp_path / "a.txt").write_text(joint.join(stories) + joint)
+        args = ["files", f"--input={tmp_path}/a.txt"]
+        prepare(*args, f"--split_on={name}", f"--out={tmp_path / name[:5]}")
+        found = [read_documents(tmp_path / name[:5], split) for split in ("train", "val")]
+        assert sorted(found[0] + found[1]) == sorted(stories)
+        if name == BOS:
+            assert "--split_on" not in capsys.readouterr().out
+            prepare(*args, f"--out={tmp_path / 'asks'}")
+            assert f"50 spellings of {BOS}" in capsys.readouterr().out
+    prepare(*args, "--split_on=line", f"--out={tmp_path / 'line'}")
+    assert len(read_documents(tmp_path / "line", "train")) > 90
+
+
+def test_command_at_the_end(tmp_path, capsys):
+    """It trains on what was made, on this machine, however short the text is."""
+    for n in (300, 1000, 100_000):
+        (tmp_path / "a.txt").write_text(("some words of text " * n)[:n])
+        prepare("files", f"--input={tmp_path}/a.txt", f"--out={tmp_path / str(n)}")
+        said = capsys.readouterr().out
+        flags = dict(flag[2:].split("=") for flag in said.split() if flag.startswith("--")
+                     and flag.count("=") == 1 and not flag.startswith("--val"))
+        seq_len, batch = int(flags.get("seq_len", 256)), int(flags.get("batch_tokens", 4096))
+        n_train, n_val = (len(read_split(tmp_path / str(n), split)) for split in ("train", "val"))
+        assert flags["preset"] == "tiny" and flags["data"] == str(tmp_path / str(n))
+        assert n_val >= 2 * seq_len and n_train // seq_len * seq_len >= batch
+        assert ("--val_input" in said) == (n_val < 512)
+
+
+def test_hub(tmp_path, monkeypatch, capsys):
+    """A data set as the hub holds it, here a folder: its own splits, or one with --split."""
+    monkeypatch.chdir(tmp_path)
+    texts, folder = some_texts(60), Path("owner/name/data")
+    folder.mkdir(parents=True)
+    for name, some in (("train-0", texts[:20]), ("train-1", texts[20:40]),
+                       ("validation-0", texts[40:])):
+        pyarrow.parquet.write_table(pyarrow.table({"body": some}), folder / f"{name}.parquet")
+    assert "they hold: body" in refused(capsys, "hf:owner/name")
+    prepare("hf:owner/name", "--text_key=body")
+    assert read_documents(Path("data/name"), "train") == texts[:40]
+    assert read_documents(Path("data/name"), "val") == texts[40:]
+    prepare("hf:owner/name", "--text_key=body", "--split=validation", "--out=one")
+    assert len(read_documents(Path("one"), "train")) in (18, 19)
+    assert "--split=train or validation" in refused(capsys, "hf:owner/name", "--split=dev",
+                                                    "--out=two")
+
+
+def test_vocabulary_of_another(tmp_path, capsys):
+    """Of a prepared folder, of a checkpoint, or of a tokenizer.json: the same ids as there."""
+    path = write_jsonl(tmp_path / "a.jsonl", some_texts(300))
+    other = write_jsonl(tmp_path / "b.jsonl", some_texts(100, seed=9))
+    prepare("files", f"--input={path}", "--tokenizer=bpe:400", f"--out={tmp_path / 'a'}")
+    torch.save({"meta": read_meta(tmp_path / "a")}, tmp_path / "ckpt.pt")
+    for name in ("a", "ckpt.pt"):
+        prepare("files", f"--input={other}", f"--tokenizer={tmp_path / name}",
+                f"--out={tmp_path / f'by_{name}'}")
+        for key in prepare_data.TOKENIZER_KEYS:
+            assert read_meta(tmp_path / f"by_{name}")[key] == read_meta(tmp_path / "a")[key]
+    hf = tokenizers.Tokenizer(tokenizers.models.BPE())
+    split = tokenizers.pre_tokenizers.Split(
+        tokenizers.Regex(r"\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"), "isolated")
+    level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    hf.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, level])
+    hf.train_from_iterator(some_texts(300), tokenizers.trainers.BpeTrainer(
+        vocab_size=500, special_tokens=["<pad>", "<s>"], show_progress=False,
+        initial_alphabet=level.alphabet()))
+    hf.save(str(tmp_path / "tokenizer.json"))
+    prepare("files", f"--input={other}", f"--tokenizer={tmp_path / 'tokenizer.json'}",
+            f"--out={tmp_path / 'hf'}")
+    documents, ids = read_documents(tmp_path / "hf", "train"), read_split(tmp_path / "hf", "train")
+    assert read_meta(tmp_path / "hf")["bos_id"] == 1
+    assert ids.tolist() == sum(([1] + hf.encode(text).ids for text in documents), [])
+    hf.pre_tokenizer = level  # cuts nowhere, so merges reach over words
+    hf.save(str(tmp_path / "tokenizer.json"))
+    assert "cuts text in a way" in refused(
+        capsys, "files", f"--input={other}", f"--tokenizer={tmp_path / 'tokenizer.json'}",
+        f"--out={tmp_path / 'x'}")
+
+
+def test_pieces_give_the_tokens_of_the_whole():
+    """With a BPE of the same strange text, so that merges reach over every careless cut."""
+    rng = random.Random(3)
+    alphabet = [*"aBé'1٣Ⅷ-_。日本か한.\\ \n\t\x1c\x85\u00a0\u2003\u0301", "'s", "'ll", "  ", "\r\n"]
+
+    def strange():
+        some = rng.sample(alphabet, rng.randint(4, len(alphabet)))
+        return "".join(rng.choice(some) for _ in range(rng.randint(1, 300)))
+
+    meta = prepare_data.train_bpe("bpe:1500", (strange() for _ in range(2000)))
+    encode, n_cut = prepare_data.make_encoder(meta)[1], 0
+    for case in range(1000):
+        text = strange() + "ab 1"
+        size, block = rng.choice([40, 64, 100]), rng.randint(1, 150)
+        blocks = [("train", at == 0, text[at:at + block]) for at in range(0, len(text), block)]
+        cut = list(prepare_data.pieces(blocks, size))
+        assert "".join(piece for _, _, piece in cut) == text
+        assert [first for _, first, _ in cut] == [True] + [False] * (len(cut) - 1)
+        if any(len(piece) == size for _, _, piece in cut[:-1]):
+            continue  # perhaps cut for want of any safe place
+        n_cut += len(cut) - 1
+        whole = encode([("", True, text)])[0][1].tolist()
+        assert sum((encode([piece])[0][1].tolist() for piece in cut), []) == whole, case
+    assert n_cut > 500
+
+
+def test_memory_does_not_grow(tmp_path):
+    """A line of 100 MB without a single space, read by the child of a small process."""
+    unit = "0123456789abcdefghijklmnopqrstuvwxyz=/" * 27000
+    with (tmp_path / "a.txt").open("w") as file:
+        for _ in range(100):
+            file.write(unit)
+    launcher = ("import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True);"
+                "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")
+    run = subprocess.run(
+        [sys.executable, "-c", launcher, sys.executable, SCRIPT, "files", "--workers=2",
+         f"--input={tmp_path}/a.txt", f"--out={tmp_path / 'out'}"], capture_output=True, text=True,
+        check=True, timeout=60)
+    assert read_meta(tmp_path / "out")["splits"]["train"]["bytes"] == 0.9 * 100 * len(unit)
+    assert int(run.stdout.split()[-1]) < 450e3  # kB, most of them the libraries'
 
 
 # ---- the same bytes, whatever happens
 
+# Small batches, so that a run saves many positions
+SLOW = ("import sys; sys.path.insert(0, sys.argv.pop(1)); import prepare_data as p;"
+        "p.PIECE_CHARS, p.SAVE_BATCHES = 4096, 2; p.main(sys.argv[1:])")
 
-def test_workers_do_not_matter(tmp_path, corpus):
-    pytest.importorskip("tokenizers")
-    for workers in (1, 2, 5):
-        prepare("files", f"--input={corpus}", f"--out={tmp_path / str(workers)}",
-                "--tokenizer=bpe:500", "--shard_tokens=20_000", f"--workers={workers}")
-    assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "5")
+
+def start_slow(*args):
+    return subprocess.Popen([sys.executable, "-c", SLOW, SCRIPT.parent, *map(str, args)],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(run, path):
+    while run.poll() is None and not path.exists():
+        time.sleep(0.002)
+    assert run.poll() is None, run.communicate()
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory, corpus):
+    folder = tmp_path_factory.mktemp("mixed")
+    (folder / "a.txt").write_text("\n".join(some_texts(1500, seed=1)))
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(corpus.read_bytes()))
+    (folder / "c.txt").write_text("\n".join(some_texts(1500, seed=2)))
+    val = write_jsonl(folder.parent / "val.jsonl", some_texts(300)[100:])
+    return ["files", f"--input={folder}", f"--val_input={val}", "--shard_tokens=150_000"]
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe:300"])
+def test_kill_at_any_moment(tmp_path, mixed, tokenizer):
+    """The same command goes on, and the folder is that of an uninterrupted run, byte for byte."""
+    args, rng = [*mixed, f"--tokenizer={tokenizer}"], random.Random()
+    assert start_slow(*args, f"--out={tmp_path / 'whole'}", "--workers=2").wait(60) == 0
+    expected, went_on = contents(tmp_path / "whole"), 0
+    for kill in range(4):
+        run = start_slow(*args, f"--out={tmp_path / 'out'}", "--workers=1")
+        if kill < 3:
+            while run.poll() is None and not (tmp_path / "out" / prepare_data.STATE).exists():
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0, 0.1))
+            run.send_signal([signal.SIGKILL, signal.SIGTERM, signal.SIGINT][kill])
+        went_on += "going on" in run.communicate(timeout=60)[1]
+        for path in (tmp_path / "out").glob("*.bin"):
+            assert path.read_bytes() == expected[path.name]  # whole, or not there
+        if run.returncode == 0:
+            assert contents(tmp_path / "out") == expected
+            if kill < 3:
+                shutil.rmtree(tmp_path / "out")
+    assert went_on and run.returncode == 0 and contents(tmp_path / "out") == expected
+
+
+def test_finished_files_are_not_done_again(tmp_path, capsys):
+    """A row that ends the run is mended: the files before it are done, and stay so."""
+    texts = some_texts(1000)
+    for i in range(3):
+        write_jsonl(tmp_path / f"{i}.jsonl", texts[i * 300:i * 300 + 300])
+    (tmp_path / "2.jsonl").write_text(write_jsonl(tmp_path / "2.jsonl", texts[600:]).read_text()
+                                      + '{"text": "cut sho')
+    args = ["files", *[f"--input={tmp_path}/0.jsonl", tmp_path / "1.jsonl", tmp_path / "2.jsonl"],
+            f"--val_input={write_jsonl(tmp_path / 'v.jsonl', ['val'] * 9)}", "--workers=1"]
+    error = start_slow(*args, f"--out={tmp_path / 'out'}").communicate(timeout=60)[1]
+    assert "2.jsonl, line 401: not JSON" in error.splitlines()[-1]
+    write_jsonl(tmp_path / "2.jsonl", texts[600:])
+    run = start_slow(*args, f"--out={tmp_path / 'out'}")
+    assert "going on" in run.communicate(timeout=60)[1] and run.returncode == 0
+    prepare(*args, f"--out={tmp_path / 'whole'}")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_second_process_and_other_settings(tmp_path, mixed, capsys):
+    args = [*mixed, f"--out={tmp_path / 'out'}"]
+    first = start_slow(*args)
+    wait_for(first, tmp_path / "out" / prepare_data.STATE)
+    first.send_signal(signal.SIGSTOP)
+    assert "another process is at work there" in refused(capsys, *args)
+    first.kill()
+    first.communicate()
+    prepare(*args, "--text_key=text", "--max_tokens=100_000")
+    assert "starting over" in capsys.readouterr().err
+    assert read_meta(tmp_path / "out")["splits"]["train"]["tokens"] == 100_000
+    prepare(*args, "--max_tokens=100_000")
+    assert "is complete; nothing to do" in capsys.readouterr().out
+    assert "of another max_tokens" in refused(capsys, *args)
 
 
 def test_foreign_shards_are_kept(tmp_path, corpus, capsys):
     (tmp_path / "fineweb_train_000001.bin").write_bytes(b"precious")
     assert "another origin" in refused(capsys, "files", f"--input={corpus}", f"--out={tmp_path}")
-    assert (tmp_path / "fineweb_train_000001.bin").read_bytes() == b"precious"
+    assert contents(tmp_path) == {"fineweb_train_000001.bin": b"precious"}
 
 
-# ---- shards and texts of others
+def test_full_disk(tmp_path, mixed):
+    """A write that fails midway: one line, and the same command goes on."""
+    resource = pytest.importorskip("resource")
+    args, limit = [*mixed, f"--out={tmp_path / 'out'}"], (100_000,) * 2
+    run = start(*args, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    error = run.communicate(timeout=60)[1].strip()
+    assert run.returncode == 2 and "File too large" in error and len(error.splitlines()) == 1
+    assert "the same command goes on" in error
+    prepare(*args)
+    prepare(*mixed, f"--out={tmp_path / 'whole'}")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-# ---- misuse
+def test_published_shards(tmp_path, capsys):
+    """Shards as llm.c writes them get the meta.json that they lack, and stay as they are."""
+    write_jsonl(tmp_path / "a.jsonl", some_texts(300))
+    prepare("files", f"--input={tmp_path}/a.jsonl", "--tokenizer=bpe:400",
+            f"--out={tmp_path / 'a'}")
+    made, folder = read_meta(tmp_path / "a"), tmp_path / "published"
+    folder.mkdir()
+    for name, split in ("my_train.bin", "train"), ("my_val_000000.bin", "val"):
+        header, tokens = np.zeros(256, "<i4"), read_split(tmp_path / "a", split)
+        header[:3] = 20240520, 1, len(tokens)
+        (folder / name).write_bytes(header.tobytes() + tokens.tobytes())
+    before = contents(folder)
+    prepare("meta", folder, f"--tokenizer={tmp_path / 'a'}")
+    meta = read_meta(folder)
+    assert meta["splits"] == made["splits"]
+    assert set(meta["shards"]) == set(before) and before.items() <= contents(folder).items()
+    raw = before["my_train.bin"]
+    for bad in (raw[:-2], b"\1" * 3000, raw[:-2] + b"\xff\xff"):
+        (folder / "my_train.bin").write_bytes(bad)
+        (folder / "meta.json").unlink(missing_ok=True)
+        assert "my_train.bin: not a whole llm.c shard" in refused(
+            capsys, "meta", folder, f"--tokenizer={tmp_path / 'a'}")
+    prepare("files", f"--input={tmp_path}/a.jsonl", f"--out={tmp_path / 'bytes'}")
+    (tmp_path / "bytes/meta.json").unlink()
+    prepare("meta", tmp_path / "bytes")
+    assert read_meta(tmp_path / "bytes")["tokenizer"] == "byte"
 
 
-def test_too_little_text_for_a_bpe(tmp_path):
-    pytest.importorskip("tokenizers")
-    (tmp_path / "a.txt").write_text("abc " * 100)
-    run = start("files", f"--input={tmp_path}/a.txt", f"--out={tmp_path / 'out'}",
-                "--tokenizer=bpe:5000")
-    error = run.communicate(timeout=30)[1]
-    assert run.returncode == 2 and "use bpe:2" in error.splitlines()[-1]
-
-
-
-
-# What people have.
-
-
-def run_command(*arguments, cwd, stdin=None):
-    """The command line in a process -> (status, what it printed)."""
-    done = subprocess.run([sys.executable, str(SCRIPT), *map(str, arguments)], cwd=cwd, text=True,
-                          input=stdin, capture_output=True, env={**os.environ, **OFFLINE})
-    assert "Traceback" not in done.stderr, done.stderr
-    return done.returncode, done.stdout + done.stderr
-
-
-STORIES = [f"Story {i}: once upon a time there were {i} frogs. " + "The end. " * i
-           for i in range(30)]
-ROWS = "".join(json.dumps({"id": i, "text": s, "data": {"body": s}}) + "\n"
-               for i, s in enumerate(STORIES))
-
-
-def write_forms(folder):
-    import pyarrow
-    import pyarrow.parquet
-
-    (folder / "a.jsonl").write_text(ROWS)
-    (folder / "a.json").write_text("[" + ",".join(ROWS.splitlines()) + "]")
-    (folder / "a.jsonl.gz").write_bytes(gzip.compress(ROWS.encode()))
-    (folder / "a.jsonl.xz").write_bytes(lzma.compress(ROWS.encode()))
-    (folder / "noextension").write_text(ROWS)
-    (folder / "a.csv").write_text(
-        "id,text\n" + "".join(f'{i},"{s}"\n' for i, s in enumerate(STORIES)))
-    pyarrow.parquet.write_table(pyarrow.table({"text": STORIES}), folder / "a.parquet")
-    (folder / "eot.txt").write_text(BOS.join(STORIES))
-
-
-@pytest.mark.parametrize("form, flags", [
-    ("a.jsonl", ["--text_key=data.body"]), ("a.json", []), ("a.jsonl.gz", []), ("a.jsonl.xz", []),
-    ("noextension", []), ("a.csv", ["--text_key=text"]), ("a.parquet", []),
-    ("eot.txt", [f"--split_on={BOS}"])])
-def test_every_form_gives_the_same_documents(form, flags, tmp_path):
-    write_forms(tmp_path)
-    status, said = run_command("files", f"--input={form}", "--out=out", *flags, cwd=tmp_path)
-    assert status == 0, said
-    texts = read_documents(tmp_path / "out", "train") + read_documents(tmp_path / "out", "val")
-    assert sorted(text.strip() for text in texts) == sorted(s.strip() for s in STORIES)
-
-
-def test_standard_input(tmp_path):
-    status, said = run_command("files", "--input=-", "--out=out", cwd=tmp_path,
-                               stdin="words " * 500)
-    assert status == 0, said
-    assert "".join(read_documents(tmp_path / "out", "train")).startswith("words words")
-
-
-@pytest.mark.parametrize("name, data, flags, words", [
-    ("gbk.txt", "从前有一座山。".encode("gbk") * 50, [], "--encoding"),
-    ("latin.txt", "un été à la forêt ".encode("latin-1") * 50, [], "--encoding"),
-    ("utf16.txt", "no mark at all ".encode("utf-16-le") * 50, [], "--encoding"),
-    ("page.html", b"<!DOCTYPE html><html><body><p>text</p></body></html>" * 9, [], "HTML"),
-    ("content.jsonl", b'{"content": "some text"}\n' * 40, [], "--text_key"),
-    ("null.jsonl", b'{"text": null}\n' * 30 + b'{"text": "x"}\n', [], "no text"),
-    ("gone.txt", None, [], "gone.txt"),
-    ("ok.txt", b"words " * 900, ["--tokenizr=byte"], "tokeni"),
-    ("ok.txt", b"words " * 900, ["--tokenizer=gpt3"], "--tokenizer=gpt3"),
-    ("cut.txt.gz", gzip.compress(b"words " * 900)[:-9], [], "cut.txt.gz"),
+@pytest.mark.parametrize("args, said", [
+    ([], "no source"),
+    (["stdlbi"], "did you mean stdlib?"),
+    (["stdlib", "--tokeniser=byte"], "did you mean --tokenizer?"),
+    (["stdlib", "--tokenizer=gpt3"], "gpt2, bpe:N as in bpe:8192"),
+    (["stdlib", "--max_tokens=many"], "not a whole number"),
+    (["files", "--input=nowhere/*.txt"], "no such file"),
+    (["files", "--input=empty"], "nothing to read in that folder"),
+    (["files", "--input=bad.jsonl"], "bad.jsonl, line 2: not JSON"),
+    (["files", "--input=a.txt", "--encoding=none"], "unknown encoding: none"),
+    (["files", "--input=cut.txt.gz"], "cut.txt.gz: "),
+    (["files", "--input=page"], "--kind=text"),
+    (["files", "--input=book"], "an e-book or an Office document"),
+    (["files", "--input=nothing.txt"], "no text for train"),
+    (["files", "--input=a.txt", "--val_input=nothing.txt"], "no text for val"),
+    (["files", "--input=a.txt", "--tokenizer=bpe:5000"], "use bpe:2"),
+    (["meta", "nowhere"], "nowhere: no such folder"),
+    (["meta", "empty"], "no *train*.bin"),
 ])
-def test_what_is_no_text_is_refused_and_leaves_nothing(name, data, flags, words, tmp_path):
-    if data is not None:
-        (tmp_path / name).write_bytes(data)
-    status, said = run_command("files", f"--input={name}", "--out=out", *flags, cwd=tmp_path)
-    assert status == 2 and words in said, said
-    assert not (tmp_path / "out").exists()
+def test_misuse(tmp_path, monkeypatch, capsys, args, said):
+    """One line that names the mistake, and nothing is left behind."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    book = io.BytesIO()
+    with zipfile.ZipFile(book, "w") as archive:
+        archive.writestr("mimetype", "application/epub+zip")
+    files = {"a.txt": b"a line of text\n" * 50, "nothing.txt": b"", "book": book.getvalue(),
+             "bad.jsonl": b'{"text": "fine"}\n{"text": "fi\n', "page": b"\n<!DOCTYPE html><p>Hi",
+             "cut.txt.gz": gzip.compress(os.urandom(5000))[:3000]}
+    for name, raw in files.items():
+        (tmp_path / name).write_bytes(raw)
+    assert said in refused(capsys, *args)
+    assert {path.name for path in tmp_path.rglob("*")} == {*files, "empty"}
 
 
-def test_another_encoding_is_read_when_it_is_named(tmp_path):
-    text = "从前有一座山，山里有座庙。" * 50
-    (tmp_path / "gbk.txt").write_bytes(text.encode("gbk"))
-    status, said = run_command("files", "--input=gbk.txt", "--encoding=gbk", "--out=out",
-                               cwd=tmp_path)
-    assert status == 0, said
-    parts = [read_documents(tmp_path / "out", split) for split in ("train", "val")]
-    assert "".join(parts[0] + parts[1]) == text
+@pytest.mark.parametrize("args", [["shakespeare"], ["stdlib", "--tokenizer=gpt2"],
+                                  ["hf:owner/name"]])
+def test_no_network(tmp_path, args):
+    env = {**os.environ, "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9",
+           "TIKTOKEN_CACHE_DIR": str(tmp_path / "none"), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    run = start(*args, cwd=tmp_path, env=env)
+    error = run.communicate(timeout=60)[1].strip().splitlines()
+    assert run.returncode == 2 and error[-1].startswith("prepare_data.py: "), error
+    assert "again" in error[-1] or "TIKTOKEN_CACHE_DIR" in error[-1]
+    assert not list(tmp_path.iterdir())
 
 
-def test_hidden_folders_and_rows_without_text_are_skipped(tmp_path):
-    for name in ("src/a.py", ".git/b.py", "src/.ipynb_checkpoints/a.py"):
-        path = tmp_path / "tree" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"print('{name}')  # text\n" * 40)
-    status, said = run_command("files", "--input=tree", "--glob=**/*.py", "--out=out", cwd=tmp_path)
-    assert status == 0, said
-    texts = read_documents(tmp_path / "out", "train") + read_documents(tmp_path / "out", "val")
-    assert all("src/a.py" in text for text in texts)
-    (tmp_path / "rows.jsonl").write_text(ROWS + '{"text": null}\n{"id": 3}\n{"text": ""}\n')
-    status, said = run_command("files", "--input=rows.jsonl", "--out=rows", cwd=tmp_path)
-    assert status == 0 and "skipped" in said, said
-
-
-def test_vocabulary_of_a_prepared_folder(tmp_path):
-    (tmp_path / "a.txt").write_text(" ".join(STORIES))
-    for tokenizer, out in (("bpe:300", "one"), ("one", "two")):
-        status, said = run_command("files", "--input=a.txt", f"--tokenizer={tokenizer}",
-                               f"--out={out}", cwd=tmp_path)
-        assert status == 0, said
-    one, two = read_meta(tmp_path / "one"), read_meta(tmp_path / "two")
-    assert all(one[key] == two[key] for key in ("token_bytes", "pattern", "bos_id"))
-    assert np.array_equal(read_split(tmp_path / "one", "train"),
-                          read_split(tmp_path / "two", "train"))
-
-
-def test_published_shards_get_the_meta_json_that_they_lack(tmp_path):
-    header = np.zeros(256, "<i4")
-    header[:4] = 20240520, 1, 100, 1
-    for split in ("train", "val"):
-        tokens = np.arange(100).astype(np.uint8).tobytes()
-        (tmp_path / f"corpus_{split}.bin").write_bytes(header.tobytes() + tokens)
-    status, said = run_command("meta", tmp_path, cwd=tmp_path)
-    assert status == 0, said
-    meta = read_meta(tmp_path)
-    assert meta["tokenizer"] == "byte" and len(meta["byte_length"]) == meta["vocab_size"] == 256
-
-
-def test_killed_run_gives_the_same_bytes(tmp_path):
-    for i in range(40):
-        (tmp_path / f"in{i:02}.txt").write_text(f"file {i} " + "words and more words " * 30_000)
-    flags = ("files", "--input=.", "--glob=in*.txt", "--tokenizer=byte")
-    status, said = run_command(*flags, "--out=whole", cwd=tmp_path)
-    assert status == 0, said
-    for seconds in (1.0, 1.6, 2.2):
-        run = subprocess.Popen([sys.executable, str(SCRIPT), *flags, "--out=out"], cwd=tmp_path,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(seconds)
-        run.kill()
-        run.wait()
-    status, said = run_command(*flags, "--out=out", cwd=tmp_path)
-    assert status == 0, said
-    for path in (tmp_path / "whole").glob("*.bin"):
-        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+def test_console_of_another_code_page(tmp_path, corpus):
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    run = start("files", f"--input={corpus}", f"--out={tmp_path / 'données'}", env=env)
+    assert "donn\\xe9es is complete" in run.communicate(timeout=60)[0] and run.returncode == 0
