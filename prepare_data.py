@@ -28,7 +28,6 @@ import contextlib
 import csv
 import dataclasses
 import difflib
-import fcntl
 import glob
 import hashlib
 import io
@@ -51,6 +50,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows: no lock, everything else works
+    fcntl = None
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
 PIECE_CHARS = 1 << 19  # longest text tokenized in one go, and size of a batch of short ones
@@ -775,15 +779,29 @@ def build(cfg, folder, parts, settings):
             **describe(folder, meta, dtype)}, counts
 
 
+def hold(folder, lock):
+    """Keep other processes out of a folder until the lock is closed."""
+    if not fcntl:
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    lock.callback(os.close, handle)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"{folder}: another process is at work there; wait for it, or give another --out")
+    except OSError:
+        pass  # a file system without locks
+
+
 def prepare(cfg):
     """Make the folder complete, from whatever state it is in."""
     folder, path = Path(cfg.out), Path(cfg.out, "meta.json")
     is_text, made = cfg.name not in ("meta", "finewebedu10B"), {}
     missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
+    lock = contextlib.ExitStack()
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        hold(folder, lock)
         if path.exists():
             made = json.loads(path.read_bytes())
         parts = corpus(cfg, folder) if is_text and (cfg.name == "files" or not made) else []
@@ -800,8 +818,6 @@ def prepare(cfg):
         meta, counts = build(cfg, folder, parts, settings)
         write_atomically(path, json.dumps(meta | {"settings": now}).encode() + b"\n")
         (folder / STATE).unlink(missing_ok=True)
-    except BlockingIOError:
-        fail(f"{folder}: another process is at work there; wait for it, or give another --out")
     except BaseException:
         if not (folder / STATE).exists():  # nothing is saved, so nothing is left behind
             for shard in folder.glob("*.bin.tmp"):
@@ -811,7 +827,7 @@ def prepare(cfg):
                     parent.rmdir()
         raise
     finally:
-        os.close(handle)
+        lock.close()
     report(folder, meta, counts)
 
 

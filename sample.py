@@ -1050,6 +1050,9 @@ def print_race(opts):
     scripts = [opts.script, *[None] * opts.race.count(","), None]
     paths = [opts.ckpt, *opts.race.split(",")]
     lms = [load(path, script, opts) for path, script in zip(paths, scripts, strict=True)]
+    for path, lm in zip(paths, lms, strict=True):
+        is_same = lm.tokenizer.table == lms[0].tokenizer.table
+        check(is_same, "race", path, f"its tokens are not those of {lms[0].name}")
     none = {name: getattr(Options, name) for name in PASSES}
     length = min(len(lm.canvas(dataclasses.replace(opts, **none))[0]) for lm in lms)
     runs = [Run(lm, dataclasses.replace(opts, length=length, **(none if lm.kind == "gpt" else {})),

@@ -858,6 +858,8 @@ def open_run(cfg, machine):
         fcntl and fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"--out={cfg.out}: another run is at work there") from None
+    except OSError:
+        pass  # a file system without locks
     is_free = cfg.resume or not os.path.exists(os.path.join(cfg.out, "ckpt.pt"))
     require(is_free, f"--out={cfg.out} holds a run: --resume=1 continues it, or give another --out")
     logging.raiseExceptions = False  # a full disk, or a closed terminal, does not stop a run
@@ -939,12 +941,13 @@ def read_batch(cfg, train, step, rank, world, device):
 
 @contextlib.contextmanager
 def in_one_line(kind):
-    """Turn an exception of this kind into one line and exit status 2."""
+    """Turn an exception of this kind into one line and exit status 2. All ranks meet the same one
+    until they are joined; then each speaks for itself."""
     try:
         yield
     except kind as e:
         name = "" if isinstance(e, UserError) else f"{type(e).__name__}: "
-        if os.environ.get("RANK", "0") == "0":
+        if dist.is_initialized() or os.environ.get("RANK", "0") == "0":
             print(f"{SCRIPT}.py: {name}{' '.join(str(e).split())}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
 
@@ -1014,6 +1017,8 @@ def main(argv):
         if rank == 0:
             print(f"split:{cfg.split} {line} tokens:{result['tokens']} bytes:{result['bytes']} "
                   f"draws:{result['draws']} seed:{result['seed']}")
+        if world > 1:
+            dist.destroy_process_group()
         return
     # Every .grad is a view of one flat buffer: one all-reduce, one norm, one memset a step.
     sizes = [-(-p.numel() // ALIGN) * ALIGN for p in params]
@@ -1024,12 +1029,15 @@ def main(argv):
     if cfg.resume:
         at = SimpleNamespace(**ckpt["progress"])
         for optimizer, state in zip(optimizers, ckpt["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
+            # Rates and the like come from the flags, as does what this device can fuse.
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
         if ckpt["ema"]:
             average = [ckpt["ema"][name].to(device) for name, _ in model.named_parameters()]
         say(f"resuming {cfg.out} after step {at.step}")
     elif ckpt:
         say(f"weights, shape and --seq_len={cfg.seq_len} from {cfg.init_from}")
+    ckpt = None  # gives its memory back
     saved = (at.step, at.evaluated) if cfg.resume else None  # what the checkpoint holds
     batch = read_batch(cfg, train, at.step, rank, world, device)
     losses, seconds, stopped, status = [], 0.0, False, 0
@@ -1049,16 +1057,21 @@ def main(argv):
                 record({"step": at.step, **result})
                 if is_last and rank == 0:
                     np.save(os.path.join(cfg.out, f"{cfg.split}_nats.npy"), nats.numpy())
-        # Once in a while, and before leaving: save.
-        is_due = is_last or stopped or cfg.ckpt_every and at.step % cfg.ckpt_every == 0
+        # Once in a while, but not among bad steps, and before leaving: save.
+        is_nth = cfg.ckpt_every and at.step % cfg.ckpt_every == 0
+        is_due = is_last or stopped or is_nth and not at.bad
         if is_due and at.step and saved != (at.step, at.evaluated) and rank == 0:
             weights, names = model.state_dict(), [name for name, _ in model.named_parameters()]
+            bad = next((name for name, x in weights.items() if not x.isfinite().all()), "")
+            require(not bad, f"{bad} is not finite: stopped at step {at.step}; {cfg.out} keeps its "
+                    "last checkpoint; try a lower --lr")
             ema = weights | dict(zip(names, average, strict=True)) if average else None
             try:
                 save_checkpoint(path, dict(
                     format=CKPT_FORMAT, script=SCRIPT, config=dataclasses.asdict(cfg), meta=meta,
                     model=weights, ema=ema, optimizers=[o.state_dict() for o in optimizers],
                     step=at.step, progress=vars(at)))
+                saved = at.step, at.evaluated
             except (OSError, RuntimeError) as e:  # torch wraps what a full disk says
                 say(f"{path}: step {at.step} not written: {e.__context__ or e}")
                 status = int(is_last or stopped)

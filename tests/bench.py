@@ -253,7 +253,7 @@ def sampling():
         f"ancestral, {length} steps": dict(steps=length),
         f"confidence, {half} steps": dict(steps=half, choose=sample.ordered("confidence")),
         f"entropy, {length // 8} steps": dict(steps=length // 8, choose=sample.ordered("entropy")),
-        f"ReMDM loop, {length} steps": dict(steps=length, choose=sample.Remask("loop").choose),
+        f"ReMDM loop, {length} steps": dict(steps=length, choose=sample.remasking("loop")),
     }
     times = rounds(*(sampler(**how) for how in ways.values()), sampler(steps=None), n=3)
     rate = [[batch * length / t for t in column] for column in times]

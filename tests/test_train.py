@@ -587,6 +587,18 @@ def test_too_many_non_finite_steps_stop_the_run(poisoned, monkeypatch):
     train_mdlm.build_model(state)
 
 
+def test_weights_that_are_not_finite_are_not_saved(data, tmp_path):
+    """A step too large, after which every loss is NaN: the last good checkpoint stays."""
+    out = tmp_path / "run"
+    good = train_tiny("--steps=2", *CONSTANT_RATE, f"--data={data}", f"--out={out}")
+    assert good.status == 0, good.err
+    before = checkpoint(out)
+    result = train("--resume=1", f"--out={out}", "--steps=20", "--ckpt_every=1", "--head_lr=1e39",
+                   "--eval_every=0")
+    assert_refused(result, "head.weight is not finite", "keeps its last checkpoint")
+    assert_same_state(checkpoint(out), before)
+
+
 # ----------------------------------------------------------------------------- reading data
 def test_windows_cover_the_shards_once_an_epoch(data, tmp_path, monkeypatch):
     """Twelve windows in three shards whose tails are no windows, each of one token."""
