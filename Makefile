@@ -16,11 +16,11 @@ PY := .venv/bin/python
 demo: .venv/.installed
 	$(PY) prepare_data.py stdlib
 	rm -rf out/demo-mdlm out/demo-gpt out/demo-block
-	@echo "== masked diffusion: text out of noise within five minutes"
+	@echo "== masked diffusion: text out of noise, in minutes"
 	$(PY) train_mdlm.py --preset=tiny --out=out/demo-mdlm
 	$(PY) sample.py --ckpt=out/demo-mdlm/ckpt.pt --n=2 --length=256 --watch
 	$(PY) sample.py --ckpt=out/demo-mdlm/ckpt.pt --infill="def ___(x):" --n=4
-	@echo "== the same tokens and parameters, autoregressive and in blocks: about eleven minutes more"
+	@echo "== the same tokens and parameters, autoregressive and in blocks"
 	$(PY) gpt.py --preset=tiny --out=out/demo-gpt
 	$(PY) train_block.py --preset=tiny --out=out/demo-block
 	$(PY) records/compare.py out/demo-gpt out/demo-block out/demo-mdlm
