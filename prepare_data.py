@@ -833,7 +833,6 @@ def prepare(cfg):
 
 def report(folder, meta, counts):
     """What was written, what was odd, and a command that trains on it on this machine."""
-    import torch
     for split, total in meta["splits"].items():
         print(f"{split:5} {total['tokens']:13,} tokens {total['bytes']:13,} bytes "
               f"{total['bytes'] / total['tokens']:.3f} bytes/token {total['documents']:,} docs")
@@ -850,7 +849,7 @@ def report(folder, meta, counts):
               f"documents, use --split_on='{BOS_TEXTS[0]}'")
     n_train, n_val = (meta["splits"].get(split, {}).get("tokens", 0) for split in ("train", "val"))
     seq_len, batch, flags = 256, 4096, ""
-    if n_train < SMALL_CORPUS or not torch.cuda.is_available():
+    if n_train < SMALL_CORPUS or not shutil.which("nvidia-smi"):
         while seq_len > 8 and 2 * seq_len > n_val:
             seq_len //= 2
         while batch > 2 * seq_len and batch > n_train // seq_len * seq_len:
