@@ -931,7 +931,7 @@ def main(argv):
     losses, seconds, stopped, status = [], 0.0, False, 0
     model.train()
     while True:
-        is_last = at.step == cfg.steps
+        is_last = at.step >= cfg.steps
         # Once in a while: evaluate.
         is_due = is_last or cfg.eval_every and at.step % cfg.eval_every == 0
         if is_due and at.evaluated < at.step and not stopped:

@@ -166,11 +166,12 @@ def test_resumed_run_is_evaluated_as_itself(continued, uninterrupted, runs):
         assert evaluations(alone.out) == evaluations(uninterrupted[variant][1].out)[-1:], how
 
 
-def test_finished_run_stays_as_it_is(short_run):
+@pytest.mark.parametrize("flags", [(), ("--steps=2",)], ids=["same steps", "fewer"])
+def test_finished_run_stays_as_it_is(flags, short_run):
     folder, _ = short_run
     before = checkpoint(folder)
-    result = train("--resume=1", f"--out={folder}")
-    assert result.status == 0
+    result = train("--resume=1", f"--out={folder}", *flags)
+    assert result.status == 0 and "done:" in result.out
     assert_same_state(before, checkpoint(folder))
     assert [x["step"] for x in log(folder) if "loss" in x] == [1, 2, 3, 4]
 
