@@ -609,12 +609,20 @@ WAYS = {  # how a kind of model writes, the flags that it cannot take, and its o
              SCORE_ORDERS)}
 
 
+def build_model(script, ckpt, weights="ema"):
+    """A checkpoint of a script -> (model in eval mode, its Config); weights: ema or raw."""
+    cfg = script.Config(**ckpt["config"])
+    model = script.Model(cfg)
+    model.load_state_dict((weights == "ema" and ckpt["ema"]) or ckpt["model"])
+    return model.eval(), cfg
+
+
 class LM:
     """A trained model with its tokenizer. Made by load()."""
     def __init__(self, script, ckpt, path, opts):
         self.script, self.name = script, ckpt["script"]
         with naming(path):
-            self.model, self.cfg = script.build_model(ckpt, opts.weights)
+            self.model, self.cfg = build_model(script, ckpt, opts.weights)
             self.tokenizer = Tokenizer(ckpt["meta"], self.cfg.vocab_size)
         self.block_len = getattr(self.cfg, "block_len", None)
         diffusion = "block" if self.block_len else "sedd" if hasattr(self.cfg, "graph") else "mdlm"
@@ -622,10 +630,10 @@ class LM:
         is_cached = self.name in SCRIPTS or self.predict_agrees()
         self.net = self.model if is_cached else self.model.__call__
         with naming(f"--device={opts.device}"):
-            self.device = script.pick_device(opts.device, 0)
+            self.device, _ = script.pick_device(opts.device, "auto", 0)
         trained = self.cfg.dtype if self.device.type == "cuda" else "fp32"
         name = trained if opts.dtype == "auto" else opts.dtype
-        self.dtype = script.pick_dtype(name, self.device)
+        _, self.dtype = script.pick_device(self.device.type, name, 0)
         self.amp = functools.partial(torch.autocast, self.device.type, self.dtype,
                                      self.dtype != torch.float32)
         self.model.to(self.device)

@@ -17,8 +17,8 @@ Standard errors over windows are those of pairs of neighbours, whose noise is an
 """
 
 import glob
-import json
 import math
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,20 +26,19 @@ from types import SimpleNamespace
 import check
 import numpy as np
 
-METRICS = {"val_nll", "val_nelbo"}  # in log.jsonl: exact, or a bound
-COUNTS = ("tokens", "bytes", "seed")  # of an evaluation, there as well
+EVALUATION = re.compile(r"^step:\d+/\d+ (val_\w+):\S+ bpb:(\S+) .*tokens:(\d+) bytes:(\d+) ", re.M)
 
 
 def read_run(folder):
     log = check.read_log(folder / "log.txt")
     check.check_finished(log)
     config = log.config
-    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    found = [line for line in map(json.loads, lines) if METRICS & line.keys()][-1]
-    evaluated_on = {"data": Path(config["data"]).name, **{k: found[k] for k in COUNTS},
+    text = (folder / "log.txt").read_text(encoding="utf-8")
+    metric, bpb, n_tokens, n_bytes = EVALUATION.findall(text)[-1]
+    evaluated_on = {"data": Path(config["data"]).name, "tokens": int(n_tokens), "bytes": int(n_bytes),
                     "split": config["split"], "seq_len": config["seq_len"]}
     return SimpleNamespace(
-        log=log, seed=config["seed"], bpb=found["bpb"], is_exact="val_nll" in found,
+        log=log, seed=config["seed"], bpb=float(bpb), is_exact=metric == "val_nll",
         nats=np.load(folder / f"{config['split']}_nats.npy") / config["seq_len"],  # (N,) per token
         evaluated_on=evaluated_on)  # what must agree for a comparison
 
@@ -109,7 +108,7 @@ def table(rows):
     lines += [cells(name, runs, first) for name, runs in rows]
     on = first[0].evaluated_on
     note = (f"{on['data']}, {on['split']}: {on['tokens']:,} tokens, {on['bytes']:,} bytes, windows "
-            f"of {on['seq_len']}, noise of seed {on['seed']}. ± standard error over "
+            f"of {on['seq_len']}. ± standard error over "
             f"{on['tokens'] // on['seq_len'] // 2:,} pairs of windows")
     if any(len(runs) > 1 for _, runs in rows):
         note += ", / over seeds"

@@ -146,7 +146,7 @@ def run(args):
     require(file.exists(), f"{path}: written by {ckpt['script']}.py: pass it as --script=FILE")
     require(log.source == file.read_text(encoding="utf-8"),
             f"{log.path}: the run had another script than {file}: pass it as --script=FILE")
-    model, own_cfg = sample.load_script(file).build_model(ckpt, "ema")
+    model, own_cfg = sample.build_model(sample.load_script(file), ckpt)
 
     objective = objective_of(ckpt["config"])
     rules = sample.load_script(ROOT / f"{objective}.py")
@@ -154,15 +154,11 @@ def run(args):
     cfg = rules.Config(**settings | dict(
         split="val", val_tokens=args.tokens or track.val_tokens,
         val_draws=1 if objective == "gpt" else track.val_draws))
-    folder = cfg.data if Path(cfg.data).is_dir() else f"data/{cfg.data}"
-    windows, meta = rules.Windows(folder, "val", cfg.seq_len), rules.load_meta(folder)
-    require(meta["token_bytes"] == ckpt["meta"]["token_bytes"],
-            f"{folder}: another vocabulary than the checkpoint's")
+    _, windows, meta = rules.open_data(cfg, ckpt)
     n = cfg.val_tokens // cfg.seq_len
     require(n % 2 == 0 and 4 <= n <= len(windows), f"{cfg.val_tokens} tokens: {n} windows; it takes"
-            f" an even number from 4 to the {len(windows)} of {folder}")
-    device = rules.pick_device(args.device, 0)
-    dtype = rules.pick_dtype(cfg.dtype, device)
+            f" an even number from 4 to the {len(windows)} of {cfg.data}")
+    device, dtype = rules.pick_device(args.device, cfg.dtype, 0)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         figures = judge(rules, objective, model.to(device), cfg, windows, meta, device)
     with open(windows.paths[0], "rb") as f:

@@ -11,6 +11,7 @@ import contextlib
 import io
 import multiprocessing
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -71,7 +72,7 @@ def text():
 
 def network(preset, batch, script=mdlm, **names):
     names = {"vocab_size": 256, "dropout": 0.0} | names
-    cfg = script.Config(**((script.PRESETS[preset] if preset else {}) | names))
+    cfg = script.Config(**((script.read_preset(preset) if preset else {}) | names))
     torch.manual_seed(0)
     model = script.Model(cfg)
     gen = torch.Generator().manual_seed(0)
@@ -149,7 +150,7 @@ def muon():
     """Muon's step against PyTorch's, on the matrices of two presets."""
     for preset, width in (("tiny", "6L 208"), ("shakespeare_10m", "6L 384")):
         named = network(preset, 2)[1].named_parameters()
-        params = [p for name, p in named if mdlm.group_of(name) == "hidden"]
+        params = [p for name, p in named if re.fullmatch(mdlm.GROUPS["hidden"], name)]
         twins = [p.detach().clone().requires_grad_() for p in params]
         for p, q in zip(params, twins, strict=True):
             p.grad = torch.randn_like(p)

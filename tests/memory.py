@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import importlib
 import os
+import re
 import sys
 from pathlib import Path
 from unittest import mock
@@ -75,7 +76,8 @@ def measure(script, cfg):
                 cfg, n_layer=n, checkpoint_layers=False)).train(), x0, fake, cfg) for n in (2, 3)]
             layer = two[1] - two[0]
         n_params = sum(p.numel() for p in model.parameters())
-        matrices = [p for n, p in model.named_parameters() if script.group_of(n) == "hidden"]
+        matrices = [p for n, p in model.named_parameters()
+                    if re.fullmatch(script.GROUPS["hidden"], n)]
         hidden, rows = (sum(sizes) for sizes in zip(
             *((p.numel(), len(p)) for p in matrices), strict=True))
     # Weight and gradient; Muon keeps one more and NorMuon one a row, AdamW two; the average.

@@ -43,6 +43,11 @@ def train(*flags, script=train_mdlm):
             script.main(list(map(str, flags)))
         except SystemExit as e:
             status = e.code
+        except ValueError as e:  # as the scripts do where they are run
+            if type(e).__name__ != "UserError":
+                raise
+            status = 2
+            print(f"{Path(script.__file__).name}: {' '.join(str(e).split())}", file=err)
     return Result(status, out.getvalue(), err.getvalue())
 
 
@@ -90,21 +95,29 @@ def checkpoint(folder, name="ckpt.pt"):
     return train_mdlm.load_checkpoint(str(folder / name))
 
 
-def strict_json(line):
-    def refuse(text):
-        raise ValueError(f"{text} is not JSON")
-
-    return json.loads(line, parse_constant=refuse)
-
-
 def log(folder):
-    return [strict_json(x) for x in (folder / "log.jsonl").read_text().splitlines()]
+    """The figures of every line of a log that has a loss or an evaluation, as printed."""
+    text = (folder / "log.txt").read_text()
+    lines = re.findall(r"^step:(\d+)/\d+ ((?:loss|val_).*)$", text, re.M)
+    number = re.compile(r"(\w[\w/]*):([-+.\de]+|nan)\b(?!:)")
+    return [{"step": int(step), **{k: float(v.partition("+-")[0]) for k, v in number.findall(line)
+                                   if k not in ("train_time", "step_avg", "tok/s")}}
+            for step, line in lines]
+
+
+def presets(script):
+    return sorted(p.stem for p in (ROOT / "presets" / script.OBJECTIVE).glob("*.txt"))
+
+
+def n_weights(model):
+    """Of the matrices in the layers."""
+    return sum(p.numel() for name, p in model.layers.named_parameters() if p.ndim > 1)
 
 
 def evaluations(text):
     """[(bound, standard error, bits per byte), ..] as printed."""
-    found = re.findall(r"val_nelbo:([\d.]+)\+-([\d.]+|n/a) bpb:([\d.]+|n/a)", text)
-    return [tuple(float("nan" if x == "n/a" else x) for x in line) for line in found]
+    found = re.findall(r"val_nelbo:([\d.]+)\+-([\d.]+|nan) bpb:([\d.]+|nan)", text)
+    return [tuple(float(x) for x in line) for line in found]
 
 
 def tree(folder):

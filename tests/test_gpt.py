@@ -2,9 +2,7 @@
 
 Every `check_*` takes the module under test, so that a mutant of it can be put in its place.
 """
-import contextlib
 import dataclasses
-import io
 import itertools
 import math
 import re
@@ -13,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 import torch
 import torch.nn.functional as F
-from runs import byte_table, keep_checkpoints, write_meta
+from runs import byte_table, keep_checkpoints, n_weights, presets, write_meta
 from torch._subclasses.fake_tensor import FakeTensorMode
 from toys import Iid, Joint, correlated
 
@@ -186,7 +185,7 @@ def test_mutant_fails(name):
 # ----------------------------------------------------------------------------- presets
 
 
-@pytest.mark.parametrize("preset", ["", *gpt.PRESETS])
+@pytest.mark.parametrize("preset", ["", *presets(gpt)])
 def test_a_preset_has_the_size_of_its_twin(preset):
     """Parameters as in train_mdlm, the same shape and tokens; a pass traced without data."""
     argv = [f"--preset={preset}"] if preset else []
@@ -213,7 +212,7 @@ def test_flops_of_gpt2_small():
     """Counted by hand: 12 layers of 12 D^2 weights but for SwiGLU's rounding, head, causal half."""
     cfg = dataclasses.replace(gpt.make_config(["--preset=fineweb_124m"])[0], vocab_size=50257)
     with FakeTensorMode():
-        flops = gpt.flops_per_token(cfg, gpt.Model(cfg))
+        flops = gpt.flops_per_token(cfg, n_weights(gpt.Model(cfg)))
     by_hand = 6 * (12 * 12 * 768**2 + 50257 * 768) + 6 * 12 * 768 * 1024
     assert abs(flops / by_hand - 1) < 0.01
 
@@ -227,14 +226,9 @@ TINY = ("--seq_len=32", "--batch_tokens=256", "--micro_batch=8", "--n_layer=1", 
 
 
 def run(script, *flags):
-    """The command line in this process -> (status, what it printed)."""
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        try:
-            script.main([str(x) for x in flags])
-        except SystemExit as e:
-            return e.code, out.getvalue()
-    return 0, out.getvalue()
+    """-> (status, what it printed)."""
+    status, out, err = runs.train(*flags, script=script)
+    return status, out + err
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +264,6 @@ def test_a_run_learns(data, whole_run):
     assert "masked_mean" not in text
     status, again = run(gpt, "--eval_only=1", f"--init_from={out}/ckpt.pt")
     assert status == 0 and evaluations(again) == evaluations(text)[-1:]
-    assert "draws:1" in again
 
 
 def test_a_run_goes_on_bit_for_bit(data, whole_run, tmp_path):

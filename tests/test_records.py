@@ -110,9 +110,9 @@ def test_honest_networks_pass(name, flags):
     # where in its block a document begins
     ("train_block", "before.repeat_interleave(cfg.block_len, 1), clean", "clean, clean",
      {"doc_mask": True, "bos_id": 3}),
-    ("gpt", "self.embed_tokens(tokens)", "self.embed_tokens(tokens).roll(-1, 1)", {}),
+    ("gpt", "norm(self.embed(tokens))", "norm(self.embed(tokens)).roll(-1, 1)", {}),
     # other rows
-    ("train_mdlm", "self.embed_tokens(tokens)", "self.embed_tokens(tokens).roll(1, 0)", {}),
+    ("train_mdlm", "norm(self.embed(tokens))", "norm(self.embed(tokens)).roll(1, 0)", {}),
 ])
 def test_networks_that_see_too_much_are_refused(name, old, new, flags, tmp_path):
     script = fork(tmp_path / f"{name}.py", name, old, new)
