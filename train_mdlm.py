@@ -630,6 +630,8 @@ def evaluate(nelbo, cfg, windows, token_length, device, rank, world, stop=()):
     size = cfg.micro_batch + cfg.micro_batch % 2
     sums = torch.zeros(n, 3, dtype=torch.float64)  # nats and bytes of every window, signals
     for draw in range(cfg.val_draws):
+        if stop:
+            break
         gen = torch.Generator().manual_seed(derive_seed(EVAL_SEED, draw))
         noise = draw_noise(cfg, n, gen, bound=True)
         for rows in torch.arange(n).split(size)[rank::world]:
@@ -686,8 +688,8 @@ def pick_device(name, dtype, local_rank):
     """-> (device, dtype of matrix products: bf16 where the hardware multiplies it, or on a CPU that
     is told to)"""
     here = torch.accelerator.current_accelerator(True) or torch.device("cpu")
+    require(name in ("auto", "cpu", here.type), f"--device={name}: there is only {here.type} here")
     device = here if name == "auto" else torch.device(name)
-    require(device.type in ("cpu", here.type), f"--device={name}: there is only {here.type} here")
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
     if device.type == "cuda":
         n_gpus, n_ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -779,7 +781,11 @@ def main(argv):
     if world > 1:
         backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         timeout = datetime.timedelta(minutes=10)  # of waiting for another rank
-        dist.init_process_group(backend, timeout=timeout, device_id=own)
+        # torchrun --max-restarts keeps one store for all attempts, with addresses of dead ranks.
+        store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout,
+                                device_id=own)
     stop = []  # signals received
     for name in {"SIGTERM", "SIGINT", "SIGUSR1"} & set(dir(signal)):  # Windows has no SIGUSR1
         signal.signal(getattr(signal, name), lambda number, frame: stop.append(number))

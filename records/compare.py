@@ -26,7 +26,8 @@ from types import SimpleNamespace
 import check
 import numpy as np
 
-EVALUATION = re.compile(r"^step:\d+/\d+ (val_\w+):\S+ bpb:(\S+) .*tokens:(\d+) bytes:(\d+) ", re.M)
+EVALUATION = re.compile(
+    r"^step:\d+/\d+ (val_\w+):\S+ bpb:(\S+) .*tokens:(\d+) bytes:(\d+) ", re.M)
 
 
 def read_run(folder):
@@ -35,8 +36,9 @@ def read_run(folder):
     config = log.config
     text = (folder / "log.txt").read_text(encoding="utf-8")
     metric, bpb, n_tokens, n_bytes = EVALUATION.findall(text)[-1]
-    evaluated_on = {"data": Path(config["data"]).name, "tokens": int(n_tokens), "bytes": int(n_bytes),
-                    "split": config["split"], "seq_len": config["seq_len"]}
+    evaluated_on = {
+        "data": Path(config["data"]).name, "tokens": int(n_tokens), "bytes": int(n_bytes),
+        "split": config["split"], "seq_len": config["seq_len"]}
     return SimpleNamespace(
         log=log, seed=config["seed"], bpb=float(bpb), is_exact=metric == "val_nll",
         nats=np.load(folder / f"{config['split']}_nats.npy") / config["seq_len"],  # (N,) per token

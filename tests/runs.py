@@ -100,9 +100,12 @@ def log(folder):
     text = (folder / "log.txt").read_text()
     lines = re.findall(r"^step:(\d+)/\d+ ((?:loss|val_).*)$", text, re.M)
     number = re.compile(r"(\w[\w/]*):([-+.\de]+|nan)\b(?!:)")
-    return [{"step": int(step), **{k: float(v.partition("+-")[0]) for k, v in number.findall(line)
-                                   if k not in ("train_time", "step_avg", "tok/s")}}
-            for step, line in lines]
+    found = {}  # of a resumed run the last line of each step counts
+    for step, line in lines:
+        values = {k: float(v.partition("+-")[0]) for k, v in number.findall(line)
+                  if k not in ("train_time", "step_avg", "tok/s")}
+        found[step, "loss" in values] = {"step": int(step)} | values
+    return list(found.values())
 
 
 def presets(script):

@@ -66,7 +66,7 @@ def test_single_runs(out):
         log = (out / name / "log.txt").read_text()
         assert f"{row[2]} parameters, {row[4]} MFLOP per token" in log
         assert f" bpb:{row[7]} " in log
-    assert note.startswith("data, val: 512 tokens, 512 bytes, windows of 32, noise of seed 2024")
+    assert note.startswith("data, val: 512 tokens, 512 bytes, windows of 32. ± standard error")
     assert "8 pairs" in note and "over seeds" not in note
 
 

@@ -671,7 +671,7 @@ def test_another_vocabulary_of_the_same_size_is_refused(data, short_run, tmp_pat
     for flags in (["--eval_only=1"], [*TINY, f"--out={tmp_path / 'run'}"]):
         result = train(f"--data={tmp_path / 'data'}", f"--init_from={short_run[0] / 'ckpt.pt'}",
                        *flags)
-        assert_refused(result, "another vocabulary", f"{tmp_path / 'data'}", "ckpt.pt", "--tokenizer=")
+        assert_refused(result, "another vocabulary", f"{tmp_path}", "ckpt.pt", "--tokenizer=")
 
 
 def test_no_compiler_is_said_and_survived(bare):
