@@ -596,8 +596,6 @@ def tokenize(cfg, parts, folder, run):
             for split, tokens in future.result():
                 room = max_train - totals["train"] if split == "train" else tokens.size
                 with (folder / f"{split}.tokens").open("ab") as file:
-                    if file.tell() != totals[split] * itemsize:
-                        fail(f"{file.name}: another process writes there; give another --out")
                     file.write(tokens[:room].data)
                 totals[split] += min(room, tokens.size)
             bar.update(totals.total() - bar.n)
@@ -668,6 +666,14 @@ def prepare(cfg):
     is_text = cfg.name not in ("meta", "finewebedu10B")
     missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / "lock").open("w")
+    try:
+        import fcntl
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"{folder}: another process is at work there; wait for it, or give another --out")
+    except (ImportError, OSError):
+        pass  # Windows, or a file system without locks
     try:
         made = json.loads(path.read_bytes())["settings"] if path.exists() else {}
         parts = corpus(cfg, folder) if is_text and (cfg.name == "files" or not made) else []
@@ -688,11 +694,12 @@ def prepare(cfg):
         report(folder, meta, counts)
     finally:
         if not (folder / STATE).exists():  # nothing to go on from is left behind
-            for leftover in *folder.glob("*.tokens"), *folder.glob("*.new"):
+            for leftover in *folder.glob("*.tokens"), *folder.glob("*.new"), folder / "lock":
                 leftover.unlink()
             with contextlib.suppress(OSError):
                 for parent in missing:
                     parent.rmdir()
+        lock.close()
 
 
 def report(folder, meta, counts):
