@@ -313,7 +313,7 @@ def texts_of(cfg, name, rows, counts):
             break
     if n_missing > n_rows / 2:
         fail(f"{name}: {n_missing:,} of {n_rows:,} rows have no text in the field {cfg.text_key}; "
-             f"they hold: {', '.join(map(str, row))}; name another by --text_key")
+             f"they hold: {', '.join(map(str, row))}; name another by --text_key, or --as_text=1")
     counts["rows without text skipped"] += n_missing
 
 
@@ -570,7 +570,7 @@ def describe(folder, meta):
                      for i in range(0, max(1, len(tokens)), n))
         fits = header[:3] == [MAGIC, VERSION, len(tokens)] and not counts[size:].any()
         if not (match and fits and header[3] in (0, dtype.itemsize) and header[4] in (0, size)):
-            fail(f"{path}: not a whole llm.c shard of {meta['tokenizer']} tokens (--tokenizer)")
+            fail(f"{path}: not a whole llm.c shard of {meta['tokenizer']} tokens; see --tokenizer")
         found = {"tokens": len(tokens), "bytes": int(counts[:size] @ np.array(meta["byte_length"])),
                  "documents": int(counts[meta["bos_id"]])}
         splits.setdefault(match[1], Counter()).update(found)
@@ -715,7 +715,7 @@ def report(folder, meta, counts):
         print(f"{n_val} tokens of validation are few; give more text or --val_input=PATH")
     flags = ""
     if n_train < SMALL_CORPUS or not shutil.which("nvidia-smi"):
-        seq_len = min(256, max(8, 1 << n_val.bit_length() >> 2))
+        seq_len = min(256, max(2, 1 << n_val.bit_length() >> 2))
         batch = min(4096, max(2 * seq_len, 1 << (n_train - n_train % seq_len).bit_length() >> 1))
         flags = (" --preset=tiny" + f" --seq_len={seq_len}" * (seq_len < 256)
                  + f" --batch_tokens={batch}" * (batch < 4096))
