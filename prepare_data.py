@@ -94,7 +94,7 @@ Part = namedtuple("Part", "path split stamp held", defaults=[None])
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    name: tuple = ()  # the source; meta FOLDER has two words
+    name: tuple = ()  # the source; for meta, the folder too
     input: tuple = ()  # files: paths, folders, globs, or - for standard input
     val_input: tuple = ()  # validation text, instead of a share of the corpus
     glob: str = ""  # files of a folder to read, as in **/*.py; "" = those named as text or rows
@@ -130,8 +130,7 @@ def doing(what, remedy):
 
 def parse(argv):
     """Command line -> Config."""
-    default = dataclasses.asdict(Config())
-    values, key = {}, "name"
+    default, values, key = dataclasses.asdict(Config()), {}, "name"
     for arg in argv:
         flag, _, value = arg.partition("=") if arg.startswith("--") else (f"--{key}", "", arg)
         key = flag[2:]
@@ -139,18 +138,19 @@ def parse(argv):
             near = difflib.get_close_matches(flag, [f"--{name}" for name in default], n=1)
             fail(f"{flag}: unknown flag; did you mean {''.join(near) or '--help'}?")
         kind = type(default[key])
-        is_number = re.fullmatch(r"[1-9](_?\d){,17}", value)
-        if not value or key in values and kind is not tuple or kind is int and not is_number:
+        pattern = r"[1-9](_?\d){,17}" if kind is int else ".+"
+        if not re.fullmatch(pattern, value) or key in values and kind is not tuple:
             fail(f"{arg}: give --{key} once" + ", with a whole number above 0" * (kind is int))
         values[key] = values.get(key, ()) + (value,) if kind is tuple else kind(value)
-    cfg = Config(**values)
-    name, *rest = cfg.name or ("no source",)
+    name, *rest = values.get("name", ["no source"])
     if (name not in NAMES and not re.fullmatch("hf:[^/]+/[^/]+", name)
-            or len(rest) != (name == "meta") or bool(cfg.input) != (name == "files")):
+            or len(rest) != (name == "meta") or ("input" in values) != (name == "files")):
         fail(f"{name}: give one of {', '.join(NAMES)}; meta goes with a FOLDER, files with --input")
-    usual = HUB[name][2] if name in HUB else "" if name in ("meta", "finewebedu10B") else "byte"
-    out = rest[0] if rest else cfg.out or f"data/{name.removeprefix('hf:').split('/')[-1]}"
-    return dataclasses.replace(cfg, name=name, tokenizer=cfg.tokenizer or usual, out=out)
+    values["name"], usual = name, "" if name in ("meta", "finewebedu10B") else "byte"
+    values.setdefault("tokenizer", HUB[name][2] if name in HUB else usual)
+    values.setdefault("out", f"data/{name.removeprefix('hf:').split('/')[-1]}")
+    values["out"] = rest[0] if rest else values["out"]
+    return Config(**values)
 
 
 def local_parts(given, split=None, pattern=""):
@@ -373,10 +373,11 @@ def read(cfg, part, counts):
         for name, texts in files:
             size = lost = 0
             for first, text in pieces(texts, PIECE_CHARS):
-                size, lost = size + len(text), lost + text.count("\0") + text.count("\ufffd")
+                n_nul = text.count("\0")
+                size, lost = size + len(text), lost + n_nul + text.count("\ufffd")
                 if lost > MAX_LOSS * max(size, PIECE_CHARS):
                     break
-                text = text.replace("\0", "")
+                text = text.replace("\0", "") if n_nul else text
                 start = text[:HASH_CHARS].encode() if first else b""
                 yield first and hashlib.blake2b(start, digest_size=7).hexdigest(), text
             counts["characters that could not be decoded are U+FFFD, or removed NUL"] += lost
@@ -564,17 +565,17 @@ def describe(folder, meta):
     splits, shards, size, dtype = {}, {}, meta["vocab_size"], dtype_of(meta)
     for path in sorted(folder.glob("*.bin")):
         match = re.fullmatch(r"(?:.*_)?(train|val|test)(_\d+)?\.bin", path.name)
-        header, n, raw = np.fromfile(path, "<i4", 5).tolist(), 1 << 20, np.memmap(path)
-        tokens = raw[HEADER_BYTES:].view(dtype)
-        counts = sum(np.bincount(tokens[i:i + n], minlength=1 << 16)
-                     for i in range(0, max(1, len(tokens)), n))
-        fits = header[:3] == [MAGIC, VERSION, len(tokens)] and not counts[size:].any()
-        if not (match and fits and header[3] in (0, dtype.itemsize) and header[4] in (0, size)):
+        raw = np.memmap(path)
+        header, tokens = raw[:20].view("<i4").tolist(), raw[HEADER_BYTES:].view(dtype)
+        counts = sum(np.bincount(part, minlength=1 << 16)
+                     for part in np.array_split(tokens, 1 + len(tokens) // (1 << 20)))
+        if (not match or counts[size:].any() or header[:3] != [MAGIC, VERSION, len(tokens)]
+                or header[3] not in (0, dtype.itemsize) or header[4] not in (0, size)):
             fail(f"{path}: not a whole llm.c shard of {meta['tokenizer']} tokens; see --tokenizer")
-        found = {"tokens": len(tokens), "bytes": int(counts[:size] @ np.array(meta["byte_length"])),
-                 "documents": int(counts[meta["bos_id"]])}
-        splits.setdefault(match[1], Counter()).update(found)
-        shards[path.name] = found | {"sha256": hashlib.sha256(raw).hexdigest()}
+        n_bytes = int(counts[:size] @ np.array(meta["byte_length"]))
+        splits.setdefault(match[1], Counter()).update(
+            tokens=len(tokens), bytes=n_bytes, documents=int(counts[meta["bos_id"]]))
+        shards[path.name] = {"tokens": len(tokens), "sha256": hashlib.sha256(raw).hexdigest()}
     return {"splits": splits, "shards": shards}
 
 
