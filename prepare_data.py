@@ -619,8 +619,8 @@ def resume(cfg, folder, parts, settings):
             print(f"{cfg.name}: going on from an earlier run", file=sys.stderr)
             return run
         print(f"{folder}: begun with other settings or files; starting over", file=sys.stderr)
-    elif path := next(folder.glob("*.bin"), None):
-        fail(f"{path}: of another origin; give another --out")
+    elif [*folder.glob("*.bin")] and not [*folder.glob("*.tokens")]:
+        fail(f"{folder}: holds shards of another origin; give another --out")
     return new | {"tokenizer": make_tokenizer(cfg.tokenizer, training_texts(cfg, parts, new))}
 
 
@@ -694,13 +694,13 @@ def prepare(cfg):
         (folder / STATE).unlink(missing_ok=True)
         report(folder, meta, counts)
     finally:
+        lock.close()
         if not (folder / STATE).exists():  # nothing to go on from is left behind
             for leftover in *folder.glob("*.tokens"), *folder.glob("*.new"), folder / "lock":
                 leftover.unlink()
             with contextlib.suppress(OSError):
                 for parent in missing:
                     parent.rmdir()
-        lock.close()
 
 
 def report(folder, meta, counts):
@@ -739,4 +739,5 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
-        sys.exit("prepare_data.py: interrupted; the same command goes on from here")
+        print("prepare_data.py: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)

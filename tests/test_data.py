@@ -465,6 +465,10 @@ def test_kill_at_any_moment(tmp_path, mixed, tokenizer):
             if kill < 3:
                 shutil.rmtree(tmp_path / "out")
     assert went_on and run.returncode == 0 and contents(tmp_path / "out") == expected
+    (tmp_path / "out/meta.json").unlink()  # as if killed before that, and too early to save
+    shutil.copy(tmp_path / "out/val_000000.bin", tmp_path / "out/val.tokens")
+    prepare(*args, f"--out={tmp_path / 'out'}")
+    assert contents(tmp_path / "out") == expected
 
 
 def test_finished_files_are_not_done_again(tmp_path, capsys):
