@@ -714,14 +714,13 @@ def report(folder, meta, counts):
     n_train, n_val = (meta["splits"].get(split, {}).get("tokens", 0) for split in ("train", "val"))
     if n_val < 512:
         print(f"{n_val} tokens of validation are few; give more text or --val_input=PATH")
-    flags = ""
+    command = f"python train_mdlm.py --data={shlex.quote(str(folder))}"
     if n_train < SMALL_CORPUS or not shutil.which("nvidia-smi"):
         seq_len = min(256, max(2, 1 << n_val.bit_length() >> 2))
         batch = min(4096, max(2 * seq_len, 1 << (n_train - n_train % seq_len).bit_length() >> 1))
-        flags = (" --preset=tiny" + f" --seq_len={seq_len}" * (seq_len < 256)
-                 + f" --batch_tokens={batch}" * (batch < 4096))
-    data = shlex.quote(str(folder))
-    print(f"{folder} is complete; next: python train_mdlm.py --data={data}{flags}")
+        command += " --preset=tiny" + f" --seq_len={seq_len}" * (seq_len < 256)
+        command += f" --batch_tokens={batch}" * (batch < 4096)
+    print(f"{folder} is complete; next: {command}")
 
 
 def main(argv):
