@@ -28,6 +28,7 @@ import difflib
 import glob
 import gzip
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -138,7 +139,7 @@ def parse(argv):
             near = difflib.get_close_matches(flag, [f"--{name}" for name in default], n=1)
             fail(f"{flag}: unknown flag; did you mean {''.join(near) or '--help'}?")
         kind = type(default[key])
-        pattern = r"[1-9](_?\d){,17}" if kind is int else ".+"
+        pattern = r"[1-9](_?\d){,17}" if kind is int else "(?s).+"
         if not re.fullmatch(pattern, value) or key in values and kind is not tuple:
             fail(f"{arg}: give --{key} once" + ", with a whole number above 0" * (kind is int))
         values[key] = values.get(key, ()) + (value,) if kind is tuple else kind(value)
@@ -724,8 +725,8 @@ def report(folder, meta, counts):
 
 
 def main(argv):
-    if argv[:1] in (["-h"], ["--help"]):
-        print(__doc__.strip())
+    if {"-h", "--help"} & set(argv):
+        print(__doc__ + "\n" + inspect.getsource(Config))
         return
     cfg = parse(argv)
     with doing(cfg.out, "once mended, the same command goes on from here"):

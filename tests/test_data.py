@@ -583,6 +583,12 @@ def test_misuse(tmp_path, monkeypatch, capsys, args, said):
     assert {path.name for path in tmp_path.rglob("*")} == {*files, "empty"}
 
 
+def test_help_names_every_flag(capsys):
+    prepare("--help")
+    said = capsys.readouterr().out
+    assert all(f"    {name}: " in said for name in prepare_data.Config.__dataclass_fields__)
+
+
 @pytest.mark.parametrize("args", [["shakespeare"], ["stdlib", "--tokenizer=gpt2"],
                                   ["hf:owner/name"]])
 def test_no_network(tmp_path, args):
