@@ -18,7 +18,7 @@ A shard is the llm.c format: 256 little-endian int32 ([0] 20240520, [1] 1, [2] t
 per token, [4] vocab size), then uint8 or uint16 tokens. Every document starts with bos_id, which
 stands nowhere else. Validation is the source's own, or --val_input, or the documents of lowest hash
 up to 2% of the text, or the last 10% of fewer than 20 documents. The same command after Ctrl-C,
-kill -9 or a full disk goes on from there.
+kill -9 or a full disk goes on after the last file that was finished.
 """
 import bz2
 import contextlib
