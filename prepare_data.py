@@ -8,28 +8,27 @@
     python prepare_data.py finewebedu10B --max_tokens=900_000_000    # published GPT-2 shards
     python prepare_data.py meta FOLDER             # write the meta.json that such shards lack
 
-PATH is a file, a folder, a glob, or - for standard input; --glob='**/*.py' picks files of a folder.
-What a file holds is told by its content: gz, xz, bz2, zst and zip are unpacked; rows of JSON, csv,
-parquet and arrow give their field --text_key (a.b is b in a); all else is text, one document or
-many (--split_on=line, blank, or a separator such as '<|endoftext|>'). --kind=text|json|csv
-overrides that, --encoding reads what is not UTF-8. Tokenizers: byte, gpt2, bpe:N (trained on the
-corpus), or the PATH of a prepared folder, a checkpoint, or a tokenizer.json with byte-level BPE.
-Other flags: --out=FOLDER (data/NAME), --test_input, --max_tokens (of training text),
---shard_tokens, --workers.
+PATH is a file, a folder, a glob, or - for standard input. What it holds is told by its content: gz,
+xz, bz2, zst and zip are unpacked; rows of JSON, csv, parquet and arrow give their field --text_key
+(a.b is b in a); all else is text, one document or many (--split_on). Tokenizers: byte, gpt2, bpe:N
+(trained on the corpus), or the PATH of a prepared folder, a checkpoint, or a tokenizer.json with
+byte-level BPE. All flags are the fields of Config below.
 
 A shard is the llm.c format: 256 little-endian int32 ([0] 20240520, [1] 1, [2] tokens, [3] bytes
-per token, [4] vocab size), then uint8 or uint16 tokens. meta.json, written last, makes a folder
-complete. A document starts with bos_id, which stands nowhere else: text that spells <|endoftext|>
-stays text. Validation is the source's own, or --val_input, or the documents of lowest hash up to 2%
-of the text; a corpus of fewer than 20 documents gives its last 10%. What is removed, replaced or
-left out is reported. The same command after Ctrl-C, kill -9 or a full disk goes on from there.
+per token, [4] vocab size), then uint8 or uint16 tokens. Every document starts with bos_id, which
+stands nowhere else. Validation is the source's own, or --val_input, or the documents of lowest hash
+up to 2% of the text, or the last 10% of fewer than 20 documents. The same command after Ctrl-C,
+kill -9 or a full disk goes on after the last file that was finished.
 """
+import bz2
 import contextlib
 import csv
 import dataclasses
 import difflib
 import glob
+import gzip
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -41,6 +40,7 @@ import shlex
 import shutil
 import sys
 import tempfile
+import time
 import urllib.request
 import zipfile
 from collections import Counter, deque, namedtuple
@@ -51,25 +51,24 @@ import numpy as np
 import pyarrow
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows: no lock, everything else works
-    fcntl = None
-
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
 PIECE_CHARS = 1 << 19  # longest text tokenized in one go, and size of a batch of short ones
-CUT_CHARS = 1 << 16  # how far back from there a safe place to cut is looked for
-SAVE_BATCHES = 32  # batches between two saved positions, which is the most that a kill can lose
+SAVE_SECONDS = 3  # a file that is finished is noted this often
 HASH_CHARS = 1 << 16  # a document's split depends on its start, since the rest may not be read yet
 MAX_ROW = 1 << 26  # longest JSON row, csv field or separated document: it is held whole
 MAX_LOSS = 0.01  # a text of which more characters cannot be decoded is refused
 BPE_CHARS = 50_000_000  # a BPE is trained on this much of the training text, from the start
-FEW_DOCUMENTS, TAIL = 20, 0.1
-VAL_FRACTION, SCAN_DOCUMENTS = 0.02, 2000  # the hash that gives 2% is found on the first 2,000
+FEW_DOCUMENTS, TAIL, VAL_FRACTION = 20, 0.1, 0.02
+SCAN_DOCUMENTS = 2000  # the hash that gives VAL_FRACTION is found on the first of them
 SMALL_CORPUS = 50_000_000  # tokens; the command at the end takes a preset below
-STATE, START = "state.json", {"part": 0, "pieces": 0, "counts": {}, "totals": {}}
+STATE, START = "state.json", {"part": 0, "counts": {}, "totals": {}}
+HIDDEN, HELD_OUT = re.compile(r"(.*/)?(\.|__MACOSX)"), ("val", "test")
 READABLE = re.compile(r".*\.(txt|md|py|jsonl?|ndjson|csv|tsv|parquet|arrow)"
                       r"(\.(gz|xz|zst|bz2|zip))?", re.I)
+NOT_TEXT = re.compile(rb"%PDF|\{\\rtf|\xd0\xcf\x11\xe0|.{257}ustar", re.S)
+JSON = re.compile(r"[\[\s]*\{\s*\"[^\"\n]*\"\s*:")
+HTML = re.compile(r"<(!doctype|!--|\?xml|(html|head|body|title|meta|div|p)\b)", re.I)
+SAFE = re.compile(r".*[^\W_](?=[ \n])", re.DOTALL)  # as much text as may be cut off
 SEPARATORS = {"line": r"\r?\n", "blank": r"\r?\n(?:[ \t]*\r?\n)+"}
 NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 BOS_TEXTS = ("<|endoftext|>", "<|begin_of_text|>", "<s>", "<bos>", "</s>", "<eos>")
@@ -86,20 +85,21 @@ HUB = {  # NAME -> data set, configuration, tokenizer
 }
 SPLITS = {"test": "test", "validation": "val", "valid": "val", "val": "val", "dev": "val",
           "train": "train"}
+SPELLED = "times <|endoftext|> is plain text; if it separates documents: --split_on='<|endoftext|>'"
+REPEATED = "documents left out: the same text is held out, or came before"
+KEPT = "training documents, all there are, are held out, too: the loss tells little"
 NAMES = ("stdlib", "shakespeare", *HUB, "hf:OWNER/NAME", "files", "finewebedu10B", "meta")
-# A file of a corpus. split: None if the corpus's rule decides; stamp: tells a changed file; held:
-# the rows of a file on the hub, the temporary file of standard input.
+# A file of a corpus. split: None = by split_rule; held: rows of the hub, or a temporary file
 Part = namedtuple("Part", "path split stamp held", defaults=[None])
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    name: tuple = ()  # the source; meta FOLDER has two words
+    name: tuple = ()  # the source; for meta, the folder too
     input: tuple = ()  # files: paths, folders, globs, or - for standard input
     val_input: tuple = ()  # validation text, instead of a share of the corpus
-    test_input: tuple = ()  # test text
     glob: str = ""  # files of a folder to read, as in **/*.py; "" = those named as text or rows
-    kind: str = ""  # text, json or csv, instead of what the content looks like
+    as_text: int = 0  # 1: html, JSON and csv are to be read as they stand
     encoding: str = ""  # of text, JSON and csv; "" = UTF-8, or UTF-16 after its mark
     split_on: str = ""  # documents of a text: line, blank, or a separator; "" = one document
     text_key: str = "text"  # field of a row that holds the text
@@ -114,8 +114,7 @@ class Config:
 
 def fail(message):
     """A user's mistake: one line, exit status 2."""
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message[:1000])
-    print(f"prepare_data.py: {line}", file=sys.stderr)
+    print("prepare_data.py:", " ".join(message[:1000].split()), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -127,72 +126,55 @@ def doing(what, remedy):
     except ImportError as error:
         fail(f"{what}: needs a package: pip install {error.name}")
     except Exception as error:
-        fail(f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}; {remedy}")
-
-
-def near(word, choices):
-    match = difflib.get_close_matches(word, choices, n=1)
-    return f"; did you mean {match[0]}?" if match else ""
+        fail(f"{what}: {type(error).__name__}: {str(error)[:300]}; {remedy}")
 
 
 def parse(argv):
     """Command line -> Config."""
-    default = {f.name: f.default for f in dataclasses.fields(Config)}
-    values, key = {}, "name"
+    default, values, key = dataclasses.asdict(Config()), {}, "name"
     for arg in argv:
-        flag, _, value = arg.partition("=") if arg.startswith("--") else ("", "", arg)
-        key = flag[2:] or key
-        if key not in default or flag == "--name":
-            hint = near(flag, [f"--{name}" for name in default])
-            fail(f"{flag}: unknown flag{hint}; --help lists them")
+        flag, _, value = arg.partition("=") if arg.startswith("--") else (f"--{key}", "", arg)
+        key = flag[2:]
+        if key not in default:
+            near = difflib.get_close_matches(flag, [f"--{name}" for name in default], n=1)
+            fail(f"{flag}: unknown flag; did you mean {''.join(near) or '--help'}?")
         kind = type(default[key])
-        if not value or key in values and (flag or kind is not tuple):
-            fail(f"{arg}: write flags once and with a value, --key=VALUE; the source comes first")
-        if kind is int and not re.fullmatch(r"0*[1-9](_?\d){,18}", value):
-            fail(f"{arg}: not a whole number above 0, or too large")
-        values[key] = (*values.get(key, ()), value) if kind is tuple else kind(value)
-    cfg = Config(**values)
-    name, *rest = cfg.name or ("no source",)
-    if name not in NAMES and not re.fullmatch("hf:[^/]+/[^/]+", name):
-        fail(f"{name}: unknown source{near(name, NAMES)}; one of {', '.join(NAMES)}")
-    if len(rest) != (name == "meta") or bool(cfg.input) != (name == "files"):
-        fail(f"{' '.join(cfg.name)}: give one word, but meta FOLDER; files needs --input=PATH")
-    if cfg.kind not in ("", "text", "json", "csv"):
-        fail(f"--kind={cfg.kind}: is one of text, json and csv")
-    usual = HUB[name][2] if name in HUB else "" if name in ("meta", "finewebedu10B") else "byte"
-    out = rest[0] if rest else cfg.out or f"data/{name.removeprefix('hf:').split('/')[-1]}"
-    return dataclasses.replace(cfg, name=name, tokenizer=cfg.tokenizer or usual, out=out)
-
-
-def is_hidden(path):
-    return any(name.startswith((".", "__MACOSX")) for name in Path(path).parts)
+        pattern = r"[1-9](_?\d){,17}" if kind is int else "(?s).+"
+        if not re.fullmatch(pattern, value) or key in values and kind is not tuple:
+            fail(f"{arg}: give --{key} once" + ", with a whole number above 0" * (kind is int))
+        values[key] = values.get(key, ()) + (value,) if kind is tuple else kind(value)
+    name, *rest = values.get("name", ["no source"])
+    if (name not in NAMES and not re.fullmatch("hf:[^/]+/[^/]+", name)
+            or len(rest) != (name == "meta") or ("input" in values) != (name == "files")):
+        fail(f"{name}: give one of {', '.join(NAMES)}; meta goes with a FOLDER, files with --input")
+    values["name"], usual = name, "" if name in ("meta", "finewebedu10B") else "byte"
+    values.setdefault("tokenizer", HUB[name][2] if name in HUB else usual)
+    values.setdefault("out", f"data/{name.removeprefix('hf:').split('/')[-1]}")
+    values["out"] = rest[0] if rest else values["out"]
+    return Config(**values)
 
 
 def local_parts(given, split=None, pattern=""):
     """Paths, folders and globs in the order given, the files of a folder by name."""
     found = {}
     for item in given:
-        path = Path("/dev/stdin" if item == "-" else item).expanduser()
-        if path.is_fifo():  # it could not be read twice
+        path, spool = Path(item).expanduser(), None
+        if item == "-":  # it cannot be read twice
             spool = tempfile.NamedTemporaryFile()
-            with path.open("rb") as pipe:
-                shutil.copyfileobj(pipe, spool)
-            spool.seek(0)
-            stamp = hashlib.file_digest(spool, "sha256").hexdigest()
-            found[path] = Part(spool.name, split, stamp, spool)
-            continue
+            shutil.copyfileobj(sys.stdin.buffer, spool)
+            spool.flush()
+            path = Path(spool.name)
         files = [path] if path.exists() else map(Path, glob.glob(str(path), recursive=True))
         if path.is_dir():
-            files = [p for p in path.glob(pattern or "**/*") if not is_hidden(p.relative_to(path))
-                     and (pattern or READABLE.fullmatch(p.name))]
-        files = sorted(p for p in files if p.is_file())
+            files = [file for file in path.glob(pattern or "**/*")
+                     if not HIDDEN.match(file.relative_to(path).as_posix())
+                     and (pattern or READABLE.fullmatch(file.name))]
+        files = sorted(file for file in files if file.is_file())
         if not files:
-            fail(f"{item}: no such file, or nothing to read in that folder; name files, or pick "
-                 "some of a folder with --glob='**/*.txt'")
-        for path in files:
-            about = path.stat()
-            stamp = f"{path.name} {about.st_size} {about.st_mtime_ns}"
-            found[path.resolve()] = Part(str(path), split, stamp)
+            fail(f"{item}: no such file, or nothing to read there; --glob='**/*.txt' picks files")
+        for file in files:
+            stamp = f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}"
+            found[file.resolve()] = Part(str(file), split, stamp, spool)
     return list(found.values())
 
 
@@ -216,8 +198,7 @@ def hub_parts(cfg):
 
 def corpus(cfg, folder):
     """-> parts, held-out ones first."""
-    remedy = "the same command tries again; or fetch the text by other means and use files"
-    with doing(cfg.name, remedy):
+    with doing(cfg.name, "the same command tries again; or use files that you have"):
         if cfg.name == "files":
             parts = local_parts(cfg.input, pattern=cfg.glob)
         elif cfg.name == "stdlib":  # less the tests, which some systems leave out
@@ -232,12 +213,10 @@ def corpus(cfg, folder):
             parts = local_parts([path])
         else:
             parts = hub_parts(cfg)
-    for split, given in ("val", cfg.val_input), ("test", cfg.test_input):
-        own = local_parts(given, split)
-        parts = own + [part for part in parts if not own or part.split != split]
     if cfg.val_input:
-        parts = [part._replace(split=part.split or "train") for part in parts]
-    return sorted(parts, key=lambda part: {"test": 0, "val": 1}.get(part.split, 2))
+        parts = local_parts(cfg.val_input, "val") + [
+            part._replace(split=part.split or "train") for part in parts if part.split != "val"]
+    return sorted(parts, key=lambda part: part.split not in HELD_OUT)
 
 
 def digest(parts):
@@ -247,50 +226,47 @@ def digest(parts):
 def unpack(name, file):
     """(name, stream) of a file, or of all that is packed in it, by its first bytes."""
     file = io.BufferedReader(file, 1 << 20)
-    head = file.peek(8)
-    packed = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz"}
-    codec = next((packed[magic] for magic in packed if head.startswith(magic)), None)
-    if codec:
-        stream = lzma.open(file) if codec == "xz" else pyarrow.CompressedInputStream(file, codec)
-        yield from unpack(re.sub(r"\.\w+$", "", name), stream)
-    elif head.startswith(b"PK\3\4"):
-        with zipfile.ZipFile(file) as archive:
-            names = [n for n in archive.namelist() if not is_hidden(n) and not n.endswith("/")]
-            if {"mimetype", "[Content_Types].xml"} & set(names):
-                fail(f"{name}: an e-book or an Office document; save it as text")
-            for member in [n for n in names if READABLE.fullmatch(n)] or names:
-                with archive.open(member) as inner:
-                    yield from unpack(f"{name}/{member}", inner)
-    else:
-        yield name, file
+    head = file.peek(300)
+    for magic, opener in {
+        b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open,
+        b"\x28\xb5\x2f\xfd": lambda file: pyarrow.CompressedInputStream(file, "zstd"),
+    }.items():
+        if head.startswith(magic):
+            return (yield from unpack(re.sub(r"\.\w+$", "", name), opener(file)))
+    if not head.startswith(b"PK\3\4"):
+        return (yield name, file)
+    with zipfile.ZipFile(file) as archive:
+        names = [n for n in archive.namelist() if not HIDDEN.match(n) and not n.endswith("/")]
+        if {"mimetype", "[Content_Types].xml"} & set(names):
+            fail(f"{name}: an e-book or an Office document; save it as text")
+        for member in [n for n in names if READABLE.fullmatch(n)] or names:
+            with archive.open(member) as inner:
+                yield from unpack(f"{name}/{member}", inner)
 
 
 def kind_of(name, start, text_key):
-    """What a text is by its name and its start: json, csv, html or text."""
-    line = start.lstrip().partition("\n")[0].strip()
-    columns = re.split("[,;\t]", line)
-    if re.search(r"\.(jsonl?|ndjson)$", name, re.I):
+    """What a text is by its name in lower case and its start: json, csv, html or text."""
+    line = start.lstrip().partition("\n")[0]
+    columns = [column.strip("\" \r") for column in re.split("[,;\t]", line)]
+    is_header = text_key in columns or all(map(str.isidentifier, columns))
+    if name.endswith((".json", ".jsonl", ".ndjson")) or JSON.match(start):
         return "json"
-    if re.search(r"\.[ct]sv$", name, re.I) or len(columns) > 1 and text_key in columns:
+    if name.endswith((".csv", ".tsv")) or len(columns) > 1 and is_header:
         return "csv"
-    if re.match(r"<(!doctype|html|head|body|\?xml)\b", line, re.I):
-        return "html"
-    with contextlib.suppress(ValueError, RecursionError):
-        row = json.JSONDecoder().raw_decode(start.lstrip("[ \t\r\n"))[0]
-        return "json" if row and isinstance(row, dict) else "text"
-    return "text"
+    is_html = HTML.match(line) and not name.endswith(".md")
+    return "html" if is_html or name.endswith((".html", ".htm", ".xhtml", ".xml")) else "text"
 
 
 def json_rows(name, blocks):
     """Rows of JSON, one a line or in an array, parsed as they come."""
-    decoder, between = json.JSONDecoder(parse_int=float), re.compile(r"[\s,\[\]]*")
+    decoder, between = json.JSONDecoder(), re.compile(r"[\s,\[\]]*")
     text, at, n_lines = "", 0, 1
     while True:
         at = between.match(text, at).end()
         try:
             row, at = decoder.raw_decode(text, at)
             yield row
-        except (ValueError, RecursionError) as error:  # of half a row, too: read on
+        except ValueError as error:  # of half a row, too: read on
             n_lines, text, at = n_lines + text.count("\n", 0, at), text[at:], 0
             block = next(blocks, "") if len(text) < MAX_ROW else ""
             if text and not block:
@@ -306,7 +282,7 @@ def separated(name, blocks, separator):
     for block in blocks:
         *whole, rest = re.split(separator, rest + block)
         if len(rest) > MAX_ROW:
-            fail(f"{name}: {len(rest):,} characters without a separator; check --split_on, --kind")
+            fail(f"{name}: {len(rest):,} characters without a separator; check --split_on")
         yield from whole
     yield rest
 
@@ -324,180 +300,146 @@ def table_rows(stream, kind):
 
 def texts_of(cfg, name, rows, counts):
     """Texts in rows; rows without are counted, and refused if they are many."""
-    n_rows, n_missing, held = 0, 0, ""
+    n_rows = n_missing = 0
     for n_rows, row in enumerate(rows, 1):
-        row = text = row if isinstance(row, dict) else {}
+        text = row = row if isinstance(row, dict) else {cfg.text_key: row}
         for key in [cfg.text_key] if cfg.text_key in row else cfg.text_key.split("."):
             text = text.get(key) if isinstance(text, dict) else None
         if isinstance(text, str) and text:
             # JSON may escape half of a surrogate pair, which is no character.
             yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            continue
-        n_missing, held = n_missing + 1, ", ".join(map(str, row))
+        else:
+            n_missing += 1
         if n_missing > max(1000, n_rows / 2):
             break
     if n_missing > n_rows / 2:
         fail(f"{name}: {n_missing:,} of {n_rows:,} rows have no text in the field {cfg.text_key}; "
-             f"they hold: {held}; name another by --text_key (a.b is b in a)")
-    counts["missing"] += n_missing
-
-
-def checked(name, blocks):
-    """Decoded text as it is; what is not text in its encoding is refused."""
-    size = lost = 0
-    for block in blocks:
-        size, lost = size + len(block), lost + block.count("\ufffd") + block.count("\0")
-        if lost > MAX_LOSS * size:
-            fail(f"{name}: {lost:,} of {size:,} characters are not text in UTF-8 or the --encoding "
-                 "given; name another, as in --encoding=gbk, latin-1 or utf-16-le, or leave it out")
-        yield block
+             f"they hold: {', '.join(map(str, row))}; name another by --text_key, or --as_text=1")
+    counts["rows without text skipped"] += n_missing
 
 
 def documents(cfg, name, stream, counts):
     """Texts of a file that is not packed, or blocks of it if it is one document."""
-    head = stream.peek(6)
+    head = stream.peek(300)
     if head.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")):
         rows = table_rows(stream, "parquet" if head.startswith(b"PAR1") else "arrow")
-        return (yield from texts_of(cfg, name, rows, counts))
+        return texts_of(cfg, name, rows, counts)
     encoding = "utf-16" if head.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
     file = io.TextIOWrapper(stream, cfg.encoding or encoding, "replace", newline="")
     start = file.read(PIECE_CHARS)
-    blocks = checked(name, itertools.chain([start], iter(lambda: file.read(PIECE_CHARS), "")))
-    kind = cfg.kind or kind_of(name, start, cfg.text_key)
-    if kind == "html":
-        fail(f"{name}: HTML or XML, whose tags would become training text; extract the text, or "
-             "read it as it stands with --kind=text")
+    blocks = itertools.chain([start], iter(lambda: file.read(PIECE_CHARS), ""))
+    kind = "text" if cfg.as_text else kind_of(name.lower(), start, cfg.text_key)
+    if kind == "html" or NOT_TEXT.match(head) and not cfg.as_text:
+        fail(f"{name}: HTML, XML, PDF, RTF, Word or tar; extract the text, or use --as_text=1")
     if kind == "json":
-        yield from texts_of(cfg, name, json_rows(name, blocks), counts)
-    elif kind == "csv":
+        return texts_of(cfg, name, json_rows(name, blocks), counts)
+    if kind == "csv":
         csv.field_size_limit(MAX_ROW)
         delimiter = max(",\t;", key=start.partition("\n")[0].count)
         lines = (line + "\n" for line in separated(name, blocks, "\n"))
-        yield from texts_of(cfg, name, csv.DictReader(lines, delimiter=delimiter), counts)
-    elif cfg.split_on:
+        return texts_of(cfg, name, csv.DictReader(lines, delimiter=delimiter), counts)
+    if cfg.split_on:
         separator = SEPARATORS.get(cfg.split_on, re.escape(cfg.split_on))
-        yield from (text.strip("\r\n") for text in separated(name, blocks, separator))
-    else:
-        yield blocks
+        return (text.strip("\r\n") for text in separated(name, blocks, separator))
+    return [blocks]
+
+
+def pieces(texts, size):
+    """Texts, or blocks of a text -> (first, text) of at most `size` characters; `first` begins a
+    text. Every pre-tokenizer begins a match at white space after a letter or a digit, so a cut
+    there changes no token; where there is none, text is cut all the same."""
+    for text in texts:
+        first, rest = True, ""
+        for block in [text] if isinstance(text, str) else text:
+            rest += block
+            while len(rest) > size:
+                safe = SAFE.match(rest, 0, size + 1)
+                end = safe.end() if safe else size
+                yield first, rest[:end]
+                first, rest = False, rest[end:]
+        if rest:
+            yield first, rest
 
 
 def read(cfg, part, counts):
-    """A part as blocks (first, text), without NUL, which marks documents; `first` marks the start
-    of a document."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(doing(part.path, "mend, replace or leave out what cannot be read"))
+    """A part as pieces (code, text) without NUL, which marks documents. The code is a hash of the
+    document at its first piece, None at the others."""
+    with doing(part.path, "mend, replace or leave it out"), contextlib.ExitStack() as stack:
         if part.path.startswith("hf:"):
-            found = texts_of(cfg, part.path, part.held, counts)
+            files = [(part.path, texts_of(cfg, part.path, part.held, counts))]
         else:
             file = stack.enter_context(open(part.path, "rb", buffering=0))
-            found = (text for name, stream in unpack(part.path, file)
-                     for text in documents(cfg, name, stream, counts))
-        for text in found:
-            blocks = text
-            if isinstance(text, str):
-                blocks = (text[i:i + PIECE_CHARS] for i in range(0, len(text), PIECE_CHARS))
-            for number, block in enumerate(blocks):
-                counts["nul"] += block.count("\0")
-                counts["invalid"] += block.count("\ufffd")
-                yield number == 0, block.replace("\0", "")
-
-
-def document_hash(text):
-    start = hashlib.blake2b(text[:HASH_CHARS].encode(), digest_size=7)
-    return int.from_bytes(start.digest(), "big")
+            files = ((name, documents(cfg, name, stream, counts))
+                     for name, stream in unpack(part.path, file))
+        for name, texts in files:
+            size = lost = 0
+            for first, text in pieces(texts, PIECE_CHARS):
+                n_nul = text.count("\0")
+                size, lost = size + len(text), lost + n_nul + text.count("\ufffd")
+                if lost > MAX_LOSS * max(size, PIECE_CHARS):
+                    break
+                text = text.replace("\0", "") if n_nul else text
+                start = text[:HASH_CHARS].encode() if first else b""
+                yield first and hashlib.blake2b(start, digest_size=7).hexdigest(), text
+            counts["characters that could not be decoded are U+FFFD, or removed NUL"] += lost
+            if lost > MAX_LOSS * size:
+                fail(f"{name}: {lost:,} of {size:,} characters are not {cfg.encoding or 'UTF-8'}; "
+                     "name its encoding: --encoding=gbk, latin-1, utf-16-le ..")
 
 
 def split_rule(cfg, parts):
-    """How parts without a split of their own are divided; reads them until that is known.
-
-    {"tail": n}: text after n bytes is validation. {"hash": h}: documents hashing to h or less are,
-    as many as 2% of the text holds, one at least.
-    """
-    sizes, code, is_repeat = {}, 0, False
-    blocks = (block for part in parts if not part.split for block in read(cfg, part, Counter()))
-    for first, text in blocks:
-        if first:
-            code = document_hash(text)
-            is_repeat = code in sizes
-        if len(sizes) == SCAN_DOCUMENTS and code not in sizes:
+    """How parts without a split of their own are divided: documents of a hash up to rule["hash"]
+    are validation, about 2% of the text, and so is all after rule["tail"] characters."""
+    sizes, code = {}, None
+    found = (piece for part in parts if not part.split for piece in read(cfg, part, Counter()))
+    for start, text in found:
+        if start and start not in sizes and len(sizes) == SCAN_DOCUMENTS:
             break
-        if not is_repeat:
-            sizes[code] = sizes.get(code, 0) + len(text.encode())
-    if not sizes:
-        return {}
-    total = sum(sizes.values())
+        if start:
+            code = None if start in sizes else start
+        if code:
+            sizes[code] = sizes.get(code, 0) + len(text)
+    total, order = sum(sizes.values()), sorted(sizes)
     if len(sizes) < FEW_DOCUMENTS:
-        return {"tail": total - int(total * TAIL)}
-    order = sorted(sizes)
+        return {"hash": "", "tail": total - int(total * TAIL) if sizes else sys.maxsize}
     n = sum(size <= VAL_FRACTION * total for size in itertools.accumulate(map(sizes.get, order)))
-    return {"hash": order[max(1, n) - 1]}
+    return {"hash": order[max(1, n) - 1], "tail": sys.maxsize}
 
 
 def route(cfg, part, run, counts):
-    """Blocks of a part as (split, first, text), by its own split or by the corpus's rule."""
-    rule, split, is_repeat = run["rule"], part.split, False
-    has_tail = not split and "tail" in rule
-    for first, text in read(cfg, part, counts):
-        if first:
-            code, counts["documents"] = document_hash(text), counts["documents"] + 1
-            if not part.split and "hash" in rule:
-                split = "val" if code <= rule["hash"] else "train"
-            # Held-out text comes first; training, and all under the tail rule, does without it.
-            owner = f"document {counts['documents']}" if has_tail else split
-            is_repeat = run["seen"].get(str(code), owner) != owner
-            if has_tail or part.split in ("val", "test"):
-                run["seen"].setdefault(str(code), owner)
-            counts["kept" if run["keeps"] else "repeated"] += is_repeat
+    """Pieces of a part as (split, first, text), by its own split or by the corpus's rule. Hashes of
+    documents that are not to come again in training are keys of `counts`, too."""
+    rule = {"hash": "", "tail": sys.maxsize} if part.split else run["rule"]
+    for code, text in read(cfg, part, counts):
+        if code:
+            split = part.split or ("val" if code <= rule["hash"] else "train")
+            is_repeat = code in counts and part.split not in HELD_OUT
+            if part.split in HELD_OUT or rule["tail"] < sys.maxsize:
+                counts[code] = 0
+            counts[KEPT if run["keeps"] else REPEATED] += is_repeat
         if is_repeat and not run["keeps"]:
             continue
-        if has_tail:
-            raw, left = text.encode(), max(0, rule["tail"] - counts["tail_bytes"])
-            counts["tail_bytes"] += len(raw)
-            head = raw[:left].decode(errors="ignore")  # ends on a character
-            if left < len(raw):
-                if head:
-                    yield "train", first, head
-                first |= bool(head) or split == "train"
-                text = text[len(head):]
-            split = "val" if left < len(raw) else "train"
-        yield split, first, text
+        left = max(0, rule["tail"] - counts["characters"])
+        counts["characters"] += len(text)
+        for name, half in (split, text[:left]), ("val", text[left:]):
+            if half:
+                yield name, bool(code) or name != split, half
+                split = name
 
 
-def pieces(blocks, size):
-    """Blocks -> (split, first, text) of at most `size` characters, cut alike for any blocks. Every
-    pre-tokenizer begins a match at white space after a letter or a digit, so a cut there changes no
-    token; where there is none, text is cut all the same."""
-    split, first, text = None, True, ""
-    for next_split, next_first, block in itertools.chain(blocks, [(None, True, "")]):
-        if next_first:
-            if text:
-                yield split, first, text
-            split, first, text = next_split, True, ""
-        text += block
-        while len(text) > size:
-            end, low = size, max(0, size - CUT_CHARS)
-            while end > low and not (text[end] in " \n" and text[end - 1].isalnum()):
-                end = max(text.rfind(" ", low, end), text.rfind("\n", low, end))
-            end = end if end > low else size
-            yield split, first, text[:end]
-            first, text = False, text[end:]
-
-
-def batches(cfg, parts, run, position, is_wanted):
-    """(position, pieces): a run that has written these goes on from that position."""
-    batch, size, counts = [], 0, Counter(position["counts"])
-    for index in range(position["part"], len(parts)):
-        before, skip = dict(counts), position["pieces"] * (index == position["part"])
-        blocks = route(cfg, parts[index], run, counts)
-        for number, piece in enumerate(pieces(blocks, PIECE_CHARS), 1):
-            counts["spelled"] += piece[2].count(BOS_TEXTS[0])
-            if number > skip and is_wanted(piece[0]):
-                batch.append(piece)
-                size += len(piece[2])
+def batches(cfg, parts, run):
+    """(state, pieces): a run that has written these goes on from that state, unless it is None."""
+    counts = Counter(run["counts"])
+    for index in range(run["part"], len(parts)):
+        batch, size = [], 0
+        for piece in route(cfg, parts[index], run, counts):
+            counts[SPELLED] += piece[2].count(BOS_TEXTS[0])
+            batch.append(piece)
+            size += len(piece[2])
             if size >= PIECE_CHARS:
-                yield {"part": index, "pieces": number, "counts": before}, batch
+                yield None, batch
                 batch, size = [], 0
-    yield {"part": len(parts), "pieces": 0, "counts": dict(counts)}, batch
+        yield {"part": index + 1, "counts": dict(counts)}, batch
 
 
 def tokenizer_meta(name, table=None, pattern=None, bos_id=0):
@@ -509,10 +451,13 @@ def tokenizer_meta(name, table=None, pattern=None, bos_id=0):
                     strict=True))
 
 
+def dtype_of(meta):
+    return np.dtype("<u2" if meta["vocab_size"] > 256 else "<u1")
+
+
 def make_encoder(meta):
-    """-> dtype of ids, and a function: pieces -> [(split, ids)], in order."""
+    """-> a function: pieces -> [(split, ids)], in order."""
     table, bos_id, name = meta["token_bytes"], meta["bos_id"], meta["tokenizer"]
-    dtype = np.dtype("<u2" if meta["vocab_size"] > 256 else "<u1")
     if table:
         import tiktoken
         ranks = {t.encode("latin-1"): i for i, t in enumerate(table) if t and i != bos_id}
@@ -528,10 +473,10 @@ def make_encoder(meta):
             text = "".join("\0" * first + text for _, first, text in group)
             ids = (bpe.encode_to_numpy(text, allowed_special={"\0"}) if table else
                    np.frombuffer(text.encode(), np.uint8))
-            runs.append((split, ids.astype(dtype)))
+            runs.append((split, ids.astype(dtype_of(meta))))
         return runs
 
-    return dtype, encode
+    return encode
 
 
 def hf_tokenizer(name, hf):
@@ -550,17 +495,28 @@ def hf_tokenizer(name, hf):
     bos_id = next((added[text] for text in BOS_TEXTS if text in added), len(table))
     meta = tokenizer_meta(name, table + [""] * (bos_id == len(table)), pattern, bos_id)
     text = f"{__doc__} d\u00e9j\u00e0 \u65e5\u672c, don't\n\n\tx = [-1]!\n"
-    text = text.replace(BOS_TEXTS[0], "")
-    [(_, ids)] = make_encoder(meta)[1]([("", False, text)])
+    [(_, ids)] = make_encoder(meta)([("", False, text)])
     if ids.tolist() != hf.encode(text, add_special_tokens=False).ids:
         fail(f"--tokenizer={name}: cuts text in a way that this program does not; use another")
     return meta
 
 
+def training_texts(cfg, parts, run):
+    """What a BPE is trained on, in short texts: the trainer holds 256, each with much besides."""
+    n, counts = 0, Counter()
+    found = (piece for part in parts if part.split not in HELD_OUT
+             for piece in route(cfg, part, run, counts))
+    for _, text in pieces((text for split, _, text in found if split == "train"), 1 << 14):
+        n += len(text)
+        if n > BPE_CHARS:
+            return
+        yield text
+
+
 def train_bpe(name, texts):
     """A BPE of so many tokens over texts, the document start the last of them."""
     import tokenizers as hf
-    size, byte_level = int(name.partition(":")[2]) - 1, hf.pre_tokenizers.ByteLevel
+    size, byte_level = int(name.removeprefix("bpe:")) - 1, hf.pre_tokenizers.ByteLevel
     model = hf.Tokenizer(hf.models.BPE())
     model.pre_tokenizer = byte_level(add_prefix_space=False, use_regex=True)
     model.train_from_iterator(texts, hf.trainers.BpeTrainer(
@@ -570,31 +526,18 @@ def train_bpe(name, texts):
     return hf_tokenizer(name, model)
 
 
-def training_texts(cfg, parts, run):
-    """What a BPE is trained on, in short texts: the trainer holds 256, each with much besides."""
-    blocks = (block for part in parts if part.split in (None, "train")
-              for block in route(cfg, part, {**run, "seen": {}}, Counter()))
-    n = 0
-    for split, _, text in pieces(blocks, 1 << 14):
-        n += len(text) * (split == "train")
-        if n > BPE_CHARS:
-            return
-        if split == "train":
-            yield text
-
-
 def make_tokenizer(name, texts):
     """A tokenizer by its name, or from a prepared folder, a checkpoint or a tokenizer.json."""
-    if name == "byte":
-        return tokenizer_meta("byte")
-    if name == "gpt2":
-        with doing("--tokenizer=gpt2", "connect once, or set TIKTOKEN_CACHE_DIR to its folder"):
+    remedy = ("give byte, gpt2 (from the network or TIKTOKEN_CACHE_DIR), bpe:N as in bpe:8192, or "
+              "the path of a prepared folder, a checkpoint or a byte-level tokenizer.json")
+    with doing(f"--tokenizer={name}", remedy):
+        if name == "byte":
+            return tokenizer_meta("byte")
+        if name == "gpt2":
             import tiktoken
             ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
-        table = [token.decode("latin-1") for token in sorted(ranks, key=ranks.get)]
-        return tokenizer_meta("gpt2", [*table, ""], GPT2_PATTERN, len(table))
-    with doing(f"--tokenizer={name}", "give byte, gpt2, bpe:N as in bpe:8192, or the path of a "
-               "prepared folder, a checkpoint or a byte-level tokenizer.json"):
+            table = [token.decode("latin-1") for token in sorted(ranks, key=ranks.get)]
+            return tokenizer_meta("gpt2", [*table, ""], GPT2_PATTERN, len(table))
         if name.startswith("bpe:"):
             return train_bpe(name, texts)
         file = Path(name)
@@ -611,224 +554,154 @@ def make_tokenizer(name, texts):
         return {key: saved[key] for key in TOKENIZER_KEYS}
 
 
-def write_atomically(path, data):
-    temporary = path.with_name(path.name + ".tmp")
+def write_atomically(path, *chunks):
+    temporary = path.with_name(path.name + ".new")
     with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+        file.writelines(chunks)
     os.replace(temporary, path)
 
 
-def take_back(folder, totals, cfg, width):
-    """Remove what an earlier run wrote beyond these tokens of each split."""
-    for path in folder.glob("*.bin*"):
-        if not (match := re.fullmatch(r"(train|val|test)_(\d{6})\.bin(\.tmp)?", path.name)):
-            continue
-        split, index, _ = match.groups()
-        n = totals.get(split, 0) - (int(index) - (split == "train")) * cfg.shard_tokens
-        path = path.rename(folder / f"{split}_{index}.bin.tmp")
-        if n <= 0:
-            path.unlink()
-        else:
-            os.truncate(path, HEADER_BYTES + min(n, cfg.shard_tokens) * width)
-
-
-def append(folder, cfg, split, tokens, totals):
-    """Write tokens to the split's shards, under temporary names."""
-    while tokens.size:
-        index, n = divmod(totals[split], cfg.shard_tokens)
-        name = f"{split}_{index + (split == 'train'):06d}.bin.tmp"
-        part = tokens[:cfg.shard_tokens - n]
-        with (folder / name).open("ab") as file:
-            file.write(b"" if n else bytes(HEADER_BYTES))
-            file.write(part.data)
-        totals[split] += part.size
-        tokens = tokens[part.size:]
-
-
-def finish(folder, dtype, vocab_size):
-    """Give the shards, whole now, their headers and names."""
-    for path in sorted(folder.glob("*.bin.tmp")):
-        header = np.zeros(256, "<i4")
-        n = (path.stat().st_size - HEADER_BYTES) // dtype.itemsize
-        header[:5] = MAGIC, VERSION, n, dtype.itemsize, vocab_size
-        with path.open("r+b") as file:
-            file.write(header.data)
-            file.flush()
-            os.fsync(file.fileno())
-        path.rename(path.with_suffix(""))
-
-
-def describe(folder, meta, dtype):
+def describe(folder, meta):
     """Check and count the shards of a folder -> what meta.json says of splits and shards."""
-    splits, shards, size = {}, {}, meta["vocab_size"]
+    splits, shards, size, dtype = {}, {}, meta["vocab_size"], dtype_of(meta)
     for path in sorted(folder.glob("*.bin")):
         match = re.fullmatch(r"(?:.*_)?(train|val|test)(_\d+)?\.bin", path.name)
-        header, n = [*np.fromfile(path, "<i4", 256), 0, 0, 0, 0, 0][:5], 1 << 20
-        tokens = np.memmap(path, dtype)[HEADER_BYTES // dtype.itemsize:]
-        counts = sum(np.bincount(tokens[i:i + n], minlength=1 << 16)
-                     for i in range(0, max(1, len(tokens)), n))
-        if not match or counts[size:].any() or header[:3] != [MAGIC, VERSION, len(tokens)] or (
-                header[3] not in (0, dtype.itemsize) or header[4] not in (0, size)):
-            fail(f"{path}: not a whole llm.c shard of {meta['tokenizer']} tokens; fetch or make it "
-                 "again, name its vocabulary by --tokenizer, or move it away")
-        found = {"tokens": len(tokens), "bytes": int(counts[:size] @ np.array(meta["byte_length"])),
-                 "documents": int(counts[meta["bos_id"]])}
-        splits.setdefault(match[1], Counter()).update(found)
-        with path.open("rb") as file:
-            shards[path.name] = found | {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        raw = np.memmap(path)
+        header, tokens = raw[:20].view("<i4").tolist(), raw[HEADER_BYTES:].view(dtype)
+        counts = sum(np.bincount(part, minlength=1 << 16)
+                     for part in np.array_split(tokens, 1 + len(tokens) // (1 << 20)))
+        if (not match or counts[size:].any() or header[:3] != [MAGIC, VERSION, len(tokens)]
+                or header[3] not in (0, dtype.itemsize) or header[4] not in (0, size)):
+            fail(f"{path}: not a whole llm.c shard of {meta['tokenizer']} tokens; see --tokenizer")
+        n_bytes = int(counts[:size] @ np.array(meta["byte_length"]))
+        splits.setdefault(match[1], Counter()).update(
+            tokens=len(tokens), bytes=n_bytes, documents=int(counts[meta["bos_id"]]))
+        shards[path.name] = {"tokens": len(tokens), "sha256": hashlib.sha256(raw).hexdigest()}
     return {"splits": splits, "shards": shards}
 
 
-def in_order(pool, work, stream, ahead):
-    """(position, work(batch)) in the order of the stream, at most `ahead` batches under way."""
-    pending = deque()
-    for position, batch in stream:
-        pending.append((position, pool.submit(work, batch)))
-        if len(pending) > ahead:
-            position, future = pending.popleft()
-            yield position, future.result()
-    for position, future in pending:
-        yield position, future.result()
-
-
-def tokenize(cfg, parts, encode, folder, run):
-    """The pipeline: this thread reads and writes in order, the workers tokenize."""
-    limits, is_tail = {"train": cfg.max_tokens} if cfg.max_tokens else {}, "tail" in run["rule"]
-    if limits and "hash" in run["rule"]:  # half the usual share: training is seldom full before
-        limits["val"] = math.ceil(VAL_FRACTION / 2 * cfg.max_tokens)
-    position = earlier = run["positions"][0]
-    totals = Counter(position["totals"])
-
-    def room(split):
-        return limits.get(split, sys.maxsize) - totals[split]
-
-    n_workers = cfg.workers or os.cpu_count()
-    stream = batches(cfg, parts, run, position, lambda split: room(split) > 0)
+def tokenize(cfg, parts, folder, run):
+    """Write the tokens of every split to a file; a later run goes on from what `run` saves."""
+    totals, pending, saved, rule = Counter(run["totals"]), deque(), time.monotonic(), run["rule"]
+    encode, itemsize = make_encoder(run["tokenizer"]), dtype_of(run["tokenizer"]).itemsize
+    for path in folder.glob("*.tokens"):  # an earlier run may have written more than it saved
+        os.truncate(path, totals[path.stem] * itemsize)
+    max_train, n_workers = cfg.max_tokens or sys.maxsize, cfg.workers or os.cpu_count()
     bar = tqdm(total=cfg.max_tokens or None, unit="tok", unit_scale=True, disable=None)
     with ThreadPoolExecutor(n_workers) as pool, bar:
-        found = in_order(pool, encode, stream, 2 * n_workers)
-        for number, (reached, runs) in enumerate(found, 1):
-            for split, tokens in runs:
-                append(folder, cfg, split, tokens[:room(split)], totals)
-            bar.set_description(f"file {min(reached['part'] + 1, len(parts))} of {len(parts)}")
+        flush = [(None, [])] * 2 * n_workers
+        for state, batch in itertools.chain(batches(cfg, parts, run), flush):
+            pending.append((state, pool.submit(encode, batch)))
+            if len(pending) <= len(flush):
+                continue
+            state, future = pending.popleft()
+            for split, tokens in future.result():
+                room = max_train - totals["train"] if split == "train" else tokens.size
+                with (folder / f"{split}.tokens").open("ab") as file:
+                    file.write(tokens[:room].data)
+                totals[split] += min(room, tokens.size)
             bar.update(totals.total() - bar.n)
-            if number % SAVE_BATCHES == 0 and reached["part"] < len(parts):
-                earlier = position if reached["part"] > position["part"] else earlier
-                n = len(parts) if is_tail else reached["part"] + 1
-                position = {**reached, "totals": dict(totals), "inputs": digest(parts[:n])}
-                run["positions"] = [position, earlier]
+            run |= {**(state or {}), "totals": dict(totals)}
+            if state and time.monotonic() - saved >= SAVE_SECONDS:
+                run["inputs"] = digest(parts[:run["part"]])
                 write_atomically(folder / STATE, json.dumps(run).encode())
-            # Under the tail rule validation comes last: reading goes on past a full training split
-            if limits and not is_tail and not any(room(split) > 0 for split in limits):
+                saved = time.monotonic()
+            if totals["train"] >= max_train and totals["val"] and rule["tail"] == sys.maxsize:
                 break
-    return Counter(reached["counts"]) | totals
 
 
 def resume(cfg, folder, parts, settings):
     """What an unfinished run has saved, as far as its inputs are the same, or a new run."""
-    run = {"settings": settings, "seen": {}, "keeps": False}
+    new = {"settings": settings, "rule": split_rule(cfg, parts), "keeps": False, **START}
     if (folder / STATE).exists():
-        saved = json.loads((folder / STATE).read_bytes())
-        for position in saved["positions"] if saved["settings"] == settings else ():
-            n = len(parts) if "tail" in saved["rule"] else position["part"] + 1
-            if position.get("inputs") == digest(parts[:n]):
-                print(f"{cfg.name}: going on from an earlier run", file=sys.stderr)
-                return saved | {"positions": [position]}
+        run = json.loads((folder / STATE).read_bytes())
+        same = settings, new["rule"], digest(parts[:run["part"]])
+        if same == (run["settings"], run["rule"], run["inputs"]):
+            print(f"{cfg.name}: going on from an earlier run", file=sys.stderr)
+            return run
         print(f"{folder}: begun with other settings or files; starting over", file=sys.stderr)
-    elif path := next(folder.glob("*.bin"), None):
-        fail(f"{path}: of another origin; give another --out")
-    return run | {"rule": split_rule(cfg, parts), "positions": [START]}
+    elif [*folder.glob("*.bin")] and not [*folder.glob("*.tokens")]:
+        fail(f"{folder}: holds shards of another origin; give another --out")
+    return new | {"tokenizer": make_tokenizer(cfg.tokenizer, training_texts(cfg, parts, new))}
 
 
-def build(cfg, folder, parts, settings):
-    """Write all but meta.json -> its content, and counts of what was odd in the text."""
+def from_text(cfg, folder, parts, settings):
+    """Write the shards -> their tokenizer, and counts of what was odd in the text."""
+    run = resume(cfg, folder, parts, settings)
+    tokenize(cfg, parts, folder, run)
+    if not run["totals"].get("train") and run["counts"].get(REPEATED):
+        run |= {"keeps": True, **START}  # all of the text is held out, too
+        tokenize(cfg, parts, folder, run)
+    for split in "train", "val":
+        if not run["totals"].get(split):
+            fail(f"{cfg.name}: no text for {split}; give more text or --val_input=PATH")
+    for path in folder.glob("*.bin"):  # of a run that was killed at this point
+        path.unlink()
+    dtype, header = dtype_of(run["tokenizer"]), np.zeros(256, "<i4")
+    for path in folder.glob("*.tokens"):
+        tokens = np.memmap(path, dtype)
+        for number, start in enumerate(range(0, len(tokens), cfg.shard_tokens)):
+            shard = tokens[start:start + cfg.shard_tokens]
+            header[:5] = MAGIC, VERSION, len(shard), dtype.itemsize, run["tokenizer"]["vocab_size"]
+            name = f"{path.stem}_{number + (path.stem == 'train'):06d}.bin"
+            write_atomically(folder / name, header.data, shard.data)
+    return run["tokenizer"], run["counts"]
+
+
+def from_shards(cfg, folder):
+    """Fetch shards, or take those that are there -> their tokenizer."""
     if cfg.name == "finewebedu10B":
         import huggingface_hub
         n = min(PUBLISHED_SHARDS, math.ceil((cfg.max_tokens or sys.maxsize) / PUBLISHED_TOKENS))
         for name in "val_000000", *(f"train_{i + 1:06d}" for i in range(n)):
-            with doing(f"{cfg.name}: the Hugging Face hub", "the same command tries again"):
-                huggingface_hub.hf_hub_download(PUBLISHED, f"finewebedu_{name}.bin",
-                                                repo_type="dataset", local_dir=folder)
-    if parts:
-        run = resume(cfg, folder, parts, settings)
-        if "tokenizer" not in run:
-            run["tokenizer"] = make_tokenizer(cfg.tokenizer, training_texts(cfg, parts, run))
-        meta, totals = run["tokenizer"], run["positions"][0]["totals"]
-        dtype, encode = make_encoder(meta)
-        take_back(folder, totals, cfg, dtype.itemsize)
-        counts = tokenize(cfg, parts, encode, folder, run)
-        if not counts["train"] and counts["repeated"]:  # all of it is held out, too: keep it
-            run |= {"keeps": True, "positions": [START]}
-            take_back(folder, {}, cfg, dtype.itemsize)
-            counts = tokenize(cfg, parts, encode, folder, run)
-        for split in "train", "val":
-            if not counts[split]:
-                fail(f"{cfg.name}: no text for {split}; give more text or --val_input=PATH")
-        finish(folder, dtype, meta["vocab_size"])
-        source = ", ".join(Path(part.path).name for part in parts[:9]) + ", ..." * (len(parts) > 9)
-    else:
-        widths = [np.fromfile(path, "<i4", 256)[3:4] for path in folder.glob("*.bin")]
-        if not widths:
-            fail(f"{folder}: no such folder, or no *train*.bin or *val*.bin there")
-        meta = make_tokenizer(cfg.tokenizer or ("byte" if 1 in widths else "gpt2"), ())
-        dtype, counts = make_encoder(meta)[0], Counter()
-        source = PUBLISHED if cfg.name == "finewebedu10B" else "shards made elsewhere"
-    return {"format": 1, "name": cfg.name, "source": source, **meta,
-            **describe(folder, meta, dtype)}, counts
-
-
-def hold(folder, lock):
-    """Keep other processes out of a folder until the lock is closed."""
-    if not fcntl:
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    lock.callback(os.close, handle)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fail(f"{folder}: another process is at work there; wait for it, or give another --out")
-    except OSError:
-        pass  # a file system without locks
+            huggingface_hub.hf_hub_download(PUBLISHED, f"finewebedu_{name}.bin",
+                                            repo_type="dataset", local_dir=folder)
+    widths = [np.fromfile(path, "<i4", 256)[3:4] for path in folder.glob("*.bin")]
+    if not widths:
+        fail(f"{folder}: no such folder, or no *train*.bin or *val*.bin there")
+    return make_tokenizer(cfg.tokenizer or ("byte" if 1 in widths else "gpt2"), ())
 
 
 def prepare(cfg):
     """Make the folder complete, from whatever state it is in."""
     folder, path = Path(cfg.out), Path(cfg.out, "meta.json")
-    is_text, made = cfg.name not in ("meta", "finewebedu10B"), {}
+    is_text = cfg.name not in ("meta", "finewebedu10B")
     missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    lock = contextlib.ExitStack()
+    lock = (folder / "lock").open("w")
     try:
-        hold(folder, lock)
-        if path.exists():
-            made = json.loads(path.read_bytes())
+        import fcntl
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"{folder}: another process is at work there; wait for it, or give another --out")
+    except (ImportError, OSError):
+        pass  # Windows, or a file system without locks
+    try:
+        made = json.loads(path.read_bytes())["settings"] if path.exists() else {}
         parts = corpus(cfg, folder) if is_text and (cfg.name == "files" or not made) else []
         settings = {key: value for key, value in dataclasses.asdict(cfg).items()
                     if not key.endswith("input") and key not in ("out", "workers")}
         now = settings | ({"inputs": digest(parts)} if cfg.name == "files" else {})
-        differs = [key for key in now if made and made["settings"].get(key) != now[key]]
-        if differs and (is_text or made["name"] != cfg.name):
-            fail(f"{folder}: holds a data set of another {', '.join(differs)}; give another --out, "
-                 "or delete that folder")
-        if made and not differs:
+        if made == now:
             print(f"{folder} is complete; nothing to do")
             return
-        meta, counts = build(cfg, folder, parts, settings)
-        write_atomically(path, json.dumps(meta | {"settings": now}).encode() + b"\n")
+        if made and (is_text or made["name"] != cfg.name):
+            differs = ", ".join(key for key in now if made.get(key) != now[key])
+            fail(f"{folder}: holds data of another {differs}; delete it or give another --out")
+        meta, counts = (from_text(cfg, folder, parts, settings) if is_text else
+                        (from_shards(cfg, folder), {}))
+        meta = {"name": cfg.name, **meta, **describe(folder, meta), "settings": now}
+        write_atomically(path, json.dumps(meta).encode(), b"\n")
         (folder / STATE).unlink(missing_ok=True)
-    except BaseException:
-        if not (folder / STATE).exists():  # nothing is saved, so nothing is left behind
-            for shard in folder.glob("*.bin.tmp"):
-                shard.unlink()
+        report(folder, meta, counts)
+    finally:
+        lock.close()
+        if not (folder / STATE).exists():  # nothing to go on from is left behind
+            for leftover in *folder.glob("*.tokens"), *folder.glob("*.new"), folder / "lock":
+                leftover.unlink()
             with contextlib.suppress(OSError):
                 for parent in missing:
                     parent.rmdir()
-        raise
-    finally:
-        lock.close()
-    report(folder, meta, counts)
 
 
 def report(folder, meta, counts):
@@ -836,47 +709,35 @@ def report(folder, meta, counts):
     for split, total in meta["splits"].items():
         print(f"{split:5} {total['tokens']:13,} tokens {total['bytes']:13,} bytes "
               f"{total['bytes'] / total['tokens']:.3f} bytes/token {total['documents']:,} docs")
-    for key, text in {
-        "invalid": "characters that could not be decoded are U+FFFD",
-        "nul": "NUL characters removed", "missing": "rows without text skipped",
-        "repeated": "documents left out: the same text is held out, or came before",
-        "kept": "training documents, all there are, are held out, too: the loss tells little",
-    }.items():
-        if counts[key]:
-            print(f"{counts[key]:,} {text}")
-    if counts["spelled"] > 1:
-        print(f"{counts['spelled']:,} spellings of {BOS_TEXTS[0]} are plain text; if they separate "
-              f"documents, use --split_on='{BOS_TEXTS[0]}'")
+    for said, n in counts.items():
+        if n and " " in said:
+            print(f"{n:,} {said}")
     n_train, n_val = (meta["splits"].get(split, {}).get("tokens", 0) for split in ("train", "val"))
-    seq_len, batch, flags = 256, 4096, ""
-    if n_train < SMALL_CORPUS or not shutil.which("nvidia-smi"):
-        while seq_len > 8 and 2 * seq_len > n_val:
-            seq_len //= 2
-        while batch > 2 * seq_len and batch > n_train // seq_len * seq_len:
-            batch //= 2
-        flags = (" --preset=tiny" + f" --seq_len={seq_len}" * (seq_len < 256)
-                 + f" --batch_tokens={batch}" * (batch < 4096))
     if n_val < 512:
-        print(f"{n_val} tokens for validation are few: two windows of --seq_len are needed; give "
-              "more text or --val_input=PATH")
-    data = shlex.quote(str(folder))
-    print(f"{folder} is complete; next: python train_mdlm.py --data={data}{flags}")
+        print(f"{n_val} tokens of validation are few; give more text or --val_input=PATH")
+    command = f"python train_mdlm.py --data={shlex.quote(str(folder))}"
+    if n_train < SMALL_CORPUS or not shutil.which("nvidia-smi"):
+        seq_len = min(256, max(2, 1 << n_val.bit_length() >> 2))
+        batch = min(4096, max(2 * seq_len, 1 << (n_train - n_train % seq_len).bit_length() >> 1))
+        command += " --preset=tiny" + f" --seq_len={seq_len}" * (seq_len < 256)
+        command += f" --batch_tokens={batch}" * (batch < 4096)
+    print(f"{folder} is complete; next: {command}")
 
 
 def main(argv):
-    if argv[:1] in (["-h"], ["--help"]):
-        print(__doc__.strip())
+    if {"-h", "--help"} & set(argv):
+        print(__doc__ + "\n" + inspect.getsource(Config))
         return
     cfg = parse(argv)
-    try:
-        with doing(cfg.out, "once mended, the same command goes on from here"):
-            prepare(cfg)
-    except KeyboardInterrupt:
-        print("prepare_data.py: interrupted; the same command goes on from here", file=sys.stderr)
-        raise SystemExit(130) from None
+    with doing(cfg.out, "once mended, the same command goes on from here"):
+        prepare(cfg)
 
 
 if __name__ == "__main__":
     for stream in sys.stdout, sys.stderr:
         stream.reconfigure(errors="backslashreplace")
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        print("prepare_data.py: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
