@@ -423,12 +423,25 @@ def flops_per_token(cfg, n_weights):
     return 6 * (n_weights + head) + 6 * cfg.n_layer * cfg.n_embd * cfg.seq_len
 
 
+CPU_SHORT = 512  # positions
+N_STRIPS = 4
+
+
 def attend(q, k, v, ctx):
     """Every position sees itself and those before it.
     q (B, H, T, d), k and v (B, Hkv, T, d) -> (B, H, T, d)"""
-    # On a CPU, too, this skips what is masked, which plain products compute.
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True,
-                                          enable_gqa=q.size(1) != k.size(1))
+    T, is_grouped = q.size(2), q.size(1) != k.size(1)
+    if q.device.type != "cpu" or T > CPU_SHORT:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=is_grouped)
+    # Plain products, twice as fast at this length, by strips of queries and the keys up to them.
+    k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))
+    width, parts, at = math.ceil(T / N_STRIPS), [], torch.arange(T)
+    for start in range(0, T, width):
+        end = min(start + width, T)
+        scores = (q[:, :, start:end] * q.size(-1) ** -0.5) @ k[:, :, :end].transpose(-1, -2)
+        scores = scores.float().masked_fill(at[:end] > at[start:end, None], -math.inf)
+        parts.append(scores.softmax(-1).type_as(v) @ v[:, :, :end])
+    return torch.cat(parts, 2)
 
 
 class Model(Trunk):
