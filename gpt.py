@@ -435,12 +435,14 @@ def attend(q, k, v, ctx):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=is_grouped)
     # Plain products, twice as fast at this length, by strips of queries and the keys up to them.
     k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))
-    width, parts, at = math.ceil(T / N_STRIPS), [], torch.arange(T)
-    for start in range(0, T, width):
-        end = min(start + width, T)
-        scores = (q[:, :, start:end] * q.size(-1) ** -0.5) @ k[:, :, :end].transpose(-1, -2)
-        scores = scores.float().masked_fill(at[:end] > at[start:end, None], -math.inf)
-        parts.append(scores.softmax(-1).type_as(v) @ v[:, :, :end])
+    q, k, v = (x.split(math.ceil(T / N_STRIPS), 2) for x in (q * q.size(-1) ** -0.5, k, v))
+    parts = []
+    for i in range(len(q)):
+        keys, values = (torch.cat(x[:i + 1], 2) for x in (k, v))
+        scores = (q[i] @ keys.transpose(-1, -2)).float()  # (B, H, width, end of the strip)
+        future = torch.ones(scores.shape[2:], dtype=torch.bool).triu(1 + i * q[0].size(2))
+        scores = scores.masked_fill(future, -math.inf)
+        parts.append(scores.softmax(-1).type_as(values) @ values)
     return torch.cat(parts, 2)
 
 

@@ -493,19 +493,23 @@ def attend(q, k, v, ctx):
         return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=is_grouped)
     # Plain products by strips of whole blocks. Its own part of the noised copy, and the clean copy
     # up to its end, are all that the queries of a strip see.
-    k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))
-    q = (q * q.size(-1) ** -0.5).unflatten(2, (-1, T))  # (B, H, 2 or 1, T, d)
-    mask = mask.unflatten(2, (-1, T))  # (B or 1, 1, 2 or 1, T, 2T)
     width, parts = math.ceil(T / block_len / N_STRIPS) * block_len, []
-    for start in range(0, T, width):
+
+    def strips(x):
+        """(.., T or 2T, d) -> the strips of each copy."""
+        return [half.split(width, 2) for half in x.split(T, 2)]
+
+    k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))
+    q, k, v, mask = map(strips, (q * q.size(-1) ** -0.5, k, v, mask))
+    for i, start in enumerate(range(0, T, width)):
         end = min(start + width, T)
-        keys, values = (torch.cat((x[:, :, start:end], x[:, :, T:T + end]), 2) for x in (k, v))
-        seen = torch.cat((mask[..., start:end, start:end], mask[..., start:end, T:T + end]), -1)
-        scores = q[:, :, :, start:end].flatten(2, 3) @ keys.transpose(-1, -2)
-        scores = scores.float().masked_fill(~seen.flatten(2, 3), -math.inf)
-        part = scores.softmax(-1).type_as(v) @ values
-        parts.append(part.unflatten(2, (-1, end - start)))  # (B, H, 2 or 1, width, d)
-    return torch.cat(parts, 3).flatten(2, 3)
+        queries, seen = (torch.cat([half[i] for half in x], 2) for x in (q, mask))
+        keys, values = (torch.cat((x[0][i], *x[1][:i + 1]), 2) for x in (k, v))
+        seen = torch.cat((seen[..., start:end], seen[..., T:T + end]), -1)
+        scores = (queries @ keys.transpose(-1, -2)).float().masked_fill(~seen, -math.inf)
+        y = scores.softmax(-1).type_as(values) @ values
+        parts.append(y.chunk(len(q), 2))  # (B, H, width, d) each
+    return torch.cat([part for half in zip(*parts, strict=True) for part in half], 2)
 
 
 class Model(Trunk):

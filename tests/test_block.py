@@ -399,8 +399,7 @@ MUTANTS = {
         "math.ceil(T / block_len / N_STRIPS) * block_len", "math.ceil(T / N_STRIPS)",
         (check_flex_attention, check_one_block_is_mdlm)),
     "a strip sees too little": (
-        "x[:, :, T:T + end]), 2)", "x[:, :, T + start:T + end]), 2)",
-        (check_flex_attention, check_mask)),
+        "*x[1][:i + 1]), 2)", "*x[1][:max(i, 1)]), 2)", (check_flex_attention,)),
     "a weight of 1/k with an eps": (
         "weight = size / k if", "weight = size / (k + 0.3) if",
         (check_bound_of_toys, check_counts)),
