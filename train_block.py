@@ -458,7 +458,7 @@ def sees(q, k, T, block_len):
     """Does query q attend to key k? 0..T-1 is the noised copy, T..2T-1 the clean one. These are
     M_BD, M_OBC and M_BC of arXiv 2503.09573, section 3.1 and its appendix on masks."""
     q_block, k_block = q % T // block_len, k % T // block_len
-    same_half = (q < T) == (k < T)
+    same_half = q // T == k // T
     return (q_block == k_block) & same_half | (k_block < q_block) & (k >= T)
 
 
