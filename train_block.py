@@ -458,37 +458,14 @@ def sees(q, k, T, block_len):
     """Does query q attend to key k? 0..T-1 is the noised copy, T..2T-1 the clean one. These are
     M_BD, M_OBC and M_BC of arXiv 2503.09573, section 3.1 and its appendix on masks."""
     q_block, k_block = q % T // block_len, k % T // block_len
-    same_half = (q < T) == (k < T)
+    same_half = q // T == k // T
     return (q_block == k_block) & same_half | (k_block < q_block) & (k >= T)
 
 
 def use_flex(device):
-    """FlexAttention skips what no query sees, but only a compiled one saves memory, too."""
+    """FlexAttention skips what no query sees. Compiled by Inductor for a CPU it is wrong for values
+    that are a slice of a wider tensor, and uncompiled it saves no memory."""
     return device.type == "cuda" and torch.compiler.is_compiling()
-
-
-def two_copy_masks(T, block_len, device, flex):
-    """{number of leading queries: their mask over 2T keys}, for all of them and for the noised
-    half: BlockMask of FlexAttention, or dense bool."""
-    if flex:
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        def rule(b, h, q, k):
-            return sees(q, k, T, block_len)
-
-        return {n: create_block_mask(rule, None, None, n, 2 * T, device) for n in (T, 2 * T)}
-    with torch.inference_mode(False):  # what is kept may be trained with later
-        at = torch.arange(2 * T, device=device)
-        mask = sees(at[:, None], at, T, block_len)
-        return {T: mask[:T], 2 * T: mask}
-
-
-@torch.compiler.assume_constant_result  # runs while torch.compile traces, never in a step
-def prepare_masks(model, key):
-    """Build what model.masks lacks: a mask for every (T, device, flex) that occurs."""
-    T, device, flex = key
-    if key not in model.masks:
-        model.masks[key] = two_copy_masks(T, model.cfg.block_len, device, flex)
 
 
 def documents(x0, cfg):
@@ -499,28 +476,40 @@ def documents(x0, cfg):
     return torch.cat((before.repeat_interleave(cfg.block_len, 1), clean), 1)
 
 
+CPU_SHORT = 512  # positions
+N_STRIPS = 4
+
+
 def attend(q, k, v, ctx):
-    """Every position sees what the mask says, under doc_mask of its own document alone.
+    """Every position sees what the mask says.
     q (B, H, N, d), k and v (B, Hkv, 2T, d) -> (B, H, N, d), N is 2T or, in the last layer, T"""
-    masks, docs = ctx.mask
-    mask, is_grouped = masks[q.size(2)], q.size(1) != k.size(1)
-    if isinstance(mask, Tensor):
-        dense = functools.partial(F.scaled_dot_product_attention, enable_gqa=is_grouped)
-        T = k.size(2) // 2
-        noised = dense(q[:, :, :T], k, v, mask[..., :T, :])
-        if q.size(2) == T:
-            return noised
-        # Clean queries see no noised key: a quarter of the products less.
-        clean = dense(*(x[:, :, T:] for x in (q, k, v)), mask[..., T:, T:])
-        return torch.cat((noised, clean), 2)
-    from torch.nn.attention.flex_attention import flex_attention
+    masks, block_len = ctx.mask
+    mask, T, is_grouped = masks[q.size(2)], k.size(2) // 2, q.size(1) != k.size(1)
+    if not isinstance(mask, Tensor):
+        from torch.nn.attention.flex_attention import flex_attention
 
-    def same_document(score, b, h, q_at, k_at):
-        return torch.where(docs[b, q_at] == docs[b, k_at], score, -math.inf)
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=is_grouped)
+    if q.device.type != "cpu" or T > CPU_SHORT:
+        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=is_grouped)
+    # Plain products by strips of whole blocks. Its own part of the noised copy, and the clean copy
+    # up to its end, are all that the queries of a strip see.
+    width, parts = math.ceil(T / block_len / N_STRIPS) * block_len, []
 
-    # The blocks' mask fits all rows; documents differ by row, and are compared inside the kernel.
-    score_mod = None if docs is None else same_document
-    return flex_attention(q, k, v, score_mod, mask, enable_gqa=is_grouped)
+    def strips(x):
+        """(.., T or 2T, d) -> the strips of each copy."""
+        return [half.split(width, 2) for half in x.split(T, 2)]
+
+    k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))
+    q, k, v, mask = map(strips, (q * q.size(-1) ** -0.5, k, v, mask))
+    for i, start in enumerate(range(0, T, width)):
+        end = min(start + width, T)
+        queries, seen = (torch.cat([half[i] for half in x], 2) for x in (q, mask))
+        keys, values = (torch.cat((x[0][i], *x[1][:i + 1]), 2) for x in (k, v))
+        seen = torch.cat((seen[..., start:end], seen[..., T:T + end]), -1)
+        scores = (queries @ keys.transpose(-1, -2)).float().masked_fill(~seen, -math.inf)
+        y = scores.softmax(-1).type_as(values) @ values
+        parts.append(y.chunk(len(q), 2))  # (B, H, width, d) each
+    return torch.cat([part for half in zip(*parts, strict=True) for part in half], 2)
 
 
 class Model(Trunk):
@@ -530,22 +519,26 @@ class Model(Trunk):
         require(fits, f"--bos_id={cfg.bos_id}: --doc_mask=1 needs the token that begins a document;"
                 f" there are {cfg.vocab_size}")
         super().__init__(cfg)
-        self.masks = {}  # by shape, see prepare_masks
 
     def forward(self, xt, x0, rows=None):
         """xt (B, T) int64 with mask_id = vocab_size, x0 (B, T) -> logits (B, T, V), or (R, V) at
         the flat positions rows (R,). block_len divides T."""
-        T, device = xt.size(1), xt.device
-        flex = use_flex(device)
-        prepare_masks(self, (T, device, flex))
-        masks = self.masks[T, device, flex]
+        from torch.nn.attention.flex_attention import create_block_mask, create_mask
+
+        (B, T), device, block_len = xt.shape, xt.device, self.cfg.block_len
         docs = documents(x0, self.cfg) if self.cfg.doc_mask else None  # (B, 2T)
-        if docs is not None and not flex:
-            same = docs[:, None, :, None] == docs[:, None, None, :]  # (B, 1, 2T, 2T)
-            masks = {n: mask & same[:, :, :n] for n, mask in masks.items()}
+
+        def rule(b, h, q, k):
+            seen = sees(q, k, T, block_len)
+            return seen if docs is None else seen & (docs[b, q] == docs[b, k])
+
+        # For all queries, and for the noised half. A compiled step builds them in its graph.
+        create = create_block_mask if use_flex(device) else create_mask
+        masks = {n: create(rule, 1 if docs is None else B, None, n, 2 * T, device)
+                 for n in (T, 2 * T)}
         positions = torch.arange(T, device=device).repeat(2)
         tokens = torch.cat((xt, x0), 1)  # (B, 2T)
-        return self.predict(tokens, positions, rows=rows, n_query=T, mask=(masks, docs))
+        return self.predict(tokens, positions, rows=rows, n_query=T, mask=(masks, block_len))
 
 
 class Noise(NamedTuple):

@@ -3,7 +3,8 @@
     python tests/memory.py train_block                                 # the default of the script
     python tests/memory.py train_sedd --preset=pg19_355m --micro_batch=8 --checkpoint_layers=1
 
-A step is traced on fake tensors, in bf16 autocast and eager mode, and what is kept is added up:
+A step is traced on fake tensors, in eager mode and in bf16 by the rules of CUDA's autocast, which
+norms and squares in float32, and what is kept is added up:
 
     states       float32 weights, gradients, momentum or moments, and the average if there is one
     saved        what autograd keeps of a micro-batch for the backward pass, weights apart
@@ -23,6 +24,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,11 +49,17 @@ class Kept:
         return tensor
 
 
+def in_float32(f):
+    return lambda x, *args, **kwargs: f(x.float(), *args, **kwargs)
+
+
 def saved_bytes(script, model, x0, noise, cfg):
     """Bytes that the backward pass of loss_fn needs."""
     kept = Kept(model)
     with torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor), \
-            torch.autocast("cpu", torch.bfloat16):
+            torch.autocast("cpu", torch.bfloat16), \
+            mock.patch.object(F, "rms_norm", in_float32(F.rms_norm)), \
+            mock.patch.object(torch.Tensor, "square", in_float32(torch.Tensor.square)):
         script.loss_fn(model, x0, noise, cfg)
     return sum(kept.sizes.values())
 

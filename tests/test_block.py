@@ -9,6 +9,7 @@ import math
 import re
 import types
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -217,17 +218,19 @@ def gradients(model, loss, x0, noise, cfg):
 
 
 def check_flex_attention(module):
-    """FlexAttention and the dense mask: the same outputs and gradients, documents or not."""
+    """FlexAttention, the dense mask and the CPU's strips: the same outputs and gradients."""
     for names in SWITCHES.values():
         model, cfg = small_model(module, **{**names, "dropout": 0.0})
         x0, results = tokens(4, n_values=5), []
         noise = module.draw_noise(cfg, 4, seeded())
         xt = module.corrupt(x0, noise, cfg)
-        for how in (contextlib.nullcontext, lambda: flex_on_cpu(module)):
-            with how():
+        for how in (contextlib.nullcontext(), mock.patch.object(module, "CPU_SHORT", 0),
+                    flex_on_cpu(module)):
+            with how:
                 results.append([model(xt, x0), *gradients(model, module.loss_fn, x0, noise, cfg)])
-        for a, b in zip(*results, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        for ours, *others in zip(*results, strict=True):
+            for other in others:
+                torch.testing.assert_close(ours, other, rtol=1e-5, atol=1e-5)
 
 
 # ----------------------------------------------------------------------------- noise
@@ -345,7 +348,7 @@ def test_exactness(check):
 
 
 def test_flex_attention_is_traced_in_one_piece():
-    """torch.compile meets no graph break in a training step and keeps the mask of a shape."""
+    """torch.compile meets no graph break in a training step, and builds the mask in its graph."""
     model, cfg = small_model(doc_mask=True, bos_id=3, n_kv_head=2)
     torch._dynamo.reset()
     with flex_on_cpu(train_block):
@@ -353,11 +356,9 @@ def test_flex_attention_is_traced_in_one_piece():
         for seed in range(2):
             x0, noise = tokens(4, seed=seed), train_block.draw_noise(cfg, 4, seeded(seed))
             compiled = gradients(model, step, x0, noise, cfg)
-            mask = model.masks[T, torch.device("cpu"), True]
             expected = gradients(model, train_block.loss_fn, x0, noise, cfg)
             for a, b in zip(compiled, expected, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-            assert model.masks[T, torch.device("cpu"), True] is mask
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
@@ -383,21 +384,22 @@ MUTANTS = {
         "(k_block < q_block) & (k >= T)", "((k_block < q_block) | (q < T)) & (k >= T)",
         (check_mask, check_likelihood_token_by_token)),
     "xt sees earlier noised blocks": (
-        "(k_block < q_block) & (k >= T)", "(k_block < q_block)", (check_mask,)),
+        "(k_block < q_block) & (k >= T)", "(k_block < q_block)", (check_flex_attention,)),
     "the clean half sees xt": (
         "(q_block == k_block) & same_half |", "(q_block == k_block) & (same_half | (q >= T)) |",
-        (check_flex_attention,)),
+        (check_mask,)),
     "the clean half sees what is later": (
         "(k_block < q_block) & (k >= T)", "((k_block < q_block) | (q >= T)) & (k >= T)",
-        (check_mask, check_clean_half)),
+        (check_flex_attention,)),
     "a document's beginning is given away": (
         "before.repeat_interleave(cfg.block_len, 1), clean", "clean, clean", (check_documents,)),
     "documents see each other": (
-        "masks = {n: mask & same[:, :, :n] for n, mask in masks.items()}", "pass",
-        (check_documents, check_flex_attention)),
-    "FlexAttention forgets documents": (
-        "score_mod = None if docs is None else same_document", "score_mod = None",
-        (check_flex_attention,)),
+        "seen & (docs[b, q] == docs[b, k])", "seen", (check_documents,)),
+    "strips cut blocks": (
+        "math.ceil(T / block_len / N_STRIPS) * block_len", "math.ceil(T / N_STRIPS)",
+        (check_flex_attention, check_one_block_is_mdlm)),
+    "a strip sees too little": (
+        "*x[1][:i + 1]), 2)", "*x[1][:max(i, 1)]), 2)", (check_flex_attention,)),
     "a weight of 1/k with an eps": (
         "weight = size / k if", "weight = size / (k + 0.3) if",
         (check_bound_of_toys, check_counts)),

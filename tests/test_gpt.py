@@ -8,6 +8,7 @@ import math
 import re
 import types
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -132,17 +133,26 @@ def check_causality(module):
         model, _ = small_model(module, **names)
         x = F.pad(tokens(3)[:, :-1], (1, 0), value=V)
         changed = x.clone()
-        changed[1, 6] = (x[1, 6] + 1) % V
+        changed[1, 7] = (x[1, 7] + 1) % V
         with torch.no_grad():
             moved = (model(changed) - model(x)).abs().amax(-1) > 1e-6  # (3, T)
-        assert not moved[[0, 2]].any() and not moved[1, :6].any() and moved[1, 6:].all()
+        assert not moved[[0, 2]].any() and not moved[1, :7].any() and moved[1, 7:].all()
+
+
+def check_attention(module):
+    """The CPU's strips and the call that long contexts and GPUs take: the same outputs."""
+    for n_kv_head in (2, 4):
+        q, k, v = (torch.randn(2, n, T, 8, generator=seeded()) for n in (4, n_kv_head, n_kv_head))
+        ours = module.attend(q, k, v, None)
+        with mock.patch.object(module, "CPU_SHORT", 0):
+            torch.testing.assert_close(ours, module.attend(q, k, v, None))
 
 
 # ----------------------------------------------------------------------------- sampler
 
 
 CHECKS = [check_likelihood_sums_to_one, check_likelihood_token_by_token, check_likelihood_of_toys,
-          check_causality]
+          check_causality, check_attention]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda f: f.__name__)
@@ -154,8 +164,8 @@ def test_exactness(check):
 
 MUTANTS = {
     "attention sees what lies ahead": (
-        "is_causal=True", "is_causal=False",
-        (check_causality, check_likelihood_sums_to_one, check_likelihood_token_by_token)),
+        "triu(1 + i * q[0].size(2))", "triu(T)",
+        (check_attention, check_causality, check_likelihood_token_by_token)),
     "the input is not shifted": (
         "return F.pad(x0[:, :-1], (1, 0), value=cfg.vocab_size)", "return x0",
         (check_likelihood_sums_to_one, check_likelihood_token_by_token, check_likelihood_of_toys)),

@@ -1,10 +1,12 @@
 """The memory that memory.py computes, against tensors that are there."""
 import dataclasses
 import importlib
+import types
 
 import memory
 import pytest
 import torch
+import torch.nn.functional as F
 
 
 def small(name, **names):
@@ -32,6 +34,14 @@ def test_fake_and_real_tensors_take_the_same_memory(name, monkeypatch):
         states -= 4 * sum(sizes)
     assert n_params == sum(p.numel() for p in model.parameters())
     assert states == pytest.approx(2 * 4 * n_params, rel=0.01)  # weights and gradients
+
+
+def test_norms_and_squares_are_kept_in_float32():
+    """As CUDA's autocast does, unlike a CPU's."""
+    h = torch.ones(1000, dtype=torch.bfloat16, requires_grad=True)
+    for f in (lambda x: F.rms_norm(x, (1000,)), lambda x: x.relu().square()):
+        script = types.SimpleNamespace(loss_fn=lambda model, x0, noise, cfg, f=f: f(h).sum())
+        assert memory.saved_bytes(script, torch.nn.Linear(1, 1), None, None, None) >= 4000
 
 
 def test_recomputing_saves_memory():
