@@ -170,7 +170,10 @@ def decode(raw):
 
 
 def check_shapes(ckpt, module):
-    """Refuse weights that the model of these settings does not have, before it takes memory."""
+    """Refuse weights that the model of these settings does not have, before it takes memory.
+    Settings that the script has no longer, which did not make the model, are left out."""
+    fields = {field.name for field in dataclasses.fields(module.Config)}
+    ckpt["config"] = {k: v for k, v in ckpt["config"].items() if k in fields}
     cfg = module.Config(**ckpt["config"])
     require(0 < cfg.n_layer <= len(ckpt["model"]), f"n_layer={cfg.n_layer}")
     with torch.device("meta"):
@@ -230,17 +233,16 @@ def print_errors(weights, scale):
 def bound(ckpt, module, flags):
     """-> (line, nats per token of every window), by the script's own evaluation."""
     given = dict(data=flags.data, val_tokens=flags.val_tokens, val_draws=flags.val_draws)
-    model, cfg = module.build_model(ckpt)
+    model, cfg = sample.build_model(module, ckpt)
     cfg = dataclasses.replace(cfg, eval_only=True, **{k: v for k, v in given.items() if v})
     _, val, meta = module.open_data(cfg, ckpt)
-    device = module.pick_device(flags.device, 0)
-    dtype = module.pick_dtype(cfg.dtype, device)
+    device, dtype = module.pick_device(flags.device, cfg.dtype, 0)
     model.to(device)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        line, result, nats = module.evaluate(
+        line, _, nats = module.evaluate(
             lambda x0, noise: module.nelbo_fn(model, x0, noise, cfg), cfg, val,
             torch.tensor(meta["byte_length"]), device, 0, 1)
-    line += f" tokens:{result['tokens']} draws:{cfg.val_draws} {str(dtype)[6:]} on {device.type}"
+    line += f" draws:{cfg.val_draws} {str(dtype)[6:]} on {device.type}"
     return line, nats / cfg.seq_len
 
 

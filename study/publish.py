@@ -11,6 +11,7 @@ run's log. Other flags: --out=FOLDER, and --script=FORK.py, which is published w
 Uploading needs huggingface_hub and its login.
 """
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -62,19 +63,16 @@ def command(config, module, script):
     return f"python {script}.py " + " ".join(map(shlex.quote, flags))
 
 
-def figures(folder, metric):
+def figures(path, metric):
     """The last evaluation in the run's log -> rows of a table."""
-    path = folder / "log.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    found = [record for record in map(json.loads, lines) if metric in record]
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    found = re.findall(rf"^step:\S+ {metric}:(\S+)\+-(\S+) bpb:(\S+) .*tokens:(\d+)", text, re.M)
     if not found:
-        return "| no evaluation in the log | |"
-    last, bound = found[-1], "" if metric == "val_nll" else "at most "
-    error = "" if last["se"] is None else f" ± {last['se']:.4f}"
-    rows = [("nats per token", f"{bound}{last[metric]:.4f}{error}"),
-            ("bits per byte", f"{bound}{last['bpb']:.4f}" if last["bpb"] else "unknown"),
-            ("of", f"{last['tokens']:,} validation tokens, {last['draws']} draws of noise")]
-    return "\n".join(f"| {name} | {value} |" for name, value in rows)
+        return "| no evaluation in its log | |"
+    nats, error, bits, n = found[-1]
+    bound = "" if metric == "val_nll" else "at most "
+    return (f"| nats per token | {bound}{nats} ± {error} |\n| bits per byte | {bound}{bits} |\n"
+            f"| validation tokens | {int(n):,} |")
 
 
 def write_folder(flags, folder):
@@ -92,7 +90,7 @@ def write_folder(flags, folder):
         tokenizer=ckpt["meta"]["tokenizer"], seq_len=config["seq_len"],
         weights="averaged" if ckpt["ema"] else "last",
         command=command(config, module, ckpt["script"]),
-        figures=figures(path.parent, module.METRIC),
+        figures=figures(path.with_name("log.txt"), module.METRIC),
         fork=f" --script={Path(flags.script).name}" if flags.script else "")
     (folder / "README.md").write_text(card, encoding="utf-8")
     for name, content in (("config", {"script": ckpt["script"], **config}),

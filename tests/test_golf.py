@@ -73,6 +73,9 @@ def test_round_trip(name, tmp_path):
     for key, x in again.items():  # nothing is lost twice
         assert torch.equal(x, back["model"][key])
         assert (x - ckpt["model"][key]).norm() < 0.04 * ckpt["model"][key].norm() + 1e-3
+    old = golf.encode(back | {"config": back["config"] | {"gone": 1}})  # a setting of other days
+    (tmp_path / "old").write_bytes(golf.compress(old)["lzma"])
+    assert golf.read(tmp_path / "old")["config"] == ckpt["config"]
     SCRIPTS[name].save_checkpoint(str(tmp_path / "back.pt"), back)  # the weights in float32
     alone = call(f"--eval={path}", f"--data={data}").out
     pair = call(f"--eval={path}", f"--against={tmp_path / 'back.pt'}", f"--data={data}").out

@@ -106,8 +106,9 @@ def test_the_folder_for_the_hub(tmp_path):
     for text in ("the thing, in the tin: hé hething", " then\n\nthinging  the"):
         tokens = sample.Tokenizer(meta, len(words)).encode(text)
         assert theirs.encode(text).ids == tokens and theirs.decode(tokens) == text
-    record = {"val_nelbo": 2.0, "se": 0.01, "bpb": 2.9, "tokens": 512, "draws": 1}
-    (tmp_path / "log.jsonl").write_text('{"loss": 3.0}\n' + json.dumps(record) + "\n")
+    lines = [f"step:{i}/7 val_nelbo:{i}.0000+-0.0100 bpb:2.9000 ppl:9.0000 tokens:512 bytes:512 "
+             "train_time:1ms" for i in (1, 2)]
+    (tmp_path / "log.txt").write_text("\n".join(["source", *lines, "step:3/7 loss:1.0"]))
     done = call(f"--ckpt={tmp_path}", "--repo=me/small", f"--out={out}", "--dry_run=1",
                 main=publish.main)
     assert done.status == 0, done.err
