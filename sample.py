@@ -44,9 +44,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, get_args
 
-if __name__ == "__main__":  # Ctrl-C ends the program without a traceback, while torch loads too
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":  # Ctrl-C and "| head" end it without a traceback, while torch loads too
+    for name in {"SIGINT", "SIGPIPE"} & {*dir(signal)}:
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
 
 import torch
 import torch.nn.functional as F
@@ -54,21 +54,11 @@ import torch.nn.functional as F
 HERE = Path(__file__).resolve().parent
 SCRIPTS = ("train_mdlm", "train_block", "train_sedd", "gpt")
 DEFAULT_LENGTH, DEFAULT_DRAWS = 256, 8
-TEXT_BYTES = 2**24  # of a file; scoring takes about a hundred times that of memory
-MAX_REPLACED = 0.01  # share of a file's characters that may be invalid
 BATCH_NUMBERS = 2**27  # logits, or attention scores of a layer, in one forward pass
 MAX_ROWS = 512  # samples at once, so that the first of many are soon there
 FIRST_STREAM = 0x5EED  # of random numbers
 BREAK = "\n\n---\n\n"  # how the beginning of a document is shown
 BLANK = re.compile("_{3,}")
-FILE_NAME = re.compile(r"\S*[/\\]\S*|.*\.(txt|text|md|rst|tex|log|jsonl?|csv|tsv|xml|html?|py|gz|"
-                       r"zst|pdf|docx?|epub|parquet)", re.I)
-# How GPT-2 cuts text into words, in the spellings of prepare_data.py and of tiktoken's releases.
-# tiktoken panics on some others.
-PATTERNS = (
-    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
-    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
 
 # ----------------------------------------------------------------------------- flags
@@ -108,29 +98,30 @@ class Options:
     # Checkpoints, with commas, that write as much as --ckpt, one after the other; a terminal then
     # shows all side by side in real time. gpt ignores flags about passes, all the end of documents.
     race: str | None = None
-    score: str | None = None  # text or file: its bound in nats and bits per byte; gpt: exact
-    score_file: str | None = None  # the same, always a file
+    score: str | None = None  # text, or a file of UTF-8: its bound in nats; gpt: exact
     draws: int | None = None  # independent noise draws of a score; None: 8
-    encoding: str = "utf-8"  # of a file that is read
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             name, value, choices = field.name, getattr(self, field.name), get_args(field.type)
             low, high = RANGES.get(name, (0, math.inf))
             fits = name not in RANGES or value is None or low <= value <= high  # NaN does not
-            check(fits, name, value, f"from {low} to {high}" if high < 2 else f"at least {low}")
+            check(fits, name, value, f"must be from {low} to {high}")
             fits = field.type is not Literal[choices] or value in choices
             check(fits, name, value, "there are " + ", ".join(str(c) for c in choices if c))
-        fits = re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", self.blank)
-        check(fits, "blank", self.blank, "a number of tokens, or several as in 8,16")
-        fits = self.order != "first_hitting" or self.steps is None
-        check(fits, "steps", self.steps, "first_hitting fixes one token a pass: drop it")
-        fits = self.threshold is None or self.order in (None, *RANKS)
-        check(fits, "threshold", self.threshold, "goes with --order=" + "|".join(RANKS))
-        fits = re.fullmatch(r"(loop|cap|rescale|conf)(:(0?\.\d+|1))?", self.remask or "cap")
-        check(fits, "remask", self.remask, f"{', '.join(REMASK_ETA)}, with ETA as in cap:0.02")
-        fits = not self.remask or self.threshold is None and self.order in (None, "ancestral")
-        check(fits, "remask", self.remask, "has its own order: drop --order and --threshold")
+        is_ranked = self.order in (None, *RANKS)
+        is_free = self.threshold is None and self.order in (None, "ancestral")
+        for flag, fits, remedy in (
+                ("blank", re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", self.blank), "numbers as in 8,16"),
+                ("steps", self.order != "first_hitting" or self.steps is None,
+                 "first_hitting fixes one token a pass: drop it"),
+                ("threshold", self.threshold is None or is_ranked,
+                 "goes with --order=" + "|".join(RANKS)),
+                ("remask", re.fullmatch(REMASK, self.remask or "cap"),
+                 f"{', '.join(REMASK_ETA)}, with ETA as in cap:0.02"),
+                ("remask", not self.remask or is_free,
+                 "has its own order: drop --order and --threshold")):
+            check(fits, flag, getattr(self, flag), remedy)
 
     @property
     def order_name(self):
@@ -191,19 +182,15 @@ class Tokenizer:
         if self.name != "byte":
             import tiktoken
 
-            if meta["pattern"] not in PATTERNS:
-                raise SampleError(f"the pattern of its {self.name} tokenizer is not GPT-2's")
             self.encoding = tiktoken.Encoding(
                 self.name, pat_str=meta["pattern"], special_tokens={"<|endoftext|>": self.bos_id},
                 mergeable_ranks={word: i for i, word in enumerate(self.table) if word})
 
     def encode(self, text):
         """Tokens of a text; never bos_id."""
-        # What argv makes of bytes that are not UTF-8 becomes U+FFFD.
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         if self.encoding is not None:
             return self.encoding.encode_ordinary(text)
-        tokens = list(text.encode())
+        tokens = list(text.encode(errors="replace"))
         if self.bos_id in tokens:
             raise SampleError("the text holds a NUL byte, which begins a document here: remove it")
         return tokens
@@ -220,13 +207,11 @@ class Tokenizer:
     def spans(self, tokens, kinds):
         """[(text, kind)] of a row: characters take the kind of the token that completes them."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        pieces, kind = [], None
+        signs, pieces, kind = {self.bos_id: BREAK, self.mask_id: "░"}, [], None
         for token, kind in zip(tokens, kinds, strict=True):
-            if token in (self.bos_id, self.mask_id):
-                pieces.append((decoder.decode(b"", final=True), kind))
-                pieces.append((BREAK if token == self.bos_id else "░", kind))
-            else:
-                pieces.append((decoder.decode(self.table[token]), kind))
+            sign = signs.get(token, "")
+            word = b"" if sign else self.table[token]
+            pieces.append((decoder.decode(word, final=bool(sign)) + sign, kind))
         pieces.append((decoder.decode(b"", final=True), kind))
         runs = itertools.groupby((p for p in pieces if p[0]), key=lambda piece: piece[1])
         return [("".join(text for text, _ in run), kind) for kind, run in runs]
@@ -509,6 +494,7 @@ RANKS = {
 # ReMDM's loop: up to alpha = LOOP_ALPHA by t = LOOP_ON, there until LOOP_OFF, then on to the end.
 LOOP_ON, LOOP_OFF, LOOP_ALPHA = 0.55, 0.05, 0.9
 REMASK_ETA = {"loop": 0.02, "cap": 0.02, "rescale": 0.02, "conf": 1.0}
+REMASK = r"(loop|cap|rescale|conf)(:(0?\.\d+|1))?"
 
 
 def ordered(name, threshold=None):
@@ -851,16 +837,14 @@ def find_checkpoint(name=None):
         if not name:
             raise SampleError("out/*/ckpt.pt: no checkpoint here: pass --ckpt=PATH, or train one: "
                               "python train_mdlm.py --preset=tiny")
-    hub_name = re.fullmatch(r"hf:(?:([\w.-]+/[\w.-]+)/(.+))?.*", str(name))
-    if hub_name is None:
+    if not str(name).startswith("hf:"):
         return Path(name, "ckpt.pt") if os.path.isdir(name) else Path(name)
-    check(hub_name[1], "ckpt", name, "write hf:OWNER/REPO/FILE")
-    try:
+    owner, _, path = str(name)[3:].partition("/")
+    repo, _, path = path.partition("/")
+    check(path, "ckpt", name, "write hf:OWNER/REPO/FILE")
+    with naming(f"{name}: could not be downloaded"):
         from huggingface_hub import hf_hub_download
-        return Path(hf_hub_download(hub_name[1], hub_name[2]))
-    except Exception as e:  # its errors share no base class across versions
-        reason = str(e).strip().partition("\n")[0]
-        raise SampleError(f"{name}: could not be downloaded: {reason}") from None
+        return Path(hf_hub_download(f"{owner}/{repo}", path))
 
 
 def load_script(path):
@@ -1082,36 +1066,22 @@ def print_race(opts):
 
 
 # ----------------------------------------------------------------------------- command line
-def text_of(opts, flag):
-    """(The text of --FLAG or --FLAG_file, what it is); (None, ..) without either."""
-    text, path = getattr(opts, flag), getattr(opts, f"{flag}_file")
-    check(text is None or path is None, f"{flag}_file", path, f"excludes --{flag}: drop one")
-    if flag == "score" and text and os.path.isfile(text):
-        path = text
-    if path is None:
-        is_file = text is not None and FILE_NAME.fullmatch(text)
-        check(not is_file, flag, text, f"no such file; for a text like that, --{flag}_file=PATH")
-        return text, "the text given"
-    try:
-        with open(path, "rb") as file:
-            data = file.read(TEXT_BYTES + 1)
-        text = data.decode(opts.encoding, "replace")
-    except (OSError, LookupError) as e:
-        raise SampleError(f"--{flag}={path}: {e}") from None
-    check(len(data) <= TEXT_BYTES, flag, path, f"over {TEXT_BYTES} bytes: split it")
-    is_text = text.count("\ufffd") <= MAX_REPLACED * len(text)
-    check(is_text, flag, path, f"not {opts.encoding}; if it is GBK: --encoding=gbk")
-    return text, f"file {path}"
+def read_text(path):
+    with naming(path):
+        return Path(path).read_text(encoding="utf-8")
 
 
-def print_score(lm, opts, what):
-    score = lm.score(opts.score, opts.draws, opts.seed)
+def print_score(lm, opts):
+    is_file = os.path.isfile(opts.score)
+    text = read_text(opts.score) if is_file else opts.score
+    score = lm.score(text, opts.draws, opts.seed)
     note(lm.summary)
     nats, bits = f"= {score.nats:.2f}", f"{score.bits_per_byte:.4f}"
     noise = "exact"
     if lm.kind != "gpt":
         nats, bits = f"<{nats} +- {score.nats_stderr:.2f}", f"{bits} +- {score.bits_stderr:.4f}"
         noise = f"{opts.draws or DEFAULT_DRAWS} noise draws, seed {opts.seed}"
+    what = f"file {opts.score}" if is_file else "the text given"
     print(f"-log p {nats} nats, {bits} bits per byte ({what}: {score.n_tokens} tokens, "
           f"{score.n_bytes} bytes; {noise}, {lm.where})")
 
@@ -1133,30 +1103,25 @@ def print_samples(lm, opts):
 def main(argv):
     try:
         opts = parse_args(argv)
-        (prompt, _), (text, what) = text_of(opts, "prompt"), text_of(opts, "score")
-        opts = dataclasses.replace(opts, prompt=prompt, score=text)
-        modes = [flag for flag in ("infill", "score", "prompt", "race")
+        modes = [flag for flag in ("infill", "score", "prompt", "prompt_file", "race")
                  if getattr(opts, flag) is not None]
-        if len(modes) > 1 and modes != ["prompt", "race"]:
-            raise SampleError(f"--{modes[0]} and --{modes[1]} exclude each other: drop one")
-        check(opts.draws is None or "score" in modes, "draws", opts.draws, "goes with --score")
+        fits = len(modes) < 2 or len(modes) == 2 and modes[0][:6] == "prompt" and modes[1] == "race"
+        check(fits, " and --".join(modes), "..", "exclude each other: drop one")
+        check(opts.draws is None or opts.score is not None, "draws", opts.draws, "goes with --score")
+        if opts.prompt_file is not None:
+            opts = dataclasses.replace(opts, prompt=read_text(opts.prompt_file))
         if opts.race is not None:
             print_race(opts)
         else:
             lm = load(opts.ckpt, opts.script, opts)
-            if text is None:
-                print_samples(lm, opts)
-            else:
-                print_score(lm, opts, what)
+            print_samples(lm, opts) if opts.score is None else print_score(lm, opts)
         sys.stdout.flush()
     except (SampleError, OSError, MemoryError, torch.OutOfMemoryError) as e:
-        is_pipe = isinstance(e, BrokenPipeError)  # as in "sample.py | head"
         line = printable(str(e)).replace("\n", " ")
-        if not is_pipe:
-            print(f"sample.py: {line[:500] or 'out of memory'}", file=sys.stderr)
+        print(f"sample.py: {line[:500] or 'out of memory'}", file=sys.stderr)
         if isinstance(e, OSError):  # do not try again at the exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        raise SystemExit(141 if is_pipe else 2) from None
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":
