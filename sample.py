@@ -48,6 +48,7 @@ if __name__ == "__main__":  # Ctrl-C and "| head" end it without a traceback, wh
     for name in {"SIGINT", "SIGPIPE"} & {*dir(signal)}:
         signal.signal(getattr(signal, name), signal.SIG_DFL)
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -70,7 +71,7 @@ class Options:
     script: str | None = None  # training script that wrote it, when that is an edited one
     weights: Literal["ema", "raw"] = "ema"  # averaged, where there are some, or those of the end
     device: str = "auto"  # auto, cpu, cuda or mps
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: as trained on cuda, else fp32
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: as trained, where it is fast
     # what to write
     prompt: str | None = None  # text to continue
     prompt_file: str | None = None  # the same from a file
@@ -171,11 +172,8 @@ class Tokenizer:
     """Text <-> tokens, by the bytes of every token that the checkpoint carries."""
     def __init__(self, meta, mask_id):
         self.name, self.bos_id, self.mask_id = meta["tokenizer"], meta["bos_id"], mask_id
-        words = map(chr, range(256)) if self.name == "byte" else meta["token_bytes"] or ()
+        words = map(chr, range(256)) if self.name == "byte" else meta["token_bytes"]
         self.table = [word.encode("latin-1") for word in words]
-        if not any(self.table):
-            raise SampleError("trained without the bytes of its tokens, so its samples cannot be "
-                              "read: prepare the data with prepare_data.py and train again")
         self.table += [b""] * (mask_id - len(self.table))  # ids that stand for no text
         self.table[self.bos_id] = b""
         self.encoding = None
@@ -223,38 +221,32 @@ class Tokenizer:
 # ----------------------------------------------------------------------------- networks
 class Cache:
     """Attention that keeps keys and values, for Trunk.predict of gpt and train_block, whose first
-    block_len positions are the noised block, which the next pass writes over. Of the others, as
-    many as fit into the context are seen. A model without predict computes all anew every time."""
-    def __init__(self, model, cfg, T):
+    block_len positions are the noised block, which is not kept. Of the others, as many as fit into
+    the context are seen. A model without predict computes all anew every time."""
+    def __init__(self, model, cfg):
         self.model, self.cfg, self.is_cached = model, cfg, hasattr(model, "predict")
         self.n_noised = getattr(cfg, "block_len", 0)
-        self.window, self.capacity = cfg.seq_len - self.n_noised, min(T, 2 * cfg.seq_len)
-        self.buffers = [None] * cfg.n_layer  # keys and values, (2, B, Hkv, capacity, d)
-        self.layer = 0  # whose turn it is
-        self.length = self.done = 0  # positions in the buffers; and ever
+        self.window = cfg.seq_len - self.n_noised
+        self.kept = [None] * cfg.n_layer  # (2, B, Hkv, S, d) each; the layer whose turn it is first
+        self.done = 0  # positions that went in
         self.mask = None  # (.., N, S) of this pass; None: everything is seen
 
     def __call__(self, q, k, v, ctx):
         """One layer of a pass: q (B, H, N', d), k and v (B, Hkv, N, d) -> (B, H, N', d)"""
-        L, N, n_seen = self.n_noised, k.size(2), min(self.length, self.window)
-        buffer, length = self.buffers[self.layer], self.length
-        if buffer is None or length + N > buffer.size(3):
-            size = max(self.capacity, n_seen + N)
-            new = k.new_empty(2, *k.shape[:2], size, k.size(3))
-            if n_seen:
-                new[..., :n_seen, :] = buffer[..., length - n_seen:length, :]
-            buffer = self.buffers[self.layer] = new
-            length = n_seen
-        buffer[..., length:length + N, :] = torch.stack((k, v)).roll(-L, 3)
-        self.layer += 1
-        if self.layer == len(self.buffers):
-            self.layer, self.length, self.done = 0, length + N - L, self.done + N - L
-        k, v = buffer[..., length - n_seen:length + N, :]
+        old, new = self.kept.pop(0), torch.stack((k, v)).roll(-self.n_noised, 3)
+        k, v = new = new if old is None else torch.cat((old, new), 3)
+        clean = new[..., :k.size(2) - self.n_noised, :]
+        self.kept.append(clean[..., max(0, clean.size(3) - self.window):, :])
         mask = None if self.mask is None else self.mask[..., :q.size(2), :]
         is_grouped = q.size(1) != k.size(1)
         return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=is_grouped)
 
-    def read_token(self, tokens, is_mask, rows):
+    def read_mdlm(self, tokens, is_mask, rows):
+        """train_mdlm: log p (R, V) at flat positions rows (R,) of tokens (B, T)"""
+        sigma = -torch.log1p(-is_mask.sum(1).clamp(min=1) / (tokens.size(1) + 1))
+        return self.model(tokens, sigma, rows).log_softmax(-1)
+
+    def read_gpt(self, tokens, is_mask, rows):
         """gpt: tokens (B, S) -> log p of the last one (R, V) in rows (R,)"""
         S, done, device = tokens.size(1), self.done, tokens.device
         x = F.pad(tokens[:, :-1], (1, 0), value=self.cfg.vocab_size)  # (B, S), the start first
@@ -262,7 +254,7 @@ class Cache:
             return self.model(x, (rows + 1) * S - 1).log_softmax(-1)
         new = torch.arange(done, S, device=device)
         self.mask = new[:, None] >= torch.arange(S, device=device) if len(new) > 1 else None
-        last = (rows + 1) * (S - done) - 1
+        self.done, last = S, (rows + 1) * (S - done) - 1
         return self.model.predict(x[:, done:], new, rows=last, attend=self).log_softmax(-1)
 
     def read_block(self, tokens, is_mask, rows):
@@ -275,7 +267,8 @@ class Cache:
             return self.model(x, x, rows + (rows // L + 1) * (x.size(1) - L)).log_softmax(-1)
         noised, clean = torch.arange(T - L, T, device=device), torch.arange(T - L, device=device)
         at = torch.cat((noised, clean[self.done:]))  # (N,)
-        seen = torch.cat((clean[self.done - min(self.length, self.window):], noised))  # (S,)
+        seen = torch.cat((clean[max(0, self.done - self.window):], noised))  # (S,)
+        self.done = T - L
         self.mask = None  # a noised block alone sees everything
         if len(at) > L or cfg.doc_mask:
             i, j = at[:, None] // L, seen // L
@@ -287,12 +280,6 @@ class Cache:
             self.mask = self.mask & (docs[:, None, at, None] == docs[:, None, None, seen])
         logits = self.model.predict(tokens[:, at], at, rows=rows, n_query=L, attend=self)
         return logits.log_softmax(-1)
-
-
-def read_row(model, tokens, is_mask, rows):
-    """train_mdlm: log p (R, V) at flat positions rows (R,) of tokens (B, T)."""
-    sigma = -torch.log1p(-is_mask.sum(1).clamp(min=1) / (tokens.size(1) + 1))
-    return model(tokens, sigma, rows).log_softmax(-1)
 
 
 # ----------------------------------------------------------------------------- samplers
@@ -310,18 +297,20 @@ def uniforms(gens, *shape):
     return torch.stack([torch.rand(shape, generator=g, dtype=torch.float64) for g in gens])
 
 
+def float64(x):
+    """On the CPU where the device (MPS) has none."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
 def draw_tokens(log_probs, u):
     """Inverse CDF in float64: log_probs (R, V), u (R,) uniform -> tokens (R,). Gumbel noise in fp32
     draws rare tokens too seldom (arXiv 2409.02908, section 4)."""
-    device = log_probs.device
-    if device.type == "mps":  # has no float64
-        log_probs = log_probs.cpu()
-    cdf = log_probs.double().softmax(-1).cumsum(-1)
+    cdf = float64(log_probs).softmax(-1).cumsum(-1)
     total = cdf[:, -1:]
     token = torch.searchsorted(cdf, u.to(cdf.device)[:, None] * total, right=True)[:, 0]
     # u < 1 may still round up to the total: the last token that has any probability.
     last = (cdf < total).sum(-1)
-    return torch.minimum(token, last).to(device)
+    return torch.minimum(token, last).to(log_probs.device)
 
 
 @torch.no_grad()
@@ -338,28 +327,27 @@ def fill_blocks(model, cfg, known, is_known, *, kind, gen, steps=None, choose=No
     (B, T), mask_id, device = known.shape, cfg.vocab_size, known.device
     L = cfg.block_len if kind == "block" else 1 if kind == "gpt" else T
     gens, passes, nfe = row_generators(gen, B), L if steps is None else steps, 0
+    warp = warp or same
     n_numbers = 1 if kind == "gpt" else 2  # which token of a block is drawn; and what it becomes
     whole = -(-T // L) * L  # the last block is written to its end, and cut
     fixed = F.pad(is_known, (0, whole - T))  # (B, whole)
     tokens = F.pad(torch.where(is_known, known, mask_id), (0, whole - T), value=mask_id)
     length = torch.full((B,), T, device=device)
-    cache = Cache(model, cfg, whole)
-    read = functools.partial(read_row, model) if kind == "mdlm" else cache.read_token
-    if kind == "block":
-        read, known_len = cache.read_block, int(is_known.sum(1).min()) // L * L
-        # A prompt that is longer than the context enters the cache piece by piece.
-        for end in range(cfg.seq_len, cache.is_cached * known_len, max(L, cfg.seq_len - L)):
-            read(tokens[:, :end], None, tokens.new_zeros(0))
-            nfe += 1
+    cache = Cache(model, cfg)
+    read, known_len = getattr(cache, f"read_{kind}"), int(is_known.sum(1).min()) // L * L
+    # A prompt that is longer than the context enters the cache of train_block piece by piece.
+    is_long = kind == "block" and cache.is_cached
+    for end in range(cfg.seq_len, is_long * known_len, max(L, cfg.seq_len - L)):
+        read(tokens[:, :end], None, tokens.new_zeros(0))
+        nfe += 1
     for start in range(0, whole, L):
         here = slice(start, start + L)
-        if not (tokens[:, here] == mask_id).any():
-            for _ in range(passes):  # the numbers of later blocks do not depend on this one
-                uniforms(gens, n_numbers, L)
-            continue
+        is_empty = not (tokens[:, here] == mask_id).any()
         psi = torch.full((B, L), math.inf, dtype=torch.float64)
         for i in range(passes):
             numbers = uniforms(gens, n_numbers, L)
+            if is_empty:  # the numbers of later blocks do not depend on it
+                continue
             pick, u = numbers[:, 0], numbers[:, -1]  # (B, L) each
             block = tokens[:, here]
             is_mask = block == mask_id
@@ -376,20 +364,18 @@ def fill_blocks(model, cfg, known, is_known, *, kind, gen, steps=None, choose=No
                 log_probs = read(tokens[:, :start + L], is_mask, rows)  # (R, V)
                 nfe += 1
             if choose is not None:
-                new_mask = choose(log_probs, is_mask, step=i, steps=steps, u=pick, psi=psi)
-                new_mask &= ~fixed[:, here] & (i < passes - 1)
-                block = torch.where(new_mask, mask_id, block)
-                psi[new_mask.cpu()] = math.inf
-                is_drawn = ~new_mask.flatten()[rows]
+                is_left = choose(log_probs, is_mask, step=i, steps=steps, u=pick, psi=psi)
+                is_left &= ~fixed[:, here] & (i < passes - 1)
+                block = torch.where(is_left, mask_id, block)
+                psi[is_left.cpu()] = math.inf
+                is_drawn = ~is_left.flatten()[rows]
                 rows, log_probs = rows[is_drawn], log_probs[is_drawn]
-            if len(rows):
-                warped = log_probs if warp is None else warp(log_probs)
-                drawn = draw_tokens(warped, u.flatten()[rows.cpu()])
-                block = block.flatten().index_put((rows,), drawn).view(B, L)
-                if choose is not None:
-                    p = log_probs.gather(1, drawn[:, None])[:, 0].cpu().double().exp()
-                    psi.view(-1)[rows.cpu()] = p
-                    psi[:, T - start:] = math.inf  # what is cut is not masked again
+            drawn = draw_tokens(warp(log_probs), u.flatten()[rows.cpu()])
+            block = block.flatten().index_put((rows,), drawn).view(B, L)
+            if choose is not None:
+                p = log_probs.gather(1, drawn[:, None])[:, 0].cpu().double().exp()
+                psi.view(-1)[rows.cpu()] = p
+                psi[:, T - start:] = math.inf  # what is cut is not masked again
             tokens[:, here] = block
             if stop is not None and i == passes - 1:
                 ends = (block == stop) & ~fixed[:, here]
@@ -406,8 +392,8 @@ def fill_blocks(model, cfg, known, is_known, *, kind, gen, steps=None, choose=No
 
 def uniform_law(log_score, current, sigma, sigma_next, rate, warp):
     """log_score (R, N) at tokens current (R,) and noise sigma -> log of what a pass draws from,
-    (R, N) float64, up to a constant: Tweedie's step to sigma_next, or Euler's of the given rate."""
-    score = log_score.double().exp()
+    both float64, up to a constant: Tweedie's step to sigma_next, or Euler's of the given rate."""
+    score = log_score.exp()
     N, growth = score.size(-1), math.expm1(sigma)
     if warp is not None:  # exp(-sigma Q) s, a clean token's law given the other positions
         clean = (1 + growth) * score - growth * score.mean(-1, keepdim=True)
@@ -436,7 +422,6 @@ def redraw_rows(model, cfg, known, is_known, *, total_noise, gen, steps=None, is
     score implies, before the noise of that time; begins {position: warp} has others for some
     positions. total_noise(t, cfg) -> sigma, dsigma/dt"""
     (B, T), V, device = known.shape, cfg.vocab_size, known.device
-    where = "cpu" if device.type == "mps" else device  # MPS has no float64
     gens, passes = row_generators(gen, B), T if steps is None else steps
     is_absorb = cfg.graph == "absorb"
     sigmas, slopes = total_noise(torch.arange(passes, 0, -1, dtype=torch.float64) / passes, cfg)
@@ -462,20 +447,19 @@ def redraw_rows(model, cfg, known, is_known, *, total_noise, gen, steps=None, is
             share = math.expm1(sigma - sigmas[i + 1]) if rate is None else rate
             leave = log_clean.logsumexp(-1).cpu().double().exp() * share / math.expm1(sigma)
             leave = ((pick.flatten()[rows.cpu()] < leave) | is_last).to(device)
-            rows, log_law = rows[leave], log_clean[leave].log_softmax(-1)
-            log_law = log_law if warp is None else warp(log_law)
+            rows, log_law = rows[leave], (warp or same)(log_clean[leave].log_softmax(-1))
         else:
-            log_score = model(tokens, torch.full((B,), sigma, device=device), rows).to(where)
+            log_score = float64(model(tokens, torch.full((B,), sigma, device=device), rows))
             nfe += 1
-            current = tokens.flatten()[rows].to(where)
-            log_law = uniform_law(log_score, current, sigma, sigmas[i + 1], rate, warp)
+            current = tokens.flatten()[rows].to(log_score.device)
+            step = sigma, sigmas[i + 1], rate
+            log_law = uniform_law(log_score, current, *step, warp)
             for at, own_warp in (begins or {}).items():
                 hit = rows % T == at
-                log_law[hit] = uniform_law(
-                    log_score[hit], current[hit], sigma, sigmas[i + 1], rate, own_warp)
+                log_law[hit] = uniform_law(log_score[hit], current[hit], *step, own_warp)
         drawn = draw_tokens(log_law, u.flatten()[rows.cpu()]).to(device)
-        new = tokens.flatten().index_put((rows,), drawn).view(B, T)
-        tokens, is_changed = new, not torch.equal(new, tokens)
+        before, tokens = tokens, tokens.flatten().index_put((rows,), drawn).view(B, T)
+        is_changed = not torch.equal(before, tokens)
         if watch is not None:
             watch(tokens, nfe)
     return tokens, torch.full((B,), T, device=device), nfe
@@ -491,8 +475,8 @@ RANKS = {
     "entropy": lambda log_probs, u: -torch.special.entr(log_probs.exp()).sum(-1),
     "margin": lambda log_probs, u: log_probs.exp().topk(2).values.diff().neg().squeeze(-1),
 }
-# ReMDM's loop: up to alpha = LOOP_ALPHA by t = LOOP_ON, there until LOOP_OFF, then on to the end.
-LOOP_ON, LOOP_OFF, LOOP_ALPHA = 0.55, 0.05, 0.9
+# ReMDM's loop: t, and alpha there; it masks again while alpha stays.
+LOOP = (0, 0.05, 0.55, 1), (1, 0.9, 0.9, 0)
 REMASK_ETA = {"loop": 0.02, "cap": 0.02, "rescale": 0.02, "conf": 1.0}
 REMASK = r"(loop|cap|rescale|conf)(:(0?\.\d+|1))?"
 
@@ -525,29 +509,28 @@ def remasking(text):
     kind, _, eta = text.partition(":")
     eta = float(eta) if eta else REMASK_ETA[kind]
 
-    def alpha(t):
-        if kind != "loop":
-            return 1 - t
-        if t > LOOP_ON:
-            return LOOP_ALPHA * (1 - t) / (1 - LOOP_ON)
-        return LOOP_ALPHA if t > LOOP_OFF else 1 - (1 - LOOP_ALPHA) * t / LOOP_OFF
+    points = LOOP if kind == "loop" else ((0, 1), (1, 0))
 
     def choose(log_probs, is_mask, *, step, steps, u, psi):
         device, is_mask = is_mask.device, is_mask.cpu()
         t, s = 1 - step / steps, 1 - (step + 1) / steps
-        alpha_t, alpha_s = alpha(t), alpha(s)
+        alpha_t, alpha_s = np.interp((t, s), *points).tolist()
         sigma_max = min(1.0, (1 - alpha_s) / alpha_t) if alpha_t > 0 else 1.0
         if kind == "conf":  # a row with nothing to mask again has an empty softmax
             sigma = eta * sigma_max * (-psi).softmax(1).nan_to_num(0.0)
         elif kind == "rescale":
             sigma = eta * sigma_max
         else:
-            is_looping = kind == "cap" or LOOP_OFF < t <= LOOP_ON
-            sigma = min(eta, sigma_max) if is_looping else 0.0
+            is_on = kind == "cap" or LOOP[0][1] < t <= LOOP[0][2]
+            sigma = min(eta, sigma_max) if is_on else 0.0
         fix = (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t) if alpha_t < 1 else 1.0
         return torch.where(is_mask, u >= fix, u < sigma).to(device)
 
     return choose
+
+
+def same(log_probs):
+    return log_probs
 
 
 def make_warp(temperature=1.0, top_k=None, top_p=None):
@@ -557,12 +540,11 @@ def make_warp(temperature=1.0, top_k=None, top_p=None):
         return None
 
     def warp(log_probs):
-        if temperature == 0:
+        if temperature < 1e-30:
             likeliest = log_probs.argmax(-1, keepdim=True)
             return torch.full_like(log_probs, -math.inf).scatter(-1, likeliest, 0.0)
         # From the largest one, which then stays finite however low the temperature is.
-        heat = min(max(temperature, 1e-30), 1e30)  # float32 knows no 1e-320
-        log_probs = ((log_probs - log_probs.amax(-1, True)) / heat).log_softmax(-1)
+        log_probs = ((log_probs - log_probs.amax(-1, True)) / temperature).log_softmax(-1)
         if top_k is None and top_p is None:
             return log_probs
         ranked, index = log_probs.sort(dim=-1, descending=True, stable=True)
@@ -571,7 +553,7 @@ def make_warp(temperature=1.0, top_k=None, top_p=None):
             ranked = ranked.log_softmax(-1)
         if top_p is not None:
             cut = ranked.exp().cumsum(-1) - ranked.exp() >= top_p
-            cut[..., 0] = False  # nor 1e-320
+            cut[..., 0] = False
             ranked = ranked.masked_fill(cut, -math.inf)
         return torch.empty_like(log_probs).scatter(-1, index, ranked).log_softmax(-1)
 
@@ -580,8 +562,7 @@ def make_warp(temperature=1.0, top_k=None, top_p=None):
 
 def warp_among(log_probs, allowed, warp):
     """Only tokens that are allowed (V,) keep a probability, and then warp."""
-    log_probs = log_probs.masked_fill(~allowed, -math.inf).log_softmax(-1)
-    return log_probs if warp is None else warp(log_probs)
+    return (warp or same)(log_probs.masked_fill(~allowed, -math.inf).log_softmax(-1))
 
 
 # ----------------------------------------------------------------------------- model
@@ -607,19 +588,17 @@ class LM:
     """A trained model with its tokenizer. Made by load()."""
     def __init__(self, script, ckpt, path, opts):
         self.script, self.name = script, ckpt["script"]
-        with naming(path):
-            self.model, self.cfg = build_model(script, ckpt, opts.weights)
-            self.tokenizer = Tokenizer(ckpt["meta"], self.cfg.vocab_size)
-        self.block_len = getattr(self.cfg, "block_len", None)
-        diffusion = "block" if self.block_len else "sedd" if hasattr(self.cfg, "graph") else "mdlm"
+        self.model, self.cfg = script.build_model(ckpt, opts.weights)
+        self.tokenizer = Tokenizer(ckpt["meta"], self.cfg.vocab_size)
+        self.block_len, self.graph = (getattr(self.cfg, x, None) for x in ("block_len", "graph"))
+        diffusion = "block" if self.block_len else "sedd" if self.graph else "mdlm"
         self.kind = "gpt" if script.METRIC == "val_nll" else diffusion
-        is_cached = self.name in SCRIPTS or self.predict_agrees()
-        self.net = self.model if is_cached else self.model.__call__
-        with naming(f"--device={opts.device}"):
-            self.device, _ = script.pick_device(opts.device, "auto", 0)
-        trained = self.cfg.dtype if self.device.type == "cuda" else "fp32"
-        name = trained if opts.dtype == "auto" else opts.dtype
-        _, self.dtype = script.pick_device(self.device.type, name, 0)
+        # A fork may have changed forward and not predict, so it computes all anew.
+        is_fork = self.name not in SCRIPTS
+        self.net = self.model.__call__ if is_fork else self.model
+        self.device = script.pick_device(opts.device, 0)
+        self.dtype = script.pick_dtype(
+            self.cfg.dtype if opts.dtype == "auto" else opts.dtype, self.device)
         self.amp = functools.partial(torch.autocast, self.device.type, self.dtype,
                                      self.dtype != torch.float32)
         self.model.to(self.device)
@@ -629,22 +608,7 @@ class LM:
         self.summary = (
             f"{path}: {self.name}, {n / 1e6:.2f}M parameters, {averaged} weights of step "
             f"{ckpt['step']}, {self.tokenizer.name} tokens, context {self.cfg.seq_len}"
-            + ("" if is_cached else ", no cache: forward and predict of its model differ"))
-
-    @torch.no_grad()
-    def predict_agrees(self):
-        """Does a fork's predict, with a cache, give what its forward gives on some random rows?"""
-        if self.kind in ("mdlm", "sedd") or not hasattr(self.model, "predict"):
-            return self.kind in ("mdlm", "sedd")  # which need no cache
-        unit, laws = self.block_len or 1, []
-        x = torch.randint(self.cfg.vocab_size, (2, min(self.cfg.seq_len, 3 * unit)))
-        for model in (self.model, self.model.__call__):
-            cache = Cache(model, self.cfg, x.size(1))
-            read = cache.read_block if self.block_len else cache.read_token
-            for end in range(unit, x.size(1) + 1, unit):
-                law = read(x[:, :end], None, torch.arange(2 * unit))
-            laws.append(law)
-        return torch.allclose(*laws, atol=1e-3)
+            + ", no cache" * is_fork)
 
     def batch_rows(self, length):
         """How many rows of that many tokens to run at once."""
@@ -675,26 +639,25 @@ class LM:
         self.check_able(opts)
         is_infill = opts.infill is not None
         texts = BLANK.split(opts.infill) if is_infill else [opts.prompt or ""]
-        n_blanks, blanks = len(texts) - 1, [int(n) for n in opts.blank.split(",")]
-        blanks = blanks if len(blanks) > 1 else blanks * n_blanks
-        check(n_blanks or not is_infill, "infill", opts.infill, "no blank: write ___ for one")
-        fits = not is_infill or len(blanks) == n_blanks
-        check(fits, "blank", opts.blank, f"the text has {n_blanks} blanks")
+        blanks = [int(n) for n in opts.blank.split(",")]
+        blanks = blanks if len(blanks) > 1 else blanks * (len(texts) - 1)
+        check(blanks or not is_infill, "infill", opts.infill, "no blank: write ___ for one")
+        fits = not is_infill or len(blanks) == len(texts) - 1
+        check(fits, "blank", opts.blank, f"the text has {len(texts) - 1} blanks")
         tokens, begins = [], {}
         for text, n_new in zip(texts, [*blanks, 0] if is_infill else [0], strict=True):
             allowed = None
             if n_new or not is_infill or opts.length:
                 text, allowed = self.tokenizer.split_space(text, n_new)
             tokens += self.tokenizer.encode(text)
-            begins |= {} if allowed is None else {len(tokens): allowed}
+            if allowed is not None:
+                begins[len(tokens)] = allowed
             tokens += [None] * n_new
         n, limit = len(tokens), math.inf if self.block_len else self.cfg.seq_len
         least = n + (not is_infill or n in begins)
-        check(least <= limit, "infill" if is_infill else "prompt", f"{n} tokens",
-              f"they do not fit into the context of {limit}: shorten the text")
         length = opts.length or (least if is_infill else min(limit, n + DEFAULT_LENGTH))
-        check(length <= limit, "length", length, f"{self.name} goes up to {limit} (its seq_len)")
-        check(length >= least, "length", length, f"the text alone takes {least}")
+        fits = least <= length <= limit
+        check(fits, "length", length, f"the text takes {n} tokens, {self.name} goes up to {limit}")
         tokens += [None] * (length - n)
         known = torch.tensor([token or 0 for token in tokens])
         return known, torch.tensor([token is not None for token in tokens]), begins
@@ -711,7 +674,6 @@ class LM:
         warp = make_warp(opts.temperature, opts.top_k, opts.top_p)
         begins = {at: functools.partial(warp_among, allowed=allowed.to(self.device), warp=warp)
                   for at, allowed in canvas[2].items()}
-        firsts = {} if getattr(self.cfg, "graph", None) == "uniform" else begins
         how = dict(begins=begins, stop=self.tokenizer.bos_id if stops else None)
         T, size = len(known), min(MAX_ROWS, self.batch_rows(min(len(known), self.cfg.seq_len)))
         # Streams of their own for refining and for those first tokens: all hand out a seed a row.
@@ -719,22 +681,23 @@ class LM:
         gens = [torch.Generator().manual_seed(seed) for seed in streams]
         for first in range(0, opts.n, size):
             x, given = (t.repeat(min(size, opts.n - first), 1) for t in (known, is_known))
-            n_first = 0
+            spent = 0
             with self.amp():
-                for at, own_warp in firsts.items():
+                for at, own_warp in begins.items() if self.graph != "uniform" else ():
                     end = at + 1 if self.kind in ("gpt", "block") else T  # of what the token sees
                     there = x[:, :end], given[:, :end]
-                    drawn, _, n = self.fill(*there, Options(steps=1), gens[2], own_warp)
-                    x[:, at], given[:, at], n_first = drawn[:, at], True, n_first + n
+                    drawn, _, nfe = self.fill(*there, Options(steps=1), gens[2], own_warp)
+                    x[:, at], given[:, at], spent = drawn[:, at], True, spent + nfe
                 tokens, length, nfe = self.fill(x, given, opts, gens[0], warp, watch, **how)
-                nfe += n_first
+                spent += nfe
                 if opts.refine > 0:
-                    keep, n_passes = self.likeliest(tokens, given, opts.refine)
-                    seen = nfe = nfe + n_passes
-                    more = watch and (lambda tokens, n, seen=seen: watch(tokens, seen + n))
-                    tokens, _, n = self.fill(tokens, keep, opts, gens[1], warp, more, **how)
-                    nfe += n
-            yield [row[:n] for row, n in zip(tokens.tolist(), length.tolist(), strict=True)], nfe
+                    keep, nfe = self.likeliest(tokens, given, opts.refine)
+                    seen = spent = spent + nfe
+                    more = watch and (lambda tokens, nfe, seen=seen: watch(tokens, seen + nfe))
+                    tokens, _, nfe = self.fill(tokens, keep, opts, gens[1], warp, more, **how)
+                    spent += nfe
+            rows = zip(tokens.tolist(), length.tolist(), strict=True)
+            yield [row[:n] for row, n in rows], spent
 
     def fill(self, known, is_known, opts, gen, warp, watch=None, stop=None, begins=None):
         """One run of a sampler."""
@@ -742,9 +705,9 @@ class LM:
         if self.kind == "sedd":
             return redraw_rows(self.net, self.cfg, known, is_known, **how, begins=begins,
                                total_noise=self.script.total_noise, is_euler=opts.order == "euler")
-        block_len = 1 if self.kind == "gpt" else self.block_len or known.size(1)
         if opts.order_name == "ancestral" and opts.steps is None:
-            how["steps"] = max(1, min(block_len, int((~is_known).sum(1).max())))
+            most = int((~is_known).sum(1).max())
+            how["steps"] = max(1, min(self.block_len or most, most))
         if opts.order_name in RANKS:
             how["choose"] = ordered(opts.order_name, opts.threshold)
         elif opts.remask:
@@ -758,13 +721,14 @@ class LM:
         Two passes score every token: every second one is masked, then the others, so that each is
         judged with its neighbours in sight."""
         is_free = ~is_known
-        is_odd = is_free.cumsum(1) % 2 == 1
-        score = torch.full(tokens.shape, math.inf, dtype=torch.float32, device=tokens.device)
-        halves = [half for half in (is_free & is_odd, is_free & ~is_odd) if half.any()]
+        score = torch.full(tokens.shape, math.inf, device=tokens.device)
+        parity = is_free.cumsum(1) % 2
+        halves = [half for odd in (1, 0) if (half := is_free & (parity == odd)).any()]
         for half in halves:
             masked = torch.where(half, self.cfg.vocab_size, tokens)
-            log_probs = read_row(self.net, masked, half, half.flatten().nonzero()[:, 0])
-            score[half] = log_probs.gather(1, tokens[half][:, None]).squeeze(1)
+            rows = half.flatten().nonzero()[:, 0]
+            log_probs = Cache(self.net, self.cfg).read_mdlm(masked, half, rows)
+            score[half] = log_probs.gather(1, tokens[half][:, None])[:, 0]
         n_again = (is_free.sum(1, keepdim=True) * refine).round().clamp(min=1)  # (B, 1)
         place = score.argsort(dim=1, stable=True).argsort(1)
         return is_known | (place >= n_again), len(halves)
@@ -789,30 +753,27 @@ class LM:
 
         A bound, with its standard error over independent draws of noise, each of which masks every
         window twice, as an antithetic pair. gpt: one pass without noise, exact."""
-        Options(draws=draws, seed=seed)  # checks their values
         is_exact = self.kind == "gpt"
         check(draws is None or not is_exact, "draws", draws, f"{self.name} needs no noise: drop it")
         n_draws, n_copies = (1, 1) if is_exact else (draws or DEFAULT_DRAWS, 2)
         tokens = self.tokenizer.encode(text)
         check(tokens, "score", text, "the text is empty")
         gen = torch.Generator().manual_seed(seed)
-        whole = len(tokens) // self.cfg.seq_len * self.cfg.seq_len
         totals = torch.zeros(n_draws, dtype=torch.float64)
+        whole = len(tokens) // self.cfg.seq_len * self.cfg.seq_len
         for part in filter(None, (tokens[:whole], tokens[whole:])):
             cfg = dataclasses.replace(self.cfg, seq_len=min(len(part), self.cfg.seq_len))
             x0 = torch.tensor(part).view(-1, cfg.seq_len).repeat_interleave(n_copies, 0)
-            size = self.batch_rows(cfg.seq_len)
             for draw in range(n_draws):
                 noise = self.script.draw_noise(cfg, len(x0), gen, bound=True)
-                for rows in torch.arange(len(x0)).split(size):
+                for rows in torch.arange(len(x0)).split(self.batch_rows(cfg.seq_len)):
                     piece = self.script.take_rows(noise, rows, self.device)
-                    batch = x0[rows].to(self.device)
                     with self.amp():
-                        nats = self.script.nelbo_fn(self.model, batch, piece, cfg)
-                    totals[draw] += nats.double().sum().cpu() / n_copies
-        nats = totals.mean().item()
+                        nats = self.script.nelbo_fn(
+                            self.model, x0[rows].to(self.device), piece, cfg)
+                    totals[draw] += nats.cpu().double().sum() / n_copies
+        nats, n_bytes = totals.mean().item(), sum(len(self.tokenizer.table[i]) for i in tokens)
         stderr = totals.std().item() / math.sqrt(n_draws) if n_draws > 1 else 0.0
-        n_bytes = sum(len(self.tokenizer.table[i]) for i in tokens)
         bits = 1 / (math.log(2) * n_bytes)
         return SimpleNamespace(nats=nats, nats_stderr=stderr, bits_per_byte=nats * bits,
                                bits_stderr=stderr * bits, n_tokens=len(tokens), n_bytes=n_bytes)
@@ -839,26 +800,20 @@ def find_checkpoint(name=None):
                               "python train_mdlm.py --preset=tiny")
     if not str(name).startswith("hf:"):
         return Path(name, "ckpt.pt") if os.path.isdir(name) else Path(name)
-    owner, _, path = str(name)[3:].partition("/")
-    repo, _, path = path.partition("/")
-    check(path, "ckpt", name, "write hf:OWNER/REPO/FILE")
+    hub_name = re.fullmatch(r"hf:([^/]+/[^/]+)/(.+)", name)
+    check(hub_name, "ckpt", name, "write hf:OWNER/REPO/FILE")
     with naming(f"{name}: could not be downloaded"):
         from huggingface_hub import hf_hub_download
-        return Path(hf_hub_download(f"{owner}/{repo}", path))
+        return Path(hf_hub_download(*hub_name.groups()))
 
 
 def load_script(path):
     """Import a training script from its file."""
-    path = Path(path)
-    spec = importlib.util.spec_from_file_location(f"sampled_{path.stem}", path)
-    check(spec and path.is_file(), "script", path, "no such Python file")
-    script = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    sys.path[:0] = [str(path.resolve().parent), str(HERE)]  # it imports muon
-    try:
-        with naming(f"--script={path}"):
-            spec.loader.exec_module(script)
-    finally:
-        del sys.path[:2]
+    with naming(f"--script={path}"):
+        spec = importlib.util.spec_from_file_location(f"sampled_{Path(path).stem}", path)
+        script = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        sys.path += {str(Path(path).resolve().parent), str(HERE)}.difference(sys.path)  # for muon
+        spec.loader.exec_module(script)
     check(hasattr(script, "nelbo_fn"), "script", path, "not a training script")
     return script
 
@@ -871,14 +826,13 @@ def load(path=None, script=None, opts=None, **how):
     with naming(path):
         ckpt = module.load_checkpoint(path)  # the same text in every script
         name = ckpt["script"]
-    is_right = name == Path(script).stem if script else name in SCRIPTS
-    check(is_right, "ckpt", path, f"written by {name}.py: pass that file as --script=PATH")
-    return LM(module if script else load_script(HERE / f"{name}.py"), ckpt, path, opts)
+        is_right = name == Path(script).stem if script else name in SCRIPTS
+        check(is_right, "ckpt", path, f"written by {name}.py: pass that file as --script=PATH")
+        return LM(module if script else load_script(HERE / f"{name}.py"), ckpt, path, opts)
 
 
 # ----------------------------------------------------------------------------- terminal
 FRAME = 0.04  # seconds between two pictures
-MILESTONES = (0.25, 0.5, 0.75)
 STYLES = {"known": "\x1b[1m", "new": "\x1b[32m", "mask": "\x1b[2m", "note": "\x1b[2m"}
 
 
@@ -899,11 +853,10 @@ def printable(text):
 
 def show(spans, stream):
     """Print [(text, kind)]; a terminal gets styles, unless it is dumb, and no control codes."""
-    text = "".join(text for text, _ in spans)
-    if is_terminal(stream):
-        text = "".join(styled(printable(text), kind) for text, kind in spans)
-    print(printable(text) if stream.isatty() and not is_terminal(stream) else text, file=stream,
-          flush=True)
+    for text, kind in [*spans, ("\n", None)]:
+        text = printable(text) if stream.isatty() else text
+        stream.write(styled(text, kind) if is_terminal(stream) else text)
+    stream.flush()
 
 
 def note(text):
@@ -942,19 +895,14 @@ def redraw(lines, height, stream, is_last=False):
 
 class Run:
     """A model at work on a canvas. It counts, and shows on stderr how far it is: on a terminal a
-    line, with --watch the text below it; in a file, with --watch, the first sample at a few
-    milestones. For a race it keeps pictures. Its clock stands still while it does all that."""
+    line, with --watch the text below it; in a file, with --watch, the first sample after each
+    quarter. For a race it keeps pictures. Its clock stands still while it does all that."""
     def __init__(self, lm, opts, is_race=False):
         self.lm, self.opts, self.is_race, self.canvas = lm, opts, is_race, lm.canvas(opts)
         known, is_known, _ = self.canvas
-        self.is_known, self.has_text = is_known.tolist(), opts.watch and not is_race
-        # Where no mask shows how far it is, the number of passes does.
-        is_uniform = getattr(lm.cfg, "graph", None) == "uniform"
-        self.n_passes = (opts.steps or len(known)) if is_uniform else None
-        row = torch.where(is_known, known, lm.cfg.vocab_size).tolist()
-        self.frames = [(0.0, 0, row)]  # seconds, passes, tokens of a sample
+        self.is_known = is_known.tolist()
+        self.frames = [(0.0, 0, torch.where(is_known, known, lm.cfg.vocab_size).tolist())]
         self.nfe, self.seconds, self.bits, self.n_new, self.n_done = 0, 0.0, 0.0, 0, 0
-        self.height, self.drawn, self.last, self.due = 0, -math.inf, None, MILESTONES
 
     def rows(self):
         """Write; yield the tokens of every sample."""
@@ -962,12 +910,11 @@ class Run:
         if self.is_race:  # the end of a document stops none; and some tokens to warm up
             warm = known, is_known | (torch.arange(len(known)) < len(known) - WARM_UP), {}
             list(self.lm.batches(warm, self.opts, stops=False))
-        self.since = time.perf_counter()
+        self.rest()
         for rows, nfe in self.lm.batches(self.canvas, self.opts, self, not self.is_race):
             self.seconds += time.perf_counter() - self.since
             self.nfe += nfe
-            self.height = redraw([], self.height, sys.stderr)
-            self.last, self.due = None, MILESTONES
+            redraw([], self.height, sys.stderr)
             for row in rows:
                 new = [token for token, old in zip(row, self.is_known, strict=False) if not old]
                 # Entropy of the tokens' frequencies, low when a sample repeats itself.
@@ -975,33 +922,41 @@ class Run:
                 self.bits += torch.special.entr(shares).sum().item() / math.log(2)
                 self.n_new, self.n_done = self.n_new + len(new), self.n_done + 1
                 yield row
-            self.since = time.perf_counter()
+            self.rest()
+
+    def rest(self):
+        """Before a batch nothing is drawn."""
+        self.height, self.drawn, self.last, self.due = 0, -math.inf, None, 0.25
+        self.since = time.perf_counter()
 
     def __call__(self, tokens, nfe):
-        n_left = int((tokens == self.lm.cfg.vocab_size).sum())  # waits for the device
+        rows = tokens.tolist()  # waits for the device
         self.seconds += time.perf_counter() - self.since
-        done = 1 - n_left / (len(tokens) * self.is_known.count(False))
-        done = nfe / self.n_passes if self.n_passes else done
-        is_live, now = is_terminal(sys.stderr), time.monotonic()
+        n_left = (tokens == self.lm.cfg.vocab_size).sum().item()
+        done = 1 - n_left / (len(rows) * self.is_known.count(False))
+        if self.lm.graph == "uniform":  # it has no masks
+            done = nfe / (self.opts.steps or len(self.is_known))
+        has_text, is_live = self.opts.watch and not self.is_race, is_terminal(sys.stderr)
         if self.is_race:
-            self.frames.append((self.seconds, self.nfe + nfe, tokens[0].tolist()))
-        if is_live and (now - self.drawn >= FRAME or done == 1):
-            rows, width = tokens.tolist(), shutil.get_terminal_size().columns
+            self.frames.append((self.seconds, self.nfe + nfe, rows[0]))
+        if is_live and (time.monotonic() - self.drawn >= FRAME or done == 1):
+            width = shutil.get_terminal_size().columns
             lines = [styled(f"{self.lm.name}: {done:4.0%}, {nfe} passes", "note")]
             for row, before in zip(rows, self.last or rows, strict=True):
-                lines += ["", *lines_of(self.spans(row, before), width)] if self.has_text else []
-            self.height, self.last, self.drawn = redraw(lines, self.height, sys.stderr), rows, now
-        elif not is_live and self.has_text and self.due and self.due[0] <= done < 1:
-            self.due = [share for share in self.due if share > done]
-            row = tokens[0].tolist()
-            show([(f"[{done:.0%} after {nfe} passes] ", None), *self.spans(row, row)], sys.stderr)
+                lines += ["", *lines_of(self.spans(row, before), width)] if has_text else []
+            self.height, self.last = redraw(lines, self.height, sys.stderr), rows
+            self.drawn = time.monotonic()
+        elif not is_live and has_text and self.due <= done < 1:
+            self.due = (math.floor(done * 4) + 1) / 4
+            spans = self.spans(rows[0], rows[0])
+            show([(f"[{done:.0%} after {nfe} passes] ", None), *spans], sys.stderr)
         self.since = time.perf_counter()
 
     def spans(self, row, before):
         """[(text, kind)] of a row, without what fills it behind its end."""
-        mask_id, bos_id = self.lm.cfg.vocab_size, self.lm.tokenizer.bos_id
+        bos_id = self.lm.tokenizer.bos_id
         n = max((i + 1 for i, token in enumerate(row) if token != bos_id), default=0)
-        kinds = ["mask" if token == mask_id else "known" if is_known
+        kinds = ["mask" if token == self.lm.cfg.vocab_size else "known" if is_known
                  else "new" if token != old else None
                  for token, old, is_known in zip(row, before, self.is_known, strict=True)]
         return self.lm.tokenizer.spans(row[:n], kinds[:n])
@@ -1039,16 +994,15 @@ def replay(runs):
 
 
 def print_race(opts):
-    scripts = [opts.script, *[None] * opts.race.count(","), None]
-    paths = [opts.ckpt, *opts.race.split(",")]
-    lms = [load(path, script, opts) for path, script in zip(paths, scripts, strict=True)]
-    for path, lm in zip(paths, lms, strict=True):
-        is_same = lm.tokenizer.table == lms[0].tokenizer.table
-        check(is_same, "race", path, f"its tokens are not those of {lms[0].name}")
-    none = {name: getattr(Options, name) for name in PASSES}
-    length = min(len(lm.canvas(dataclasses.replace(opts, **none))[0]) for lm in lms)
-    runs = [Run(lm, dataclasses.replace(opts, length=length, **(none if lm.kind == "gpt" else {})),
-                is_race=True) for lm in lms]
+    others = [load(path, None, opts) for path in opts.race.split(",")]
+    lms = [load(opts.ckpt, opts.script, opts), *others]
+    for lm in others:
+        fits = lm.tokenizer.table == lms[0].tokenizer.table
+        check(fits, "race", opts.race, f"the tokens of {lm.name} are not those of {lms[0].name}")
+    plain = dataclasses.replace(opts, **{name: getattr(Options, name) for name in PASSES})
+    length = min(len(lm.canvas(plain)[0]) for lm in lms)
+    runs = [Run(lm, dataclasses.replace(plain if lm.kind == "gpt" else opts, length=length), True)
+            for lm in lms]
     note("\n".join(lm.summary for lm in lms))
     note(f"{opts.n} x {length} tokens, {lms[0].where}, one model after another\n")
     firsts = [[*run.rows()][0] for run in runs]
@@ -1057,11 +1011,10 @@ def print_race(opts):
     else:
         for lm, row in zip(lms, firsts, strict=True):
             show([(f"--- {lm.name}\n{lm.tokenizer.decode(row)}\n", None)], sys.stdout)
-    width = max(len(lm.name) for lm in lms)
-    print(f"{'':{width}}  passes  seconds  tokens/s  entropy")
+    print(f"{'':12}  passes  seconds  tokens/s  entropy")
     for run in runs:
         rate, entropy = run.n_new / run.seconds, run.bits / opts.n
-        print(f"{run.lm.name:{width}}  {run.nfe:6}  {run.seconds:7.2f}  {rate:8.0f}  "
+        print(f"{run.lm.name:12}  {run.nfe:6}  {run.seconds:7.2f}  {rate:8.0f}  "
               f"{entropy:.2f} bits, {run.lm.describe(run.opts)}")
 
 
@@ -1090,12 +1043,10 @@ def print_samples(lm, opts):
     run = Run(lm, opts)
     note(lm.summary)
     for row in run.rows():
-        kinds = ["known" if is_known else None for is_known in run.is_known[:len(row)]]
-        spans = lm.tokenizer.spans(row, kinds)
         if opts.n > 1:
             note(f"--- sample {run.n_done} of {opts.n}")
-            spans.append(("\n", None))
-        show(spans, sys.stdout)
+        kinds = ["known" if is_known else None for is_known in run.is_known[:len(row)]]
+        show(lm.tokenizer.spans(row, kinds) + [("\n", None)] * (opts.n > 1), sys.stdout)
     note(f"NFE {run.nfe}, {run.n_new / run.seconds:.0f} tokens/s, {lm.where}, "
          f"{lm.describe(opts)}, entropy {run.bits / opts.n:.2f} bits")
 
@@ -1105,9 +1056,10 @@ def main(argv):
         opts = parse_args(argv)
         modes = [flag for flag in ("infill", "score", "prompt", "prompt_file", "race")
                  if getattr(opts, flag) is not None]
-        fits = len(modes) < 2 or len(modes) == 2 and modes[0][:6] == "prompt" and modes[1] == "race"
-        check(fits, " and --".join(modes), "..", "exclude each other: drop one")
-        check(opts.draws is None or opts.score is not None, "draws", opts.draws, "goes with --score")
+        pairs = ["prompt", "race"], ["prompt_file", "race"]
+        if len(modes) > 1 and modes not in pairs:
+            raise SampleError(f"--{' and --'.join(modes)} exclude each other: drop one")
+        check(opts.draws is None or "score" in modes, "draws", opts.draws, "goes with --score")
         if opts.prompt_file is not None:
             opts = dataclasses.replace(opts, prompt=read_text(opts.prompt_file))
         if opts.race is not None:
