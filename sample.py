@@ -29,9 +29,11 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import hashlib
 import importlib.util
 import inspect
 import itertools
+import json
 import math
 import os
 import re
@@ -42,7 +44,7 @@ import time
 import unicodedata
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 if __name__ == "__main__":  # Ctrl-C and "| head" end it without a traceback, while torch loads too
     for name in {"SIGINT", "SIGPIPE"} & {*dir(signal)}:
@@ -53,13 +55,14 @@ import torch
 import torch.nn.functional as F
 
 HERE = Path(__file__).resolve().parent
+SHIPPED = HERE / "models/mdlm.golf", HERE / "models/block.golf"
 SCRIPTS = ("train_mdlm", "train_block", "train_sedd", "gpt")
 DEFAULT_LENGTH, DEFAULT_DRAWS = 256, 8
 BATCH_NUMBERS = 2**27  # logits, or attention scores of a layer, in one forward pass
 MAX_ROWS = 512  # samples at once, so that the first of many are soon there
 FIRST_STREAM = 0x5EED  # of random numbers
-BREAK = "\n\n---\n\n"  # how the beginning of a document is shown
-BLANK = re.compile("_{3,}")
+END = b"<|endoftext|>"  # how the beginning of the next document is shown
+BLANK = re.compile(r"(?<!\\)_{3,}")  # \_ is an underscore
 
 
 # ----------------------------------------------------------------------------- flags
@@ -75,31 +78,47 @@ class Options:
     # what to write
     prompt: str | None = None  # text to continue
     prompt_file: str | None = None  # the same from a file
-    infill: str | None = None  # text with blanks: each run of three or more underscores is one
+    prompts: str | None = None  # a .jsonl file of several: a text, or {"prompt": text}, a line
+    # Without a prompt, a sample is the beginning of a document, or of any window of the corpus.
+    start: Literal["document", "anywhere"] = "document"
+    infill: str | None = None  # text with blanks: three or more underscores; \\_ is no blank
     blank: str = "16"  # tokens in a blank, for all of them or one by one: N[,N..]
-    n: int = 1  # samples
+    n: int = 1  # samples, of every prompt
+    stop: str | None = None  # text before which a sample ends; from Python also a list of texts
     # Tokens in a sample, prompt included. None: 256 new ones, up to the context; an infill ends
     # with its text, and goes on up to a given length.
     length: int | None = None
     seed: int = 0  # the same seed gives the same samples, however many there are
     # How. Exact: first_hitting (the default: a random token a pass) and, for many steps, ancestral
     # (the default with --steps) and random. Mode-seeking, so not samples of the model's law:
-    # confidence (the default with --threshold), entropy, margin. train_sedd has tweedie and euler.
-    order: Literal[None, "first_hitting", "ancestral", "random", "confidence", "entropy", "margin",
-                   "tweedie", "euler"] = None
-    steps: int | None = None  # passes, with train_block in each block; None: one a token
+    # confidence (the default with --threshold), confidence_weighted (positions drawn with those
+    # weights), entropy, margin. train_sedd has tweedie and euler.
+    order: Literal[None, "first_hitting", "ancestral", "random", "confidence",
+                   "confidence_weighted", "entropy", "margin", "tweedie", "euler"] = None
+    steps: int | None = None  # passes, or passes in each block; None: one a token
+    pace: Literal["even", "cosine", "cosine2"] = "even"  # of the orders that rank, over the passes
+    # train_mdlm in blocks of so many tokens, from left to right, as LLaDA writes; then the length
+    # has no limit, and what is out of the context is forgotten. Both are no exact samplers.
+    block_length: int | None = None
+    cache: Literal[None, "prefix", "dual"] = None  # of keys and values, approximate, as Fast-dLLM
     threshold: float | None = None  # fix every token whose top probability exceeds this, too
     temperature: float = 1.0  # below 1 sharper; 0 takes the likeliest token
     top_k: int | None = None  # draw from that many likeliest tokens
     top_p: float | None = None  # draw from the likeliest tokens that together reach this
-    # ReMDM, masking some tokens again to mend errors: loop, cap, rescale (ETA .02) or conf (ETA 1).
+    nucleus: Literal["inclusive", "exclusive"] = "inclusive"  # as exclusive, ReMDM, BD3-LM: below it
+    # ReMDM, masking some tokens again to mend errors: loop (ETA .02), cap (.008), rescale (.015), conf (1).
     remask: str | None = None  # NAME or NAME:ETA
-    refine: float = 0.0  # at the end, mask this fraction, the least likely, and predict it anew
+    # F[:EVERY[:random|least]]: after EVERY passes draw a fraction F of what is fixed anew. Not exact.
+    corrector: str | None = None
+    # F[:TIMES[:least|random]]: at the end, mask a fraction F, the least likely, and predict it anew.
+    refine: str | None = None
     watch: bool = False  # show the text appearing
+    save: str | None = None  # FILE.json: every pass, for study/page.py; FILE.jsonl: the samples
     # Checkpoints, with commas, that write as much as --ckpt, one after the other; a terminal then
     # shows all side by side in real time. gpt ignores flags about passes, all the end of documents.
     race: str | None = None
     score: str | None = None  # text, or a file of UTF-8: its bound in nats; gpt: exact
+    given: str | None = None  # text, or a file, that comes before the one scored and is not scored
     draws: int | None = None  # independent noise draws of a score; None: 8
 
     def __post_init__(self):
@@ -121,7 +140,9 @@ class Options:
                 ("remask", re.fullmatch(REMASK, self.remask or "cap"),
                  f"{', '.join(REMASK_ETA)}, with ETA as in cap:0.02"),
                 ("remask", not self.remask or is_free,
-                 "has its own order: drop --order and --threshold")):
+                 "has its own order: drop --order and --threshold"),
+                *((flag, re.fullmatch(FRACTION, str(getattr(self, flag) or 1)), "F:N, as in 0.2:4")
+                  for flag in ("corrector", "refine"))):
             check(fits, flag, getattr(self, flag), remedy)
 
     @property
@@ -133,7 +154,7 @@ class Options:
 
 RANGES = dict(n=(1, math.inf), length=(1, math.inf), seed=(0, 2**62), steps=(1, math.inf),
               threshold=(0, 1), temperature=(0, math.inf), top_k=(1, math.inf), top_p=(0, 1),
-              refine=(0, 1), draws=(2, math.inf))
+              block_length=(1, math.inf), draws=(2, math.inf))
 
 
 class SampleError(ValueError):
@@ -145,26 +166,47 @@ def check(condition, flag, value, remedy):
         raise SampleError(f"--{flag}={value}: {remedy}")
 
 
+def near(name):
+    """The flag that a wrong name was perhaps meant to be."""
+    return (difflib.get_close_matches(name, Options.__dataclass_fields__, 1) or ["help"])[0]
+
+
 def parse_args(argv):
     """Flags --name=value -> Options."""
-    fields, given = {f.name: f for f in dataclasses.fields(Options)}, {}
+    fields, given = Options.__dataclass_fields__, {}
     for arg in argv:
         if arg in ("--help", "-h"):
             print(__doc__, inspect.getsource(Options).partition("\n    def ")[0], sep="\n")
             raise SystemExit(0)
         name, equals, text = arg.removeprefix("--").partition("=")
-        near = (difflib.get_close_matches(name, fields, 1) or ["help"])[0]
         if not arg.startswith("--") or name not in fields:
-            raise SampleError(f"unknown flag {arg}: did you mean --{near}?")
+            raise SampleError(f"unknown flag {arg}: did you mean --{near(name)}?")
         kind = (get_args(fields[name].type) or (fields[name].type,))[0]
-        check(equals or kind is bool, name, "VALUE", "needs a value")
+        check(equals or kind is bool or name == "race", name, "VALUE", "needs a value")
         try:
             value = ("0", "1", "").index(text) > 0 if kind is bool else text
             given[name] = kind(value) if kind in (int, float) else value
         except ValueError:
             kinds = {int: "a whole number", float: "a number", bool: "0 or 1"}
             raise SampleError(f"{arg}: {kinds[kind]} expected") from None
-    return Options(**given)
+    return make_options(**given)
+
+
+# Names of published packages.
+ALIASES = dict(seq_len="length", confidence_threshold="threshold", corrector_frac="corrector")
+
+
+def make_options(corrector_every=None, corrector_mode=None, **how):
+    """Options from Python, by the flags' names or those of published packages."""
+    how = {ALIASES.get(name, name): value for name, value in how.items()}
+    for name in how.keys() - Options.__dataclass_fields__.keys():
+        raise SampleError(f"no {name}: did you mean {near(name)}?")
+    if corrector_every or corrector_mode:
+        how["corrector"] = ":".join(map(str, (
+            how.get("corrector", 0.1), corrector_every or 1, corrector_mode or "random")))
+    if isinstance(how.get("stop"), str):
+        how["stop"] = [how["stop"]]
+    return Options(**how)
 
 
 # ----------------------------------------------------------------------------- tokens
@@ -176,6 +218,8 @@ class Tokenizer:
         self.table = [word.encode("latin-1") for word in words]
         self.table += [b""] * (mask_id - len(self.table))  # ids that stand for no text
         self.table[self.bos_id] = b""
+        self.shown = [*self.table, "░".encode()]
+        self.shown[self.bos_id] = END
         self.encoding = None
         if self.name != "byte":
             import tiktoken
@@ -205,11 +249,9 @@ class Tokenizer:
     def spans(self, tokens, kinds):
         """[(text, kind)] of a row: characters take the kind of the token that completes them."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        signs, pieces, kind = {self.bos_id: BREAK, self.mask_id: "░"}, [], None
+        pieces, kind = [], None
         for token, kind in zip(tokens, kinds, strict=True):
-            sign = signs.get(token, "")
-            word = b"" if sign else self.table[token]
-            pieces.append((decoder.decode(word, final=bool(sign)) + sign, kind))
+            pieces.append((decoder.decode(self.shown[token]), kind))
         pieces.append((decoder.decode(b"", final=True), kind))
         runs = itertools.groupby((p for p in pieces if p[0]), key=lambda piece: piece[1])
         return [("".join(text for text, _ in run), kind) for kind, run in runs]
@@ -219,37 +261,63 @@ class Tokenizer:
 
 
 # ----------------------------------------------------------------------------- networks
-class Cache:
-    """Attention that keeps keys and values, for Trunk.predict of gpt and train_block, whose first
-    block_len positions are the noised block, which is not kept. Of the others, as many as fit into
+class Reader:
+    """The network of one run of fill_blocks: log p of masked tokens. read(tokens (B, S), start,
+    rows): at flat positions rows (R,) of the block (B, L) at start -> (R, V).
+
+    It is the attention of Trunk.predict, which keeps keys and values. With train_block the first L
+    positions of a pass are the noised block, which is not kept; of the others, as many as fit into
     the context are seen. A model without predict computes all anew every time."""
-    def __init__(self, model, cfg):
-        self.model, self.cfg, self.is_cached = model, cfg, hasattr(model, "predict")
-        self.n_noised = getattr(cfg, "block_len", 0)
+    def __init__(self, model, cfg, kind, block_len, cache=None):
+        self.model, self.cfg, self.L, self.cache = model, cfg, block_len, cache
+        self.read, self.is_cached = getattr(self, f"read_{kind}"), hasattr(model, "predict")
+        self.n_noised = block_len if kind == "block" else 0
         self.window = cfg.seq_len - self.n_noised
         self.kept = [None] * cfg.n_layer  # (2, B, Hkv, S, d) each; the layer whose turn it is first
-        self.done = 0  # positions that went in
+        self.done = 0  # positions that went in; of a masked model, where its block began
         self.mask = None  # (.., N, S) of this pass; None: everything is seen
+        self.part = None  # of what is kept, the positions that this pass replaces
 
     def __call__(self, q, k, v, ctx):
         """One layer of a pass: q (B, H, N', d), k and v (B, Hkv, N, d) -> (B, H, N', d)"""
         old, new = self.kept.pop(0), torch.stack((k, v)).roll(-self.n_noised, 3)
-        k, v = new = new if old is None else torch.cat((old, new), 3)
-        clean = new[..., :k.size(2) - self.n_noised, :]
+        if old is not None and self.part is None:
+            new = torch.cat((old, new), 3)
+        elif old is not None:
+            new = torch.cat((old[..., :self.part[0], :], new, old[..., self.part[1]:, :]), 3)
+        clean = new[..., :new.size(3) - self.n_noised, :]
         self.kept.append(clean[..., max(0, clean.size(3) - self.window):, :])
         mask = None if self.mask is None else self.mask[..., :q.size(2), :]
         is_grouped = q.size(1) != k.size(1)
-        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=is_grouped)
+        return F.scaled_dot_product_attention(q, *new, mask, enable_gqa=is_grouped)
 
-    def read_mdlm(self, tokens, is_mask, rows):
-        """train_mdlm: log p (R, V) at flat positions rows (R,) of tokens (B, T)"""
-        sigma = -torch.log1p(-is_mask.sum(1).clamp(min=1) / (tokens.size(1) + 1))
-        return self.model(tokens, sigma, rows).log_softmax(-1)
+    def read_mdlm(self, tokens, start, rows):
+        """Reads what is within seq_len of the beginning or, behind that, of the block's end, in the
+        rows that are asked for. cache: Fast-dLLM's approximation (2505.22618): after the first pass
+        of a block the keys and values before it (prefix) or around it (dual) stay."""
+        L, size = self.L, max(self.L, self.cfg.seq_len)
+        low = max(0, start + L - size)
+        x, at, row = tokens[:, low:low + size], start - low, rows // L
+        if self.cache is None:
+            live, row = row.unique(return_inverse=True)
+            x = x[live]
+        S = x.size(1)
+        is_again = self.cache and self.done == start + 1
+        self.done = start + 1
+        self.part = (at, at + L if self.cache == "dual" else S) if is_again else (0, S)
+        sigma = -torch.log1p(-(x == self.cfg.vocab_size).sum(1).clamp(min=1) / (S + 1))
+        first, last = self.part
+        rows = row * (last - first) + at - first + rows % L
+        if self.cache is None:
+            return self.model(x, sigma, rows).log_softmax(-1)
+        positions = torch.arange(first, last, device=x.device)
+        logits = self.model.predict(x[:, first:last], positions, sigma, rows, attend=self)
+        return logits.log_softmax(-1)
 
-    def read_gpt(self, tokens, is_mask, rows):
-        """gpt: tokens (B, S) -> log p of the last one (R, V) in rows (R,)"""
-        S, done, device = tokens.size(1), self.done, tokens.device
-        x = F.pad(tokens[:, :-1], (1, 0), value=self.cfg.vocab_size)  # (B, S), the start first
+    def read_gpt(self, tokens, start, rows):
+        S, done, device = start + 1, self.done, tokens.device
+        # (B, S), the start first
+        x = F.pad(tokens[:, :start], (1, 0), value=self.cfg.vocab_size)
         if not self.is_cached:
             return self.model(x, (rows + 1) * S - 1).log_softmax(-1)
         new = torch.arange(done, S, device=device)
@@ -257,25 +325,24 @@ class Cache:
         self.done, last = S, (rows + 1) * (S - done) - 1
         return self.model.predict(x[:, done:], new, rows=last, attend=self).log_softmax(-1)
 
-    def read_block(self, tokens, is_mask, rows):
-        """train_block: tokens (B, T) up to the end of a noised block -> log p (R, V) at flat
-        positions rows (R,) of that block (B, L). The first pass of a block takes in the finished
-        one before it."""
-        cfg, T, L, device = self.cfg, tokens.size(1), self.n_noised, tokens.device
+    def read_block(self, tokens, start, rows):
+        """The first pass of a block takes in the finished one before it."""
+        cfg, L, T, device = self.cfg, self.L, start + self.L, tokens.device
+        tokens = tokens[:, :T]
         if not self.is_cached:
             x = tokens[:, -cfg.seq_len:]
             return self.model(x, x, rows + (rows // L + 1) * (x.size(1) - L)).log_softmax(-1)
-        noised, clean = torch.arange(T - L, T, device=device), torch.arange(T - L, device=device)
+        noised, clean = torch.arange(start, T, device=device), torch.arange(start, device=device)
         at = torch.cat((noised, clean[self.done:]))  # (N,)
         seen = torch.cat((clean[max(0, self.done - self.window):], noised))  # (S,)
-        self.done = T - L
+        self.done = start
         self.mask = None  # a noised block alone sees everything
         if len(at) > L or cfg.doc_mask:
             i, j = at[:, None] // L, seen // L
             self.mask = (j <= i) & (j > i - cfg.seq_len // L)  # (N, S)
         if cfg.doc_mask:  # a noised block goes on with the document before it
-            docs = (tokens[:, :T - L] == cfg.bos_id).cumsum(1)
-            before = docs[:, -1:] if T > L else docs.new_zeros(len(docs), 1)
+            docs = (tokens[:, :start] == cfg.bos_id).cumsum(1)
+            before = docs[:, -1:] if start else docs.new_zeros(len(docs), 1)
             docs = torch.cat((docs, before.expand(-1, L)), 1)  # (B, T)
             self.mask = self.mask & (docs[:, None, at, None] == docs[:, None, None, seen])
         logits = self.model.predict(tokens[:, at], at, rows=rows, n_query=L, attend=self)
@@ -287,14 +354,21 @@ class Cache:
 # number of forward passes. gen (CPU) seeds a generator for each row, so that rows do not depend on
 # their batch. warp changes the log-probabilities that tokens are drawn from; watch(tokens (B, T),
 # nfe) sees every pass.
+def stream(seed, number):
+    """One of several generators of a seed. torch keeps 32 bits of what seeds its own."""
+    return torch.Generator().manual_seed(
+        int(np.random.SeedSequence((seed, number)).generate_state(1)[0]))
+
+
 def row_generators(gen, n_rows):
-    seeds = [int(torch.randint(2**62, (), generator=gen)) for _ in range(n_rows)]
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+    """Generators of 128 bits each, so that no two rows agree."""
+    words = torch.randint(2**32, (n_rows, 4), generator=gen).tolist()
+    return [np.random.default_rng(row) for row in words]
 
 
 def uniforms(gens, *shape):
     """(B, *shape) float64 on the CPU"""
-    return torch.stack([torch.rand(shape, generator=g, dtype=torch.float64) for g in gens])
+    return torch.from_numpy(np.stack([g.random(shape) for g in gens]))
 
 
 def float64(x):
@@ -315,40 +389,38 @@ def draw_tokens(log_probs, u):
 
 @torch.no_grad()
 def fill_blocks(model, cfg, known, is_known, *, kind, gen, steps=None, choose=None, warp=None,
-                watch=None, stop=None):
+                watch=None, stop=None, until=None, block_len=None, cache=None):
     """Fill in the unknown positions, block after block: those of train_block, or (kind mdlm) the
-    whole row, or (gpt) one token.
+    whole row or block_len tokens, or (gpt) one token.
 
     steps=N: ancestral sampling on N equal steps of t (arXiv 2406.07524, eq. 6 with SUBS), each
     masked token drawn with probability (t - s) / t. steps=None: first-hitting (arXiv 2409.02908),
     one uniformly random token a row and pass: as ancestral for N -> inf. choose (see orders, below)
     replaces both. stop=ID: a row ends where that token stands in a finished block, unless it is its
-    first or known; it is not counted in the length, and the row is filled up with it."""
+    first or known; it is not counted in the length, and the row is filled up with it. A row ends
+    behind a block, too, if until(its tokens up to there)."""
     (B, T), mask_id, device = known.shape, cfg.vocab_size, known.device
-    L = cfg.block_len if kind == "block" else 1 if kind == "gpt" else T
+    L = cfg.block_len if kind == "block" else 1 if kind == "gpt" else block_len or T
     gens, passes, nfe = row_generators(gen, B), L if steps is None else steps, 0
     warp = warp or same
-    n_numbers = 1 if kind == "gpt" else 2  # which token of a block is drawn; and what it becomes
     whole = -(-T // L) * L  # the last block is written to its end, and cut
     fixed = F.pad(is_known, (0, whole - T))  # (B, whole)
     tokens = F.pad(torch.where(is_known, known, mask_id), (0, whole - T), value=mask_id)
     length = torch.full((B,), T, device=device)
-    cache = Cache(model, cfg)
-    read, known_len = getattr(cache, f"read_{kind}"), int(is_known.sum(1).min()) // L * L
+    reader = Reader(model, cfg, kind, L, cache)
     # A prompt that is longer than the context enters the cache of train_block piece by piece.
-    is_long = kind == "block" and cache.is_cached
-    for end in range(cfg.seq_len, is_long * known_len, max(L, cfg.seq_len - L)):
-        read(tokens[:, :end], None, tokens.new_zeros(0))
+    known_len = int(is_known.sum(1).min()) // L * L * (kind == "block" and reader.is_cached)
+    for end in range(cfg.seq_len, known_len, max(L, cfg.seq_len - L)):
+        reader.read(tokens, end - L, tokens.new_zeros(0))
         nfe += 1
     for start in range(0, whole, L):
         here = slice(start, start + L)
         is_empty = not (tokens[:, here] == mask_id).any()
         psi = torch.full((B, L), math.inf, dtype=torch.float64)
         for i in range(passes):
-            numbers = uniforms(gens, n_numbers, L)
+            pick, u = uniforms(gens, 2, L).unbind(1)  # which are drawn, and as what: (B, L) each
             if is_empty:  # the numbers of later blocks do not depend on it
                 continue
-            pick, u = numbers[:, 0], numbers[:, -1]  # (B, L) each
             block = tokens[:, here]
             is_mask = block == mask_id
             if choose is not None:
@@ -361,7 +433,7 @@ def fill_blocks(model, cfg, known, is_known, *, kind, gen, steps=None, choose=No
             rows = (commit.to(device) & is_mask).flatten().nonzero()[:, 0]
             log_probs = torch.zeros(0, mask_id, device=device)
             if len(rows):
-                log_probs = read(tokens[:, :start + L], is_mask, rows)  # (R, V)
+                log_probs = reader.read(tokens, start, rows)  # (R, V)
                 nfe += 1
             if choose is not None:
                 is_left = choose(log_probs, is_mask, step=i, steps=steps, u=pick, psi=psi)
@@ -380,11 +452,13 @@ def fill_blocks(model, cfg, known, is_known, *, kind, gen, steps=None, choose=No
             if stop is not None and i == passes - 1:
                 ends = (block == stop) & ~fixed[:, here]
                 ends[:, 0] &= start > 0
-                at = start + ends.int().argmax(1)
+                at = torch.where(ends.any(1), start + ends.int().argmax(1), whole)
+                if until is not None:
+                    hits = [until(row) for row in tokens[:, :start + L].tolist()]
+                    at[torch.tensor(hits)] = start + L
                 behind = torch.arange(whole, device=device) >= at[:, None]  # (B, whole)
-                behind &= ends.any(1, keepdim=True)
                 tokens, fixed = torch.where(behind, stop, tokens), fixed | behind
-                length = torch.where(ends.any(1), at.clamp(max=T), length)
+                length = torch.minimum(length, at)
             if watch is not None:
                 watch(tokens[:, :T], nfe)
     return tokens[:, :T], length, nfe
@@ -413,14 +487,14 @@ def uniform_law(log_score, current, sigma, sigma_next, rate, warp):
 
 @torch.no_grad()
 def redraw_rows(model, cfg, known, is_known, *, total_noise, gen, steps=None, is_euler=False,
-                warp=None, watch=None, begins=None):
+                warp=None, watch=None, begins=()):
     """train_sedd: steps=N passes (None: T) on N equal steps of t. Each draws every position anew by
     Tweedie's law, the exact one of a position if it moved alone (arXiv 2310.16834, theorem 4.2);
     is_euler: by the rates at the step's start. The last pass denoises: all noise that is left goes
     in one step of Tweedie's. Under absorb a pass without a change needs no new forward pass. warp
     acts under absorb on what a mask becomes, not when; under uniform on the clean token that the
-    score implies, before the noise of that time; begins {position: warp} has others for some
-    positions. total_noise(t, cfg) -> sigma, dsigma/dt"""
+    score implies, before the noise of that time; begins [(flat positions, warp)] has others for
+    some. total_noise(t, cfg) -> sigma, dsigma/dt"""
     (B, T), V, device = known.shape, cfg.vocab_size, known.device
     gens, passes = row_generators(gen, B), T if steps is None else steps
     is_absorb = cfg.graph == "absorb"
@@ -454,8 +528,8 @@ def redraw_rows(model, cfg, known, is_known, *, total_noise, gen, steps=None, is
             current = tokens.flatten()[rows].to(log_score.device)
             step = sigma, sigmas[i + 1], rate
             log_law = uniform_law(log_score, current, *step, warp)
-            for at, own_warp in (begins or {}).items():
-                hit = rows % T == at
+            for places, own_warp in begins:
+                hit = torch.isin(rows, places)
                 log_law[hit] = uniform_law(log_score[hit], current[hit], *step, own_warp)
         drawn = draw_tokens(log_law, u.flatten()[rows.cpu()]).to(device)
         before, tokens = tokens, tokens.flatten().index_put((rows,), drawn).view(B, T)
@@ -472,25 +546,39 @@ def redraw_rows(model, cfg, known, is_known, *, total_noise, gen, steps=None, is
 RANKS = {
     "random": lambda log_probs, u: u,
     "confidence": lambda log_probs, u: log_probs.amax(-1),
+    # Drawn with the top probabilities as weights: Gumbel noise on their logarithms.
+    "confidence_weighted": lambda log_probs, u: log_probs.amax(-1).cpu() - (-u.log()).log(),
     "entropy": lambda log_probs, u: -torch.special.entr(log_probs.exp()).sum(-1),
     "margin": lambda log_probs, u: log_probs.exp().topk(2).values.diff().neg().squeeze(-1),
 }
+TIE = 1e-3  # of a rank: smaller differences are rounding, as among the masks of an empty canvas
+PACES = {  # share of the tokens that is fixed after a share x of the passes
+    "even": lambda x: x,
+    "cosine": lambda x: 1 - math.cos(math.pi / 2 * x),
+    "cosine2": lambda x: math.sin(math.pi / 2 * x) ** 2,
+}
 # ReMDM's loop: t, and alpha there; it masks again while alpha stays.
 LOOP = (0, 0.05, 0.55, 1), (1, 0.9, 0.9, 0)
-REMASK_ETA = {"loop": 0.02, "cap": 0.02, "rescale": 0.02, "conf": 1.0}
+REMASK_ETA = {"loop": 0.02, "cap": 0.008, "rescale": 0.015, "conf": 1.0}  # as published
 REMASK = r"(loop|cap|rescale|conf)(:(0?\.\d+|1))?"
+FRACTION = r"(0?\.\d+|1)(:[1-9]\d*(:(random|least))?)?"
 
 
-def ordered(name, threshold=None):
-    """Fix the best-ranked tokens of each row, as many a pass as spreads the row over the passes
-    that are left (one, when steps is None), and every token whose top probability is above
-    threshold."""
+def ordered(name, threshold=None, pace="even"):
+    """Fix the best-ranked tokens of each row, as many a pass as the pace says (one, when steps is
+    None), and every token whose top probability is above threshold."""
     def choose(log_probs, is_mask, *, step, steps, u, psi=None):
         device, is_mask = is_mask.device, is_mask.cpu()  # where float64 and small sorts are at home
         left = is_mask.sum(1, keepdim=True)  # (B, 1)
-        quota = 1 if steps is None else -(-left // (steps - step))
+        if steps is None:
+            quota = 1
+        elif pace == "even":
+            quota = -(-left // (steps - step))
+        else:
+            total = left + psi.isfinite().sum(1, keepdim=True)
+            quota = left - (total * (1 - PACES[pace]((step + 1) / steps)) + 1e-9).floor()
         rank = torch.full(is_mask.shape, -math.inf, dtype=torch.float64)
-        rank[is_mask] = RANKS[name](log_probs, u[is_mask]).cpu().double()
+        rank[is_mask] = RANKS[name](log_probs, u[is_mask]).cpu().double() + TIE * u[is_mask]
         place = rank.argsort(dim=1, descending=True, stable=True).argsort(1)
         commit = place < quota  # (B, L)
         if threshold is not None:
@@ -498,6 +586,35 @@ def ordered(name, threshold=None):
         return (is_mask & ~commit).to(device)
 
     return choose
+
+
+def fraction_of(text, mode):
+    """F[:N[:random|least]] -> F, N (1), mode"""
+    fraction, count, given = f"{text or 0}::".split(":")[:3]
+    return float(fraction), int(count or 1), given or mode
+
+
+class Correcting:
+    """A choose that lets one pass follow every N passes of another, in which the fraction F of the
+    tokens fixed before is drawn anew: random ones, or those least probable when they were drawn. No
+    exact sampler: a step of Gibbs, if the network's laws belonged to one joint."""
+    def __init__(self, choose, steps, text):
+        self.choose, self.steps = choose, steps
+        self.fraction, self.every, self.mode = fraction_of(text, "random")
+
+    def __call__(self, log_probs, is_mask, *, step, steps, u, psi):
+        cycle, place = divmod(step, self.every + 1)
+        if place == self.every:
+            return is_mask & ~self.again
+        after = self.choose(log_probs, is_mask, step=cycle * self.every + place, steps=self.steps,
+                            u=u, psi=psi)
+        if place == self.every - 1:
+            is_fixed = psi.isfinite()
+            n_again = (is_fixed.sum(1, keepdim=True) * self.fraction).round()
+            rank = u.masked_fill(~is_fixed, 2) if self.mode == "random" else psi
+            self.again = (rank.argsort(1).argsort(1) < n_again).to(is_mask.device)
+            after = after | self.again
+        return after
 
 
 def remasking(text):
@@ -533,9 +650,9 @@ def same(log_probs):
     return log_probs
 
 
-def make_warp(temperature=1.0, top_k=None, top_p=None):
-    """A function of log_probs (R, V): temperature, then top-k, then the nucleus, which keeps the
-    token that crosses top_p. None when all are off."""
+def make_warp(temperature=1.0, top_k=None, top_p=None, nucleus="inclusive"):
+    """A function of log_probs (R, V): temperature, then top-k, then the nucleus, with or without
+    (exclusive) the token that crosses top_p. None when all are off."""
     if temperature == 1 and top_k is None and top_p is None:
         return None
 
@@ -552,7 +669,8 @@ def make_warp(temperature=1.0, top_k=None, top_p=None):
             ranked[..., top_k:] = -math.inf
             ranked = ranked.log_softmax(-1)
         if top_p is not None:
-            cut = ranked.exp().cumsum(-1) - ranked.exp() >= top_p
+            above = ranked.exp().cumsum(-1)
+            cut = above > top_p if nucleus == "exclusive" else above - ranked.exp() >= top_p
             cut[..., 0] = False
             ranked = ranked.masked_fill(cut, -math.inf)
         return torch.empty_like(log_probs).scatter(-1, index, ranked).log_softmax(-1)
@@ -566,14 +684,27 @@ def warp_among(log_probs, allowed, warp):
 
 
 # ----------------------------------------------------------------------------- model
-PASSES = ("order", "steps", "threshold", "remask", "refine")  # flags of diffusion alone
+MASKED = ("block_length", "cache", "refine")  # flags of train_mdlm alone
+PASSES = ("order", "steps", "threshold", "pace", "remask", "corrector", *MASKED)  # of diffusion
 MASK_ORDERS, SCORE_ORDERS = ("first_hitting", "ancestral", *RANKS), ("tweedie", "euler")
 WAYS = {  # how a kind of model writes, the flags that it cannot take, and its orders
     "mdlm": ("tokens in any order", (), MASK_ORDERS),
     "gpt": ("from left to right, one token a pass", (*PASSES, "infill"), ()),
-    "block": ("one block after another", ("refine", "infill"), MASK_ORDERS),
-    "sedd": ("all tokens in every pass, by its score", ("threshold", "remask", "refine"),
-             SCORE_ORDERS)}
+    "block": ("one block after another", ("infill", *MASKED), MASK_ORDERS),
+    "sedd": ("all tokens in every pass, by its score",
+             ("threshold", "pace", "remask", "corrector", *MASKED), SCORE_ORDERS)}
+
+
+class Canvas(NamedTuple):
+    known: torch.Tensor  # (P, T) int64, the tokens of every prompt
+    is_known: torch.Tensor  # (P, T) bool
+    begins: dict  # {(prompt, position): the tokens that may stand there (V,) bool}
+    lead: int  # tokens at the beginning that are not shown: what begins a document
+
+
+class Samples(list):
+    """Texts; tokens: their lists of ids; ended: did each end before its length; nfe: forward passes
+    in all."""
 
 
 def build_model(script, ckpt, weights="ema"):
@@ -604,9 +735,11 @@ class LM:
         self.model.to(self.device)
         self.where = f"{str(self.dtype).removeprefix('torch.')} on {self.device.type}"
         averaged = "ema" if opts.weights == "ema" and ckpt["ema"] else "raw"
-        n = sum(p.numel() for p in self.model.parameters())
+        self.n_parameters = sum(p.numel() for p in self.model.parameters())
+        self.path, is_run = path, path.stem == "ckpt"
+        self.title = path.absolute().parent.name if is_run else path.stem
         self.summary = (
-            f"{path}: {self.name}, {n / 1e6:.2f}M parameters, {averaged} weights of step "
+            f"{path}: {self.name}, {self.n_parameters / 1e6:.2f}M parameters, {averaged} weights of step "
             f"{ckpt['step']}, {self.tokenizer.name} tokens, context {self.cfg.seq_len}"
             + ", no cache" * is_fork)
 
@@ -634,117 +767,159 @@ class LM:
         return {"gpt": "left to right", "sedd": opts.order or SCORE_ORDERS[0]}.get(self.kind, words)
 
     def canvas(self, opts):
-        """A prompt, or a text with blanks, and the room behind it -> (known (T,) int64, is_known
-        (T,) bool, {position: (V,) bool, the tokens that may stand there})"""
+        """The prompts, or a text with blanks, and the room behind."""
         self.check_able(opts)
-        is_infill = opts.infill is not None
-        texts = BLANK.split(opts.infill) if is_infill else [opts.prompt or ""]
-        blanks = [int(n) for n in opts.blank.split(",")]
-        blanks = blanks if len(blanks) > 1 else blanks * (len(texts) - 1)
-        check(blanks or not is_infill, "infill", opts.infill, "no blank: write ___ for one")
-        fits = not is_infill or len(blanks) == len(texts) - 1
-        check(fits, "blank", opts.blank, f"the text has {len(texts) - 1} blanks")
-        tokens, begins = [], {}
-        for text, n_new in zip(texts, [*blanks, 0] if is_infill else [0], strict=True):
-            allowed = None
-            if n_new or not is_infill or opts.length:
-                text, allowed = self.tokenizer.split_space(text, n_new)
-            tokens += self.tokenizer.encode(text)
-            if allowed is not None:
-                begins[len(tokens)] = allowed
-            tokens += [None] * n_new
-        n, limit = len(tokens), math.inf if self.block_len else self.cfg.seq_len
-        least = n + (not is_infill or n in begins)
-        length = opts.length or (least if is_infill else min(limit, n + DEFAULT_LENGTH))
-        fits = least <= length <= limit
-        check(fits, "length", length, f"the text takes {n} tokens, {self.name} goes up to {limit}")
-        tokens += [None] * (length - n)
-        known = torch.tensor([token or 0 for token in tokens])
-        return known, torch.tensor([token is not None for token in tokens]), begins
+        is_infill, lead = opts.infill is not None, []
+        if is_infill:
+            texts = [text.replace(r"\_", "_") for text in BLANK.split(opts.infill)]
+            blanks = [int(n) for n in opts.blank.split(",")]
+            blanks = blanks if len(blanks) > 1 else blanks * (len(texts) - 1)
+            check(blanks, "infill", opts.infill, "no blank: write ___ for one")
+            fits = len(blanks) == len(texts) - 1
+            check(fits, "blank", opts.blank, f"the text has {len(texts) - 1} blanks")
+            parts = [[*zip(texts, [*blanks, 0], strict=True)]]
+        else:
+            parts = [[(text, 0)] for text in opts.prompts or [opts.prompt or ""]]
+            if parts == [[("", 0)]] and opts.start == "document":
+                lead = [self.tokenizer.bos_id]
+        rows, begins = [[*lead] for _ in parts], {}
+        for i, (row, pieces) in enumerate(zip(rows, parts, strict=True)):
+            for text, n_new in pieces:
+                allowed = None
+                if n_new or not is_infill or opts.length:
+                    text, allowed = self.tokenizer.split_space(text, n_new)
+                row += self.tokenizer.encode(text)
+                if allowed is not None:
+                    begins[i, len(row)] = allowed
+                row += [-1] * n_new
+        n, limit = max(map(len, rows)), self.cfg.seq_len
+        if self.block_len or opts.block_length:
+            limit = math.inf
+        least = n + (not is_infill or (0, n) in begins)
+        default = least if is_infill else min(limit, n + DEFAULT_LENGTH)
+        T = opts.length + len(lead) if opts.length else default
+        fits = least <= T <= limit
+        check(fits, "length", opts.length or T, f"the text takes {n} tokens, the context {limit}")
+        rows = torch.tensor([row + [-1] * (T - len(row)) for row in rows])
+        return Canvas(rows.clamp(min=0), rows >= 0, begins, len(lead))
 
     @torch.inference_mode()
     def batches(self, canvas, opts, watch=None, stops=True):
-        """Fill the canvas n times; yield (lists of tokens, number of forward passes) of as many
-        rows as fit in a batch. watch(tokens (B, T), nfe) sees every pass. stops: at the end of a
-        document, where the model writes in order.
+        """Fill each row of the canvas n times; yield ([(tokens, whether it ended)], number of
+        forward passes) of as many as fit in a batch. watch(tokens (B, T), nfe) sees every pass.
+        stops: at the end of a document, where the model writes in order, and at --stop.
 
         Sample i depends on (seed, i) alone. A token whose beginning is known is drawn first, so
         that the others follow the conditional given it; a uniform score keeps to it throughout."""
-        known, is_known = (x.to(self.device) for x in canvas[:2])
-        warp = make_warp(opts.temperature, opts.top_k, opts.top_p)
-        begins = {at: functools.partial(warp_among, allowed=allowed.to(self.device), warp=warp)
-                  for at, allowed in canvas[2].items()}
-        how = dict(begins=begins, stop=self.tokenizer.bos_id if stops else None)
-        T, size = len(known), min(MAX_ROWS, self.batch_rows(min(len(known), self.cfg.seq_len)))
-        # Streams of their own for refining and for those first tokens: all hand out a seed a row.
-        streams = opts.seed, opts.seed ^ 2**62, opts.seed ^ FIRST_STREAM
-        gens = [torch.Generator().manual_seed(seed) for seed in streams]
-        for first in range(0, opts.n, size):
-            x, given = (t.repeat(min(size, opts.n - first), 1) for t in (known, is_known))
-            spent = 0
+        warp = make_warp(opts.temperature, opts.top_k, opts.top_p, opts.nucleus)
+        (P, T), gens = canvas.known.shape, [stream(opts.seed, i) for i in range(2)]
+        begins = [(at, functools.partial(warp_among, allowed=allowed.to(self.device), warp=warp),
+                   stream(opts.seed, 2 + i))
+                  for i, (at, allowed) in enumerate(canvas.begins.items())]
+        how = dict(stop=self.tokenizer.bos_id) if stops else {}
+        if stops and opts.stop:
+            how["until"] = functools.partial(self.find_stop, strings=opts.stop)
+        size = min(MAX_ROWS, self.batch_rows(min(T, self.cfg.seq_len)))
+        for ids in (torch.arange(P * opts.n) // opts.n).split(size):
+            x, given = (t[ids].to(self.device) for t in canvas[:2])
+            nfe, how["begins"] = 0, []
             with self.amp():
-                for at, own_warp in begins.items() if self.graph != "uniform" else ():
+                for (prompt, at), own_warp, gen in begins:
+                    hit = (ids == prompt).nonzero()[:, 0].to(self.device)
+                    how["begins"].append((hit * T + at, own_warp))
+                    if self.graph == "uniform" or not len(hit):
+                        continue
                     end = at + 1 if self.kind in ("gpt", "block") else T  # of what the token sees
-                    there = x[:, :end], given[:, :end]
-                    drawn, _, nfe = self.fill(*there, Options(steps=1), gens[2], own_warp)
-                    x[:, at], given[:, at], spent = drawn[:, at], True, spent + nfe
-                tokens, length, nfe = self.fill(x, given, opts, gens[0], warp, watch, **how)
-                spent += nfe
-                if opts.refine > 0:
-                    keep, nfe = self.likeliest(tokens, given, opts.refine)
-                    seen = spent = spent + nfe
-                    more = watch and (lambda tokens, nfe, seen=seen: watch(tokens, seen + nfe))
-                    tokens, _, nfe = self.fill(tokens, keep, opts, gens[1], warp, more, **how)
-                    spent += nfe
-            rows = zip(tokens.tolist(), length.tolist(), strict=True)
-            yield [row[:n] for row, n in rows], spent
+                    there = x[hit, :end], given[hit, :end]
+                    drawn, _, n = self.fill(*there, Options(steps=1), gen, own_warp)
+                    x[hit, at], given[hit, at], nfe = drawn[:, at], True, nfe + n
+                tokens, keep = x, given
+                fraction, n_refine, mode = fraction_of(opts.refine, "least")
+                for i in range(1 + n_refine * (fraction > 0)):
+                    if i:
+                        keep, n = self.select(tokens, given, fraction, mode, gens[1])
+                        nfe += n
+                    look = watch and (lambda tokens, n, nfe=nfe: watch(tokens, nfe + n))
+                    tokens, length, n = self.fill(
+                        tokens, keep, opts, gens[i > 0], warp, look, **how)
+                    nfe += n
+            rows = []
+            for row, n, known in zip(tokens.tolist(), length.tolist(), given.tolist(), strict=True):
+                n = min(n, self.find_stop(row[:n], known, opts.stop or ()) or n)
+                rows.append((row[canvas.lead:n], n < T))
+            yield rows, nfe
 
-    def fill(self, known, is_known, opts, gen, warp, watch=None, stop=None, begins=None):
+    def fill(self, known, is_known, opts, gen, warp, watch=None, begins=(), **ends):
         """One run of a sampler."""
-        how = dict(steps=opts.steps, gen=gen, warp=warp, watch=watch)
+        how, steps, choose = dict(gen=gen, warp=warp, watch=watch), opts.steps, None
         if self.kind == "sedd":
-            return redraw_rows(self.net, self.cfg, known, is_known, **how, begins=begins,
-                               total_noise=self.script.total_noise, is_euler=opts.order == "euler")
-        if opts.order_name == "ancestral" and opts.steps is None:
-            most = int((~is_known).sum(1).max())
-            how["steps"] = max(1, min(self.block_len or most, most))
+            return redraw_rows(self.net, self.cfg, known, is_known, **how, steps=steps,
+                               total_noise=self.script.total_noise, is_euler=opts.order == "euler",
+                               begins=begins)
+        if self.kind == "mdlm":
+            ends = dict(block_len=opts.block_length, cache=opts.cache)
+        most = max(1, int((~is_known).sum(1).max()))
+        most = min(most, self.block_len or opts.block_length or most)
+        if opts.order_name == "ancestral":
+            steps = steps or most
         if opts.order_name in RANKS:
-            how["choose"] = ordered(opts.order_name, opts.threshold)
+            choose = ordered(opts.order_name, opts.threshold, opts.pace)
         elif opts.remask:
-            how["choose"] = remasking(opts.remask)
-        stop = None if self.kind == "mdlm" else stop
-        return fill_blocks(self.net, self.cfg, known, is_known, kind=self.kind, stop=stop, **how)
+            choose = remasking(opts.remask)
+        if opts.corrector:
+            choose = Correcting(choose or (remasking("cap:0") if steps else ordered("random")),
+                                steps, opts.corrector)
+            steps = (steps or most) // choose.every + (steps or most)
+        return fill_blocks(self.net, self.cfg, known, is_known, kind=self.kind, steps=steps,
+                           choose=choose, **how, **ends)
 
-    def likeliest(self, tokens, is_known, refine):
-        """What to keep (B, T) when the fraction `refine` is predicted anew, and the passes spent.
+    def find_stop(self, row, known, strings):
+        """How many tokens of a row come before the first of the strings in what is new, or None."""
+        begin = known.index(False) if False in known else len(known)
+        words = [self.tokenizer.table[token] for token in row[begin:]]
+        text, ends = b"".join(words), [*itertools.accumulate(map(len, words))]
+        found = [at for x in strings if (at := text.find(x.encode())) >= 0]
+        return begin + bisect.bisect(ends, min(found)) if found else None
+
+    def select(self, tokens, is_known, fraction, mode, gen):
+        """What to keep (B, T) when a fraction is predicted anew, and the passes spent.
 
         Two passes score every token: every second one is masked, then the others, so that each is
-        judged with its neighbours in sight."""
+        judged with its neighbours in sight. mode random: none, the numbers of gen decide."""
         is_free = ~is_known
         score = torch.full(tokens.shape, math.inf, device=tokens.device)
         parity = is_free.cumsum(1) % 2
         halves = [half for odd in (1, 0) if (half := is_free & (parity == odd)).any()]
+        if mode == "random":
+            u = uniforms(row_generators(gen, len(tokens)), tokens.size(1)).float()
+            score, halves = torch.where(is_known, math.inf, u.to(tokens.device)), []
         for half in halves:
             masked = torch.where(half, self.cfg.vocab_size, tokens)
-            rows = half.flatten().nonzero()[:, 0]
-            log_probs = Cache(self.net, self.cfg).read_mdlm(masked, half, rows)
+            reader = Reader(self.net, self.cfg, "mdlm", tokens.size(1))
+            log_probs = reader.read(masked, 0, half.flatten().nonzero()[:, 0])
             score[half] = log_probs.gather(1, tokens[half][:, None])[:, 0]
-        n_again = (is_free.sum(1, keepdim=True) * refine).round().clamp(min=1)  # (B, 1)
+        n_again = (is_free.sum(1, keepdim=True) * fraction).round().clamp(min=1)  # (B, 1)
         place = score.argsort(dim=1, stable=True).argsort(1)
         return is_known | (place >= n_again), len(halves)
 
     def generate(self, prompt="", **how):
-        """n texts of `length` tokens that begin with the prompt; `how`: the flags' names."""
-        return self.texts(Options(prompt=prompt, **how))
+        """n texts of `length` tokens that begin with the prompt, or with each of a list of prompts;
+        `how`: the flags' names -> Samples"""
+        name = "prompt" if isinstance(prompt, str) else "prompts"
+        return self.samples(make_options(**{name: prompt}, **how))
 
     def infill(self, text, blank=16, **how):
         """n versions of a text, its blanks (___) filled with `blank` tokens, an int or a list."""
         blank = ",".join(map(str, [blank] if isinstance(blank, int) else blank))
-        return self.texts(Options(infill=text, blank=blank, **how))
+        return self.samples(make_options(infill=text, blank=blank, **how))
 
-    def texts(self, opts):
-        batches = self.batches(self.canvas(opts), opts)
-        return [self.tokenizer.decode(row) for rows, _ in batches for row in rows]
+    def samples(self, opts):
+        batches = [*self.batches(self.canvas(opts), opts)]
+        rows = [row for rows, _ in batches for row in rows]
+        out = Samples(self.tokenizer.decode(tokens) for tokens, _ in rows)
+        out.tokens, out.ended = map(list, zip(*rows, strict=True))
+        out.texts, out.nfe = list(out), sum(nfe for _, nfe in batches)
+        return out
 
     @torch.inference_mode()
     def score(self, text, draws=None, seed=0):
@@ -796,8 +971,8 @@ def find_checkpoint(name=None):
     if not name:
         name = max(Path("out").glob("*/ckpt.pt"), key=os.path.getmtime, default=None)
         if not name:
-            raise SampleError("out/*/ckpt.pt: no checkpoint here: pass --ckpt=PATH, or train one: "
-                              "python train_mdlm.py --preset=tiny")
+            note(f"no checkpoint in out/: {SHIPPED[0]}")
+            return SHIPPED[0]
     if not str(name).startswith("hf:"):
         return Path(name, "ckpt.pt") if os.path.isdir(name) else Path(name)
     hub_name = re.fullmatch(r"hf:([^/]+/[^/]+)/(.+)", name)
@@ -807,24 +982,40 @@ def find_checkpoint(name=None):
         return Path(hf_hub_download(*hub_name.groups()))
 
 
+def load_module(path):
+    spec = importlib.util.spec_from_file_location(f"sampled_{Path(path).stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    sys.path += {str(Path(path).resolve().parent), str(HERE)}.difference(sys.path)  # for muon
+    spec.loader.exec_module(module)
+    return module
+
+
 def load_script(path):
     """Import a training script from its file."""
     with naming(f"--script={path}"):
-        spec = importlib.util.spec_from_file_location(f"sampled_{Path(path).stem}", path)
-        script = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-        sys.path += {str(Path(path).resolve().parent), str(HERE)}.difference(sys.path)  # for muon
-        spec.loader.exec_module(script)
+        script = load_module(path)
     check(hasattr(script, "nelbo_fn"), "script", path, "not a training script")
     return script
+
+
+def read_checkpoint(path, module):
+    """By any training script, whose text is the same; or an artifact of study/golf.py."""
+    with open(path, "rb") as f:
+        is_artifact = f.read(2) != b"PK"
+    if is_artifact:
+        golf = load_module(HERE / "study/golf.py")
+        if golf.is_artifact(path):
+            return golf.read(path)
+    return module.load_checkpoint(path)
 
 
 def load(path=None, script=None, opts=None, **how):
     """LM from a checkpoint: PATH, its folder or hf:OWNER/REPO/FILE; None: the newest in out/.
     script: the file that wrote it, when it is not one of ours. how: weights, device, dtype."""
-    opts, path = opts or Options(**how), find_checkpoint(path)
+    opts, path = opts or make_options(**how), find_checkpoint(path)
     module = load_script(script or HERE / f"{SCRIPTS[0]}.py")
     with naming(path):
-        ckpt = module.load_checkpoint(path)  # the same text in every script
+        ckpt = read_checkpoint(path, module)
         name = ckpt["script"]
         is_right = name == Path(script).stem if script else name in SCRIPTS
         check(is_right, "ckpt", path, f"written by {name}.py: pass that file as --script=PATH")
@@ -896,79 +1087,123 @@ def redraw(lines, height, stream, is_last=False):
 class Run:
     """A model at work on a canvas. It counts, and shows on stderr how far it is: on a terminal a
     line, with --watch the text below it; in a file, with --watch, the first sample after each
-    quarter. For a race it keeps pictures. Its clock stands still while it does all that."""
+    quarter. For a race or a file it keeps every pass. Its clock stands still while it does that."""
     def __init__(self, lm, opts, is_race=False):
         self.lm, self.opts, self.is_race, self.canvas = lm, opts, is_race, lm.canvas(opts)
-        known, is_known, _ = self.canvas
-        self.is_known = is_known.tolist()
-        self.frames = [(0.0, 0, torch.where(is_known, known, lm.cfg.vocab_size).tolist())]
-        self.nfe, self.seconds, self.bits, self.n_new, self.n_done = 0, 0.0, 0.0, 0, 0
+        self.mask_id, self.lead = lm.cfg.vocab_size, self.canvas.lead
+        rows = torch.where(self.canvas.is_known, self.canvas.known, self.mask_id)[:, self.lead:]
+        self.starts = [row for row in rows.tolist() for _ in range(opts.n)]
+        self.about = dict(name=lm.title, script=lm.name, parameters=lm.n_parameters,
+                          sampler=lm.describe(opts), seed=opts.seed, device=lm.where)
+        self.nfe, self.seconds, self.entropy, self.n_new, self.n_done = 0, 0.0, 0.0, 0, 0
 
-    def rows(self):
-        """Write; yield the tokens of every sample."""
-        known, is_known, _ = self.canvas
+    def samples(self):
+        """Write; yield of every sample what files say of it."""
+        known, is_known = self.canvas[:2]
         if self.is_race:  # the end of a document stops none; and some tokens to warm up
-            warm = known, is_known | (torch.arange(len(known)) < len(known) - WARM_UP), {}
+            is_known = is_known | (torch.arange(known.size(1)) < known.size(1) - WARM_UP)
+            warm = self.canvas._replace(is_known=is_known, begins={})
             list(self.lm.batches(warm, self.opts, stops=False))
         self.rest()
         for rows, nfe in self.lm.batches(self.canvas, self.opts, self, not self.is_race):
             self.seconds += time.perf_counter() - self.since
             self.nfe += nfe
             redraw([], self.height, sys.stderr)
-            for row in rows:
-                new = [token for token, old in zip(row, self.is_known, strict=False) if not old]
+            for i, (row, ended) in enumerate(rows):
+                start = self.starts[self.n_done][:len(row)]
+                known = [[at, token] for at, token in enumerate(start) if token != self.mask_id]
+                new = [token for token, old in zip(row, start, strict=True) if old == self.mask_id]
                 # Entropy of the tokens' frequencies, low when a sample repeats itself.
-                shares = torch.tensor(new).bincount() / len(new)
-                self.bits += torch.special.entr(shares).sum().item() / math.log(2)
-                self.n_new, self.n_done = self.n_new + len(new), self.n_done + 1
-                yield row
+                shares = torch.tensor(new).bincount() / max(1, len(new))
+                self.entropy += torch.special.entr(shares).sum().item()
+                self.n_done, self.n_new = self.n_done + 1, self.n_new + len(new)
+                yield dict(sample=self.n_done - 1, length=len(row), known=known, nfe=nfe,
+                           seconds=round(self.seconds - self.begun, 6),
+                           frames=self.frames(i, start), tokens=row, ended=ended)
             self.rest()
 
     def rest(self):
         """Before a batch nothing is drawn."""
-        self.height, self.drawn, self.last, self.due = 0, -math.inf, None, 0.25
-        self.since = time.perf_counter()
+        self.height, self.drawn, self.last, self.due, self.passes = 0, -math.inf, None, 0.25, []
+        self.first, self.begun, self.since = self.n_done, self.seconds, time.perf_counter()
+
+    def frames(self, i, before):
+        """[[pass, milliseconds, [[position, token, or -1: masked again]..]]..] of row i."""
+        frames = []
+        for nfe, seconds, rows in self.passes:
+            pairs = enumerate(zip(rows[i], before, strict=False))
+            changes = [[at, -1 if new == self.mask_id else new] for at, (new, old) in pairs
+                       if new != old]
+            if changes:
+                frames.append([nfe, round(1000 * seconds, 3), changes])
+            before = rows[i][:len(before)]
+        return frames
 
     def __call__(self, tokens, nfe):
-        rows = tokens.tolist()  # waits for the device
+        rows = tokens[:, self.lead:].tolist()  # waits for the device
         self.seconds += time.perf_counter() - self.since
-        n_left = (tokens == self.lm.cfg.vocab_size).sum().item()
-        done = 1 - n_left / (len(rows) * self.is_known.count(False))
+        if self.is_race or str(self.opts.save).endswith(".json"):
+            self.passes.append((nfe, self.seconds - self.begun, rows))
+        starts = self.starts[self.first:self.first + len(rows)]
+        n_left, n_all = (sum(row.count(self.mask_id) for row in x) for x in (rows, starts))
+        done = 1 - n_left / n_all
         if self.lm.graph == "uniform":  # it has no masks
-            done = nfe / (self.opts.steps or len(self.is_known))
+            done = nfe / (self.opts.steps or len(rows[0]))
         has_text, is_live = self.opts.watch and not self.is_race, is_terminal(sys.stderr)
-        if self.is_race:
-            self.frames.append((self.seconds, self.nfe + nfe, rows[0]))
         if is_live and (time.monotonic() - self.drawn >= FRAME or done == 1):
             width = shutil.get_terminal_size().columns
             lines = [styled(f"{self.lm.name}: {done:4.0%}, {nfe} passes", "note")]
-            for row, before in zip(rows, self.last or rows, strict=True):
-                lines += ["", *lines_of(self.spans(row, before), width)] if has_text else []
+            for texts in zip(rows, self.last or rows, starts, strict=True):
+                lines += ["", *lines_of(self.spans(*texts), width)] if has_text else []
             self.height, self.last = redraw(lines, self.height, sys.stderr), rows
             self.drawn = time.monotonic()
         elif not is_live and has_text and self.due <= done < 1:
             self.due = (math.floor(done * 4) + 1) / 4
-            spans = self.spans(rows[0], rows[0])
+            spans = self.spans(rows[0], rows[0], starts[0])
             show([(f"[{done:.0%} after {nfe} passes] ", None), *spans], sys.stderr)
         self.since = time.perf_counter()
 
-    def spans(self, row, before):
+    def spans(self, row, before, start):
         """[(text, kind)] of a row, without what fills it behind its end."""
         bos_id = self.lm.tokenizer.bos_id
         n = max((i + 1 for i, token in enumerate(row) if token != bos_id), default=0)
-        kinds = ["mask" if token == self.lm.cfg.vocab_size else "known" if is_known
+        kinds = ["mask" if token == self.mask_id else "known" if given != self.mask_id
                  else "new" if token != old else None
-                 for token, old, is_known in zip(row, before, self.is_known, strict=True)]
+                 for token, old, given in zip(row, before, start, strict=False)]
         return self.lm.tokenizer.spans(row[:n], kinds[:n])
 
-    def column(self, now, width):
-        """Lines that show how far it was at a time: counters, and a sample."""
-        i = bisect.bisect(self.frames, now, key=lambda frame: frame[0]) - 1
-        _, nfe, row = self.frames[i]
-        before = row if i + 1 == len(self.frames) else self.frames[max(0, i - 1)][2]
-        counters = f"{nfe} passes, {min(now, self.seconds):.1f} s\n\n"
-        spans = [(f"{self.lm.name}\n", "known"), (counters, "note"), *self.spans(row, before)]
+    def column(self, sample, now, width):
+        """Lines that show how far a sample was at a time: counters, and text."""
+        start = self.starts[sample["sample"]]
+        nfe, row, before = 0, start, start
+        for frame in sample["frames"]:
+            if frame[1] <= 1000 * now:
+                nfe, before, row = frame[0], row, [*row]
+                for at, token in frame[2]:
+                    row[at] = self.mask_id if token < 0 else token
+        before = row if now >= sample["seconds"] else before
+        counters = f"{nfe} passes, {min(now, sample['seconds']):.1f} s\n\n"
+        spans = [(f"{self.lm.name}\n", "known"), (counters, "note"),
+                 *self.spans(row, before, start)]
         return lines_of(spans, width)
+
+
+def save_passes(path, runs):
+    """Write every pass of [(Run, its samples)] to a JSON file, which study/page.py shows:
+
+    {"format": 1, "mask": -1, "tokens": {"id": "its bytes as Latin-1"}, "runs": [{"name", "script",
+    "parameters", "sampler", "seed", "device", "sample", "length", "known": [[position, id]..],
+    "nfe", "seconds", "frames": [[pass, milliseconds, [[position, id]..]]..]}..]}
+
+    A sample begins with its known tokens, all else is masked; every frame says what changed, id -1
+    for what was masked again. After the last frame it is the sample."""
+    entries = [{**run.about, **sample} for run, samples in runs for sample in samples]
+    table = runs[0][0].lm.tokenizer.shown
+    used = sorted({token for entry in entries for changes in (
+        entry["known"], *(frame[2] for frame in entry["frames"])) for _, token in changes} - {-1})
+    tokens = {str(token): table[token].decode("latin-1") for token in used}
+    with open(path, "w", encoding="utf-8") as f:
+        json.dump(dict(format=1, mask=-1, tokens=tokens, runs=entries), f)
 
 
 # ----------------------------------------------------------------------------- race
@@ -977,15 +1212,15 @@ MIN_COLUMN = 24  # cells, of a text beside another
 BAR = " │ "  # between the two
 
 
-def replay(runs):
-    """Draw the runs side by side in real time; the last picture stays, and is whole."""
+def replay(firsts):
+    """Draw [(Run, its first sample)] side by side in real time; the last picture stays, whole."""
     start, now, height = time.monotonic(), 0.0, 0
-    end = max(run.seconds for run in runs)
+    end = max(sample["seconds"] for _, sample in firsts)
     while now < end:
         now = min(end, time.monotonic() - start)
-        step = (shutil.get_terminal_size().columns + len(BAR)) // len(runs)
-        columns = [run.column(now, step - len(BAR)) for run in runs]
-        bars = ["", *(f"\x1b[{i * step - len(BAR) + 1}G{BAR}" for i in range(1, len(runs)))]
+        step = (shutil.get_terminal_size().columns + len(BAR)) // len(firsts)
+        columns = [run.column(sample, now, step - len(BAR)) for run, sample in firsts]
+        bars = ["", *(f"\x1b[{i * step - len(BAR) + 1}G{BAR}" for i in range(1, len(firsts)))]
         lines = ["".join(map("".join, zip(bars, cells, strict=True)))
                  for cells in itertools.zip_longest(*columns, fillvalue="")]
         height = redraw(lines, height, sys.stdout, is_last=now == end)
@@ -994,28 +1229,33 @@ def replay(runs):
 
 
 def print_race(opts):
-    others = [load(path, None, opts) for path in opts.race.split(",")]
-    lms = [load(opts.ckpt, opts.script, opts), *others]
+    paths = opts.race.split(",") if opts.race else SHIPPED[1:]
+    others = [load(path, None, opts) for path in paths]
+    lms = [load(opts.ckpt or (None if opts.race else SHIPPED[0]), opts.script, opts), *others]
     for lm in others:
         fits = lm.tokenizer.table == lms[0].tokenizer.table
         check(fits, "race", opts.race, f"the tokens of {lm.name} are not those of {lms[0].name}")
     plain = dataclasses.replace(opts, **{name: getattr(Options, name) for name in PASSES})
-    length = min(len(lm.canvas(plain)[0]) for lm in lms)
+    canvases = [lm.canvas(plain) for lm in lms]
+    length = min(canvas.known.size(1) - canvas.lead for canvas in canvases)
     runs = [Run(lm, dataclasses.replace(plain if lm.kind == "gpt" else opts, length=length), True)
             for lm in lms]
     note("\n".join(lm.summary for lm in lms))
     note(f"{opts.n} x {length} tokens, {lms[0].where}, one model after another\n")
-    firsts = [[*run.rows()][0] for run in runs]
+    done = [(run, [*run.samples()]) for run in runs]
+    firsts = [(run, samples[0]) for run, samples in done]
     if is_terminal(sys.stdout) and shutil.get_terminal_size().columns >= MIN_COLUMN * len(lms):
-        replay(runs)
+        replay(firsts)
     else:
-        for lm, row in zip(lms, firsts, strict=True):
-            show([(f"--- {lm.name}\n{lm.tokenizer.decode(row)}\n", None)], sys.stdout)
+        for run, sample in firsts:
+            text = run.lm.tokenizer.decode(sample["tokens"])
+            show([(f"--- {run.lm.name}\n{text}\n", None)], sys.stdout)
     print(f"{'':12}  passes  seconds  tokens/s  entropy")
     for run in runs:
-        rate, entropy = run.n_new / run.seconds, run.bits / opts.n
-        print(f"{run.lm.name:12}  {run.nfe:6}  {run.seconds:7.2f}  {rate:8.0f}  "
-              f"{entropy:.2f} bits, {run.lm.describe(run.opts)}")
+        print(f"{run.lm.name:12}  {run.nfe:6}  {run.seconds:7.2f}  {run.n_new / run.seconds:8.0f}  "
+              f"{run.entropy / run.n_done:.2f} nats, {run.about['sampler']}")
+    if opts.save:
+        save_passes(opts.save, done)
 
 
 # ----------------------------------------------------------------------------- command line
@@ -1040,28 +1280,50 @@ def print_score(lm, opts):
 
 
 def print_samples(lm, opts):
-    run = Run(lm, opts)
+    run, kept = Run(lm, opts), []
     note(lm.summary)
-    for row in run.rows():
-        if opts.n > 1:
-            note(f"--- sample {run.n_done} of {opts.n}")
-        kinds = ["known" if is_known else None for is_known in run.is_known[:len(row)]]
-        show(lm.tokenizer.spans(row, kinds) + [("\n", None)] * (opts.n > 1), sys.stdout)
+    is_jsonl = str(opts.save).endswith(".jsonl")
+    with open(opts.save, "w", encoding="utf-8") if is_jsonl else contextlib.nullcontext() as f:
+        if is_jsonl:
+            sha = hashlib.sha256(lm.path.read_bytes()).hexdigest()
+            print(json.dumps({**run.about, "checkpoint": sha, "tokenizer": lm.tokenizer.name}), file=f)
+        for sample in run.samples():
+            tokens, i = sample["tokens"], sample["sample"]
+            if is_jsonl:
+                line = dict(i=i, tokens=tokens, text=lm.tokenizer.decode(tokens),
+                            nfe=sample["nfe"], ended=sample["ended"])
+                print(json.dumps(line), file=f)
+            elif opts.save:
+                kept.append(sample)
+            if len(run.starts) > 1:
+                note(f"--- sample {i + 1} of {len(run.starts)}")
+            given = {at for at, _ in sample["known"]}
+            kinds = ["known" if at in given else None for at in range(len(tokens))]
+            show(lm.tokenizer.spans(tokens, kinds) + [("\n", None)] * (len(run.starts) > 1), sys.stdout)
+    if kept:
+        save_passes(opts.save, [(run, kept)])
     note(f"NFE {run.nfe}, {run.n_new / run.seconds:.0f} tokens/s, {lm.where}, "
-         f"{lm.describe(opts)}, entropy {run.bits / opts.n:.2f} bits")
+         f"{lm.describe(opts)}, entropy {run.entropy / run.n_done:.2f} nats")
 
 
 def main(argv):
     try:
         opts = parse_args(argv)
-        modes = [flag for flag in ("infill", "score", "prompt", "prompt_file", "race")
+        modes = [flag for flag in ("infill", "score", "prompt", "prompt_file", "prompts", "race")
                  if getattr(opts, flag) is not None]
-        pairs = ["prompt", "race"], ["prompt_file", "race"]
-        if len(modes) > 1 and modes not in pairs:
+        if len(modes) > 1 and not (modes[0][:6] == "prompt" and modes[1:] == ["race"]):
             raise SampleError(f"--{' and --'.join(modes)} exclude each other: drop one")
-        check(opts.draws is None or "score" in modes, "draws", opts.draws, "goes with --score")
+        for flag in ("draws", "given"):
+            fits = getattr(opts, flag) is None or "score" in modes
+            check(fits, flag, getattr(opts, flag), "goes with --score")
+        fits = re.search(r"\.json$" if "race" in modes else r"\.jsonl?$", opts.save or ".json")
+        check(fits, "save", opts.save, "FILE.json (every pass) or, without --race, FILE.jsonl")
         if opts.prompt_file is not None:
             opts = dataclasses.replace(opts, prompt=read_text(opts.prompt_file))
+        if opts.prompts is not None:
+            lines = [json.loads(line) for line in read_text(opts.prompts).splitlines()]
+            prompts = [line if isinstance(line, str) else line["prompt"] for line in lines]
+            opts = dataclasses.replace(opts, prompts=prompts)
         if opts.race is not None:
             print_race(opts)
         else:
