@@ -77,7 +77,6 @@ class Options:
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: as trained, where it is fast
     # what to write
     prompt: str | None = None  # text to continue
-    prompt_file: str | None = None  # the same from a file
     prompts: str | None = None  # a .jsonl file of several: a text, or {"prompt": text}, a line
     # Without a prompt, a sample is the beginning of a document, or of any window of the corpus.
     start: Literal["document", "anywhere"] = "document"
@@ -108,10 +107,10 @@ class Options:
     nucleus: Literal["inclusive", "exclusive"] = "inclusive"  # as exclusive, ReMDM, BD3-LM: below it
     # ReMDM, masking some tokens again to mend errors: loop (ETA .02), cap (.008), rescale (.015), conf (1).
     remask: str | None = None  # NAME or NAME:ETA
-    # F[:EVERY[:random|least]]: after EVERY passes draw a fraction F of what is fixed anew. Not exact.
-    corrector: str | None = None
-    # F[:TIMES[:least|random]]: at the end, mask a fraction F, the least likely, and predict it anew.
-    refine: str | None = None
+    # Draw a fraction of what is fixed anew: of random tokens in a pass more behind every N passes;
+    # or N times at the end, of those that are least likely.
+    corrector: str | None = None  # F or F:N, no exact sampler
+    refine: str | None = None  # F or F:N
     watch: bool = False  # show the text appearing
     save: str | None = None  # FILE.json: every pass, for study/page.py; FILE.jsonl: the samples
     # Checkpoints, with commas, that write as much as --ckpt, one after the other; a terminal then
@@ -129,21 +128,16 @@ class Options:
             check(fits, name, value, f"must be from {low} to {high}")
             fits = field.type is not Literal[choices] or value in choices
             check(fits, name, value, "there are " + ", ".join(str(c) for c in choices if c))
-        is_ranked = self.order in (None, *RANKS)
-        is_free = self.threshold is None and self.order in (None, "ancestral")
+        for flag, (pattern, example) in PATTERNS.items():
+            value = getattr(self, flag)
+            check(value is None or re.fullmatch(pattern, value), flag, value, f"write {example}")
+        is_ranked, is_plain = self.order in (None, *RANKS), self.order in (None, "ancestral")
         for flag, fits, remedy in (
-                ("blank", re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", self.blank), "numbers as in 8,16"),
-                ("steps", self.order != "first_hitting" or self.steps is None,
-                 "first_hitting fixes one token a pass: drop it"),
-                ("threshold", self.threshold is None or is_ranked,
-                 "goes with --order=" + "|".join(RANKS)),
-                ("remask", re.fullmatch(REMASK, self.remask or "cap"),
-                 f"{', '.join(REMASK_ETA)}, with ETA as in cap:0.02"),
-                ("remask", not self.remask or is_free,
-                 "has its own order: drop --order and --threshold"),
-                *((flag, re.fullmatch(FRACTION, str(getattr(self, flag) or 1)), "F:N, as in 0.2:4")
-                  for flag in ("corrector", "refine"))):
-            check(fits, flag, getattr(self, flag), remedy)
+                ("steps", self.order != "first_hitting", "first_hitting fixes one token a pass"),
+                ("threshold", is_ranked, "goes with --order=" + "|".join(RANKS)),
+                ("remask", is_plain and self.threshold is None, "has an order of its own")):
+            value = getattr(self, flag)
+            check(fits or value is None, flag, value, remedy)
 
     @property
     def order_name(self):
@@ -155,6 +149,11 @@ class Options:
 RANGES = dict(n=(1, math.inf), length=(1, math.inf), seed=(0, 2**62), steps=(1, math.inf),
               threshold=(0, 1), temperature=(0, math.inf), top_k=(1, math.inf), top_p=(0, 1),
               block_length=(1, math.inf), draws=(2, math.inf))
+PATTERNS = dict(
+    blank=(r"[1-9]\d*(,[1-9]\d*)*", "a number of tokens, or one for each blank: 8,16"),
+    remask=(r"(loop|cap|rescale|conf)(:(0?\.\d+|1))?", "loop, cap, rescale or conf, or cap:0.02"),
+    corrector=(r"(0?\.\d+|1)(:[1-9]\d*)?", "a fraction, or 0.2:4 for one in every 4 passes"),
+    refine=(r"(0?\.\d+|1)(:[1-9]\d*)?", "a fraction, or 0.2:4 for 4 times"))
 
 
 class SampleError(ValueError):
@@ -196,16 +195,13 @@ def parse_args(argv):
 ALIASES = dict(seq_len="length", confidence_threshold="threshold", corrector_frac="corrector")
 
 
-def make_options(corrector_every=None, corrector_mode=None, **how):
-    """Options from Python, by the flags' names or those of published packages."""
+def make_options(**how):
+    """Options by the flags' names or, from Python, those of published packages."""
     how = {ALIASES.get(name, name): value for name, value in how.items()}
     for name in how.keys() - Options.__dataclass_fields__.keys():
         raise SampleError(f"no {name}: did you mean {near(name)}?")
-    if corrector_every or corrector_mode:
-        how["corrector"] = ":".join(map(str, (
-            how.get("corrector", 0.1), corrector_every or 1, corrector_mode or "random")))
-    if isinstance(how.get("stop"), str):
-        how["stop"] = [how["stop"]]
+    for name in {"corrector", "refine", "remask"} & how.keys():
+        how[name] = how[name] and str(how[name])
     return Options(**how)
 
 
@@ -276,14 +272,12 @@ class Reader:
         self.kept = [None] * cfg.n_layer  # (2, B, Hkv, S, d) each; the layer whose turn it is first
         self.done = 0  # positions that went in; of a masked model, where its block began
         self.mask = None  # (.., N, S) of this pass; None: everything is seen
-        self.part = None  # of what is kept, the positions that this pass replaces
+        self.part = 2 * [2**60]  # of what is kept, the positions that this pass replaces
 
     def __call__(self, q, k, v, ctx):
         """One layer of a pass: q (B, H, N', d), k and v (B, Hkv, N, d) -> (B, H, N', d)"""
         old, new = self.kept.pop(0), torch.stack((k, v)).roll(-self.n_noised, 3)
-        if old is not None and self.part is None:
-            new = torch.cat((old, new), 3)
-        elif old is not None:
+        if old is not None:
             new = torch.cat((old[..., :self.part[0], :], new, old[..., self.part[1]:, :]), 3)
         clean = new[..., :new.size(3) - self.n_noised, :]
         self.kept.append(clean[..., max(0, clean.size(3) - self.window):, :])
@@ -313,6 +307,12 @@ class Reader:
         positions = torch.arange(first, last, device=x.device)
         logits = self.model.predict(x[:, first:last], positions, sigma, rows, attend=self)
         return logits.log_softmax(-1)
+
+    def read_sedd(self, tokens, start, rows):
+        """Under absorb: the log score, times expm1 of the noise that leaves so many masks."""
+        T = tokens.size(1)
+        sigma = -torch.log1p(-(tokens == self.cfg.vocab_size).sum(1).clamp(min=1) / (T + 1))
+        return self.model(tokens, sigma, rows) + torch.expm1(sigma).log()[rows // T, None]
 
     def read_gpt(self, tokens, start, rows):
         S, done, device = start + 1, self.done, tokens.device
@@ -416,12 +416,12 @@ def fill_blocks(model, cfg, known, is_known, *, kind, gen, steps=None, choose=No
     for start in range(0, whole, L):
         here = slice(start, start + L)
         is_empty = not (tokens[:, here] == mask_id).any()
-        psi = torch.full((B, L), math.inf, dtype=torch.float64)
+        psi, seen = torch.full((B, L), math.inf, dtype=torch.float64), None
         for i in range(passes):
             pick, u = uniforms(gens, 2, L).unbind(1)  # which are drawn, and as what: (B, L) each
             if is_empty:  # the numbers of later blocks do not depend on it
                 continue
-            block = tokens[:, here]
+            block = tokens[:, here].clone()
             is_mask = block == mask_id
             if choose is not None:
                 commit = torch.ones(B, L, dtype=torch.bool)  # chosen from below
@@ -431,10 +431,13 @@ def fill_blocks(model, cfg, known, is_known, *, kind, gen, steps=None, choose=No
             else:
                 commit = pick * (steps - i) < 1
             rows = (commit.to(device) & is_mask).flatten().nonzero()[:, 0]
-            log_probs = torch.zeros(0, mask_id, device=device)
-            if len(rows):
-                log_probs = reader.read(tokens, start, rows)  # (R, V)
-                nfe += 1
+            if not len(rows):
+                log_probs = torch.zeros(0, mask_id, device=device)
+            elif choose is None or seen is None or not torch.equal(block, seen):
+                log_all = log_probs = reader.read(tokens, start, rows)  # (R, V)
+                nfe, seen = nfe + 1, block
+            else:  # a pass without a change
+                log_probs = log_all
             if choose is not None:
                 is_left = choose(log_probs, is_mask, step=i, steps=steps, u=pick, psi=psi)
                 is_left &= ~fixed[:, here] & (i < passes - 1)
@@ -442,6 +445,7 @@ def fill_blocks(model, cfg, known, is_known, *, kind, gen, steps=None, choose=No
                 psi[is_left.cpu()] = math.inf
                 is_drawn = ~is_left.flatten()[rows]
                 rows, log_probs = rows[is_drawn], log_probs[is_drawn]
+            log_probs = log_probs.log_softmax(-1)
             drawn = draw_tokens(warp(log_probs), u.flatten()[rows.cpu()])
             block = block.flatten().index_put((rows,), drawn).view(B, L)
             if choose is not None:
@@ -485,58 +489,53 @@ def uniform_law(log_score, current, sigma, sigma_next, rate, warp):
     return law.clamp(min=0).log()  # an inexact score, or too long a step, may go below 0
 
 
+def schedule(total_noise, cfg, passes):
+    """sigma at the start of every pass and at the end, and its rate of change (t falls) in each."""
+    t = torch.arange(passes, 0, -1, dtype=torch.float64) / passes
+    sigmas, slopes = total_noise(t, cfg)
+    return [*sigmas.tolist(), 0.0], (slopes / passes).tolist()
+
+
 @torch.no_grad()
 def redraw_rows(model, cfg, known, is_known, *, total_noise, gen, steps=None, is_euler=False,
                 warp=None, watch=None, begins=()):
     """train_sedd: steps=N passes (None: T) on N equal steps of t. Each draws every position anew by
     Tweedie's law, the exact one of a position if it moved alone (arXiv 2310.16834, theorem 4.2);
     is_euler: by the rates at the step's start. The last pass denoises: all noise that is left goes
-    in one step of Tweedie's. Under absorb a pass without a change needs no new forward pass. warp
-    acts under absorb on what a mask becomes, not when; under uniform on the clean token that the
-    score implies, before the noise of that time; begins [(flat positions, warp)] has others for
-    some. total_noise(t, cfg) -> sigma, dsigma/dt"""
+    in one step of Tweedie's. warp acts under absorb on what a mask becomes, not when; under uniform
+    on the clean token that the score implies, before the noise of that time; begins [(flat
+    positions, warp)] has others for some. total_noise(t, cfg) -> sigma, dsigma/dt"""
     (B, T), V, device = known.shape, cfg.vocab_size, known.device
-    gens, passes = row_generators(gen, B), T if steps is None else steps
-    is_absorb = cfg.graph == "absorb"
-    sigmas, slopes = total_noise(torch.arange(passes, 0, -1, dtype=torch.float64) / passes, cfg)
-    sigmas = [*sigmas.tolist(), 0.0]
-    start = (uniforms(gens, T) * V).long().to(device)
-    tokens = torch.where(is_known, known, V if is_absorb else start)
-    nfe, is_changed = 0, True
-    for i in range(passes):
-        sigma, is_last = sigmas[i], i == passes - 1
-        rate = slopes[i].item() / passes if is_euler and not is_last else None
-        pick, u = uniforms(gens, 2, T).unbind(1)  # (B, T) each
-        is_free = tokens == V if is_absorb else ~is_known
-        rows = is_free.flatten().nonzero()[:, 0]
-        if not len(rows):
-            break
-        if is_absorb:
-            if is_changed:
-                at = -torch.log1p(-is_free.sum(1).clamp(min=1) / (T + 1))  # sigma of those masks
-                log_clean = model(tokens, at, rows)  # (R, V)
-                log_clean = log_clean + torch.expm1(at).log()[rows // T, None]
-                nfe += 1
+    passes = T if steps is None else steps
+    sigmas, rates = schedule(total_noise, cfg, passes)
+    if cfg.graph == "absorb":
+        def leave(log_clean, is_mask, *, step, u, **_):
             # Tweedie: expm1(sigma - sigma_next) s_y is the probability of token y.
-            share = math.expm1(sigma - sigmas[i + 1]) if rate is None else rate
-            leave = log_clean.logsumexp(-1).cpu().double().exp() * share / math.expm1(sigma)
-            leave = ((pick.flatten()[rows.cpu()] < leave) | is_last).to(device)
-            rows, log_law = rows[leave], (warp or same)(log_clean[leave].log_softmax(-1))
-        else:
-            log_score = float64(model(tokens, torch.full((B,), sigma, device=device), rows))
-            nfe += 1
-            current = tokens.flatten()[rows].to(log_score.device)
-            step = sigma, sigmas[i + 1], rate
-            log_law = uniform_law(log_score, current, *step, warp)
-            for places, own_warp in begins:
-                hit = torch.isin(rows, places)
-                log_law[hit] = uniform_law(log_score[hit], current[hit], *step, own_warp)
+            share = rates[step] if is_euler else math.expm1(sigmas[step] - sigmas[step + 1])
+            p = torch.ones(is_mask.shape, dtype=torch.float64)
+            p[is_mask.cpu()] = log_clean.logsumexp(-1).cpu().double().exp()
+            return is_mask & (u >= p * share / math.expm1(sigmas[step])).to(device)
+
+        return fill_blocks(model, cfg, known, is_known, kind="sedd", gen=gen, steps=passes,
+                           choose=leave, warp=warp, watch=watch)
+    gens = row_generators(gen, B)
+    start = (uniforms(gens, T) * V).long().to(device)
+    tokens = torch.where(is_known, known, start)
+    rows = (~is_known).flatten().nonzero()[:, 0]
+    for i in range(passes if len(rows) else 0):
+        step = sigmas[i], sigmas[i + 1], rates[i] if is_euler and i < passes - 1 else None
+        u = uniforms(gens, T)
+        log_score = float64(model(tokens, torch.full((B,), sigmas[i], device=device), rows))
+        current = tokens.flatten()[rows].to(log_score.device)
+        log_law = uniform_law(log_score, current, *step, warp)
+        for places, own_warp in begins:
+            hit = torch.isin(rows, places)
+            log_law[hit] = uniform_law(log_score[hit], current[hit], *step, own_warp)
         drawn = draw_tokens(log_law, u.flatten()[rows.cpu()]).to(device)
-        before, tokens = tokens, tokens.flatten().index_put((rows,), drawn).view(B, T)
-        is_changed = not torch.equal(before, tokens)
+        tokens = tokens.flatten().index_put((rows,), drawn).view(B, T)
         if watch is not None:
-            watch(tokens, nfe)
-    return tokens, torch.full((B,), T, device=device), nfe
+            watch(tokens, i + 1)
+    return tokens, torch.full((B,), T, device=device), passes * bool(len(rows))
 
 
 # ----------------------------------------------------------------------------- orders
@@ -560,8 +559,6 @@ PACES = {  # share of the tokens that is fixed after a share x of the passes
 # ReMDM's loop: t, and alpha there; it masks again while alpha stays.
 LOOP = (0, 0.05, 0.55, 1), (1, 0.9, 0.9, 0)
 REMASK_ETA = {"loop": 0.02, "cap": 0.008, "rescale": 0.015, "conf": 1.0}  # as published
-REMASK = r"(loop|cap|rescale|conf)(:(0?\.\d+|1))?"
-FRACTION = r"(0?\.\d+|1)(:[1-9]\d*(:(random|least))?)?"
 
 
 def ordered(name, threshold=None, pace="even"):
@@ -570,13 +567,9 @@ def ordered(name, threshold=None, pace="even"):
     def choose(log_probs, is_mask, *, step, steps, u, psi=None):
         device, is_mask = is_mask.device, is_mask.cpu()  # where float64 and small sorts are at home
         left = is_mask.sum(1, keepdim=True)  # (B, 1)
-        if steps is None:
-            quota = 1
-        elif pace == "even":
-            quota = -(-left // (steps - step))
-        else:
-            total = left + psi.isfinite().sum(1, keepdim=True)
-            quota = left - (total * (1 - PACES[pace]((step + 1) / steps)) + 1e-9).floor()
+        done = [PACES[pace]((step + i) / (steps or math.inf)) for i in range(2)]
+        share = (done[1] - done[0]) / (1 - done[0])  # of what is left
+        quota = (left.double() * share - 1e-9).ceil().clamp(min=1)
         rank = torch.full(is_mask.shape, -math.inf, dtype=torch.float64)
         rank[is_mask] = RANKS[name](log_probs, u[is_mask]).cpu().double() + TIE * u[is_mask]
         place = rank.argsort(dim=1, descending=True, stable=True).argsort(1)
@@ -588,31 +581,29 @@ def ordered(name, threshold=None, pace="even"):
     return choose
 
 
-def fraction_of(text, mode):
-    """F[:N[:random|least]] -> F, N (1), mode"""
-    fraction, count, given = f"{text or 0}::".split(":")[:3]
-    return float(fraction), int(count or 1), given or mode
+def fraction_of(text):
+    """F or F:N -> F, N (1)"""
+    fraction, _, count = (text or "0").partition(":")
+    return float(fraction), int(count or 1)
 
 
 class Correcting:
-    """A choose that lets one pass follow every N passes of another, in which the fraction F of the
-    tokens fixed before is drawn anew: random ones, or those least probable when they were drawn. No
-    exact sampler: a step of Gibbs, if the network's laws belonged to one joint."""
+    """A choose that lets a pass follow every N of another, in which the fraction F of the tokens
+    that were fixed before, random ones, is drawn anew. No exact sampler; it would be a step of
+    Gibbs if the network's laws belonged to one joint."""
     def __init__(self, choose, steps, text):
-        self.choose, self.steps = choose, steps
-        self.fraction, self.every, self.mode = fraction_of(text, "random")
+        self.choose, self.steps, (self.fraction, self.every) = choose, steps, fraction_of(text)
 
     def __call__(self, log_probs, is_mask, *, step, steps, u, psi):
         cycle, place = divmod(step, self.every + 1)
         if place == self.every:
             return is_mask & ~self.again
-        after = self.choose(log_probs, is_mask, step=cycle * self.every + place, steps=self.steps,
-                            u=u, psi=psi)
+        step = cycle * self.every + place
+        after = self.choose(log_probs, is_mask, step=step, steps=self.steps, u=u, psi=psi)
         if place == self.every - 1:
-            is_fixed = psi.isfinite()
-            n_again = (is_fixed.sum(1, keepdim=True) * self.fraction).round()
-            rank = u.masked_fill(~is_fixed, 2) if self.mode == "random" else psi
-            self.again = (rank.argsort(1).argsort(1) < n_again).to(is_mask.device)
+            n_again = (psi.isfinite().sum(1, keepdim=True) * self.fraction).round()
+            place = u.masked_fill(psi.isinf(), 2).argsort(1).argsort(1)
+            self.again = (place < n_again).to(after.device)
             after = after | self.again
         return after
 
@@ -736,8 +727,7 @@ class LM:
         self.where = f"{str(self.dtype).removeprefix('torch.')} on {self.device.type}"
         averaged = "ema" if opts.weights == "ema" and ckpt["ema"] else "raw"
         self.n_parameters = sum(p.numel() for p in self.model.parameters())
-        self.path, is_run = path, path.stem == "ckpt"
-        self.title = path.absolute().parent.name if is_run else path.stem
+        self.path = path
         self.summary = (
             f"{path}: {self.name}, {self.n_parameters / 1e6:.2f}M parameters, {averaged} weights of step "
             f"{ckpt['step']}, {self.tokenizer.name} tokens, context {self.cfg.seq_len}"
@@ -818,7 +808,7 @@ class LM:
                   for i, (at, allowed) in enumerate(canvas.begins.items())]
         how = dict(stop=self.tokenizer.bos_id) if stops else {}
         if stops and opts.stop:
-            how["until"] = functools.partial(self.find_stop, strings=opts.stop)
+            how["until"] = functools.partial(self.find_stop, stop=opts.stop)
         size = min(MAX_ROWS, self.batch_rows(min(T, self.cfg.seq_len)))
         for ids in (torch.arange(P * opts.n) // opts.n).split(size):
             x, given = (t[ids].to(self.device) for t in canvas[:2])
@@ -834,10 +824,10 @@ class LM:
                     drawn, _, n = self.fill(*there, Options(steps=1), gen, own_warp)
                     x[hit, at], given[hit, at], nfe = drawn[:, at], True, nfe + n
                 tokens, keep = x, given
-                fraction, n_refine, mode = fraction_of(opts.refine, "least")
+                fraction, n_refine = fraction_of(opts.refine)
                 for i in range(1 + n_refine * (fraction > 0)):
                     if i:
-                        keep, n = self.select(tokens, given, fraction, mode, gens[1])
+                        keep, n = self.likeliest(tokens, given, fraction)
                         nfe += n
                     look = watch and (lambda tokens, n, nfe=nfe: watch(tokens, nfe + n))
                     tokens, length, n = self.fill(
@@ -845,7 +835,7 @@ class LM:
                     nfe += n
             rows = []
             for row, n, known in zip(tokens.tolist(), length.tolist(), given.tolist(), strict=True):
-                n = min(n, self.find_stop(row[:n], known, opts.stop or ()) or n)
+                n = min(n, self.find_stop(row[:n], known, opts.stop) or n)
                 rows.append((row[canvas.lead:n], n < T))
             yield rows, nfe
 
@@ -873,26 +863,24 @@ class LM:
         return fill_blocks(self.net, self.cfg, known, is_known, kind=self.kind, steps=steps,
                            choose=choose, **how, **ends)
 
-    def find_stop(self, row, known, strings):
-        """How many tokens of a row come before the first of the strings in what is new, or None."""
+    def find_stop(self, row, known, stop):
+        """How many tokens of a row come before what stops it in what is new, or None."""
         begin = known.index(False) if False in known else len(known)
         words = [self.tokenizer.table[token] for token in row[begin:]]
         text, ends = b"".join(words), [*itertools.accumulate(map(len, words))]
-        found = [at for x in strings if (at := text.find(x.encode())) >= 0]
+        stop = [stop] if isinstance(stop, str) else stop or ()
+        found = [at for x in stop if (at := text.find(x.encode())) >= 0]
         return begin + bisect.bisect(ends, min(found)) if found else None
 
-    def select(self, tokens, is_known, fraction, mode, gen):
+    def likeliest(self, tokens, is_known, fraction):
         """What to keep (B, T) when a fraction is predicted anew, and the passes spent.
 
         Two passes score every token: every second one is masked, then the others, so that each is
-        judged with its neighbours in sight. mode random: none, the numbers of gen decide."""
+        judged with its neighbours in sight."""
         is_free = ~is_known
         score = torch.full(tokens.shape, math.inf, device=tokens.device)
         parity = is_free.cumsum(1) % 2
         halves = [half for odd in (1, 0) if (half := is_free & (parity == odd)).any()]
-        if mode == "random":
-            u = uniforms(row_generators(gen, len(tokens)), tokens.size(1)).float()
-            score, halves = torch.where(is_known, math.inf, u.to(tokens.device)), []
         for half in halves:
             masked = torch.where(half, self.cfg.vocab_size, tokens)
             reader = Reader(self.net, self.cfg, "mdlm", tokens.size(1))
@@ -921,37 +909,64 @@ class LM:
         out.texts, out.nfe = list(out), sum(nfe for _, nfe in batches)
         return out
 
+    def draw_noise(self, cfg, n_rows, n_given, gen):
+        """Noise of the bound, which leaves the first n_given tokens of every row as they are."""
+        def draw(n):
+            return self.script.draw_noise(dataclasses.replace(cfg, seq_len=n), n_rows, gen, True)
+
+        T, L = cfg.seq_len, self.block_len or 1
+        if self.kind == "gpt" or not n_given:
+            return draw(T)
+        if self.kind == "mdlm":
+            noise = draw(T - n_given)
+            score = F.pad(noise.score, (n_given, 0), value=math.inf)
+            return noise._replace(score=score, sigma=-torch.log1p(-noise.level / (T + 1)))
+        n_own = min(-n_given % L, T - n_given)  # in the block where the given ones end
+        noises = [draw(n) for n in (n_own, T - n_given - n_own) if n]
+        level, weight, score = (torch.cat(x, 1) for x in zip(*noises, strict=True))
+        level, weight = (F.pad(x, (n_given // L, 0)) for x in (level, weight))
+        return type(noises[0])(level, weight, F.pad(score, (n_given, 0), value=math.inf))
+
     @torch.inference_mode()
-    def score(self, text, draws=None, seed=0):
-        """-log p of a text, cut into windows of seq_len tokens (the last may be shorter): nats,
-        nats_stderr, bits_per_byte, bits_stderr, n_tokens, n_bytes.
+    def score(self, text, given="", draws=None, seed=0):
+        """-log p of a text, given another one before it, both cut into windows of seq_len tokens
+        (the last may be shorter): nats, nats_stderr, bits_per_byte, bits_stderr, n_tokens, n_bytes.
 
         A bound, with its standard error over independent draws of noise, each of which masks every
         window twice, as an antithetic pair. gpt: one pass without noise, exact."""
-        is_exact = self.kind == "gpt"
+        is_exact, T = self.kind == "gpt", self.cfg.seq_len
         check(draws is None or not is_exact, "draws", draws, f"{self.name} needs no noise: drop it")
+        check(not given or self.kind != "sedd", "given", given, f"{self.name} has no such bound")
         n_draws, n_copies = (1, 1) if is_exact else (draws or DEFAULT_DRAWS, 2)
-        tokens = self.tokenizer.encode(text)
-        check(tokens, "score", text, "the text is empty")
-        gen = torch.Generator().manual_seed(seed)
+        new, known = self.tokenizer.encode(text), self.tokenizer.encode(given)
+        check(new, "score", text, "the text is empty")
+        tokens, gen = known + new, stream(seed, 0)
         totals = torch.zeros(n_draws, dtype=torch.float64)
-        whole = len(tokens) // self.cfg.seq_len * self.cfg.seq_len
-        for part in filter(None, (tokens[:whole], tokens[whole:])):
-            cfg = dataclasses.replace(self.cfg, seq_len=min(len(part), self.cfg.seq_len))
-            x0 = torch.tensor(part).view(-1, cfg.seq_len).repeat_interleave(n_copies, 0)
+        # The window in which the given text ends, whole ones, and what is left.
+        first = len(known) // T * T
+        second = min(first + T, len(tokens)) if first < len(known) else first
+        third = max(second, len(tokens) // T * T)
+        for begin, end in ((first, second), (second, third), (third, len(tokens))):
+            if begin == end:
+                continue
+            n_given = max(0, len(known) - begin)
+            cfg = dataclasses.replace(self.cfg, seq_len=min(end - begin, T))
+            x0 = torch.tensor(tokens[begin:end]).view(-1, cfg.seq_len)
+            x0 = x0.repeat_interleave(n_copies, 0).to(self.device)
             for draw in range(n_draws):
-                noise = self.script.draw_noise(cfg, len(x0), gen, bound=True)
+                noise = self.draw_noise(cfg, len(x0), n_given, gen)
                 for rows in torch.arange(len(x0)).split(self.batch_rows(cfg.seq_len)):
                     piece = self.script.take_rows(noise, rows, self.device)
                     with self.amp():
-                        nats = self.script.nelbo_fn(
-                            self.model, x0[rows].to(self.device), piece, cfg)
+                        nats = self.script.nelbo_fn(self.model, x0[rows], piece, cfg)
+                        if is_exact and n_given:
+                            nats -= self.script.nelbo_fn(self.model, x0[:, :n_given], piece, cfg)
                     totals[draw] += nats.cpu().double().sum() / n_copies
-        nats, n_bytes = totals.mean().item(), sum(len(self.tokenizer.table[i]) for i in tokens)
+        nats, n_bytes = totals.mean().item(), sum(len(self.tokenizer.table[i]) for i in new)
         stderr = totals.std().item() / math.sqrt(n_draws) if n_draws > 1 else 0.0
         bits = 1 / (math.log(2) * n_bytes)
         return SimpleNamespace(nats=nats, nats_stderr=stderr, bits_per_byte=nats * bits,
-                               bits_stderr=stderr * bits, n_tokens=len(tokens), n_bytes=n_bytes)
+                               bits_stderr=stderr * bits, n_tokens=len(new), n_bytes=n_bytes)
 
 
 # ----------------------------------------------------------------------------- loading
@@ -1022,6 +1037,14 @@ def load(path=None, script=None, opts=None, **how):
         return LM(module if script else load_script(HERE / f"{name}.py"), ckpt, path, opts)
 
 
+load_model = load  # as published packages name it
+
+
+def sample(model, prompt="", **how):
+    """Texts from a model of load()."""
+    return model.generate(prompt, **how)
+
+
 # ----------------------------------------------------------------------------- terminal
 FRAME = 0.04  # seconds between two pictures
 STYLES = {"known": "\x1b[1m", "new": "\x1b[32m", "mask": "\x1b[2m", "note": "\x1b[2m"}
@@ -1086,14 +1109,14 @@ def redraw(lines, height, stream, is_last=False):
 
 class Run:
     """A model at work on a canvas. It counts, and shows on stderr how far it is: on a terminal a
-    line, with --watch the text below it; in a file, with --watch, the first sample after each
-    quarter. For a race or a file it keeps every pass. Its clock stands still while it does that."""
+    line, with --watch the text below it. For a race or a file it keeps every pass. Its clock stands
+    still while it does that."""
     def __init__(self, lm, opts, is_race=False):
         self.lm, self.opts, self.is_race, self.canvas = lm, opts, is_race, lm.canvas(opts)
         self.mask_id, self.lead = lm.cfg.vocab_size, self.canvas.lead
         rows = torch.where(self.canvas.is_known, self.canvas.known, self.mask_id)[:, self.lead:]
         self.starts = [row for row in rows.tolist() for _ in range(opts.n)]
-        self.about = dict(name=lm.title, script=lm.name, parameters=lm.n_parameters,
+        self.about = dict(name=lm.path.absolute().parent.name, script=lm.name, parameters=lm.n_parameters,
                           sampler=lm.describe(opts), seed=opts.seed, device=lm.where)
         self.nfe, self.seconds, self.entropy, self.n_new, self.n_done = 0, 0.0, 0.0, 0, 0
 
@@ -1124,7 +1147,7 @@ class Run:
 
     def rest(self):
         """Before a batch nothing is drawn."""
-        self.height, self.drawn, self.last, self.due, self.passes = 0, -math.inf, None, 0.25, []
+        self.height, self.drawn, self.last, self.passes = 0, -math.inf, None, []
         self.first, self.begun, self.since = self.n_done, self.seconds, time.perf_counter()
 
     def frames(self, i, before):
@@ -1142,25 +1165,16 @@ class Run:
     def __call__(self, tokens, nfe):
         rows = tokens[:, self.lead:].tolist()  # waits for the device
         self.seconds += time.perf_counter() - self.since
-        if self.is_race or str(self.opts.save).endswith(".json"):
+        if self.is_race or self.opts.save:
             self.passes.append((nfe, self.seconds - self.begun, rows))
-        starts = self.starts[self.first:self.first + len(rows)]
-        n_left, n_all = (sum(row.count(self.mask_id) for row in x) for x in (rows, starts))
-        done = 1 - n_left / n_all
-        if self.lm.graph == "uniform":  # it has no masks
-            done = nfe / (self.opts.steps or len(rows[0]))
-        has_text, is_live = self.opts.watch and not self.is_race, is_terminal(sys.stderr)
-        if is_live and (time.monotonic() - self.drawn >= FRAME or done == 1):
+        if is_terminal(sys.stderr) and time.monotonic() - self.drawn >= FRAME:
             width = shutil.get_terminal_size().columns
-            lines = [styled(f"{self.lm.name}: {done:4.0%}, {nfe} passes", "note")]
-            for texts in zip(rows, self.last or rows, starts, strict=True):
-                lines += ["", *lines_of(self.spans(*texts), width)] if has_text else []
+            lines = [styled(f"{self.lm.name}: {nfe} passes", "note")]
+            is_shown = self.opts.watch and not self.is_race
+            for texts in zip(rows, self.last or rows, self.starts[self.first:], strict=False):
+                lines += ["", *lines_of(self.spans(*texts), width)] if is_shown else []
             self.height, self.last = redraw(lines, self.height, sys.stderr), rows
             self.drawn = time.monotonic()
-        elif not is_live and has_text and self.due <= done < 1:
-            self.due = (math.floor(done * 4) + 1) / 4
-            spans = self.spans(rows[0], rows[0], starts[0])
-            show([(f"[{done:.0%} after {nfe} passes] ", None), *spans], sys.stderr)
         self.since = time.perf_counter()
 
     def spans(self, row, before, start):
@@ -1188,22 +1202,34 @@ class Run:
         return lines_of(spans, width)
 
 
-def save_passes(path, runs):
-    """Write every pass of [(Run, its samples)] to a JSON file, which study/page.py shows:
+def save(path, runs):
+    """Write [(Run, its samples)] to a file.
+
+    FILE.jsonl: a line about a run: name, script, parameters, sampler, seed, device, checkpoint
+    (sha256), tokenizer; and one for each of its samples: sample, length, known, nfe, seconds,
+    tokens, ended, text. FILE.json: every pass, which study/page.py shows:
 
     {"format": 1, "mask": -1, "tokens": {"id": "its bytes as Latin-1"}, "runs": [{"name", "script",
     "parameters", "sampler", "seed", "device", "sample", "length", "known": [[position, id]..],
     "nfe", "seconds", "frames": [[pass, milliseconds, [[position, id]..]]..]}..]}
 
     A sample begins with its known tokens, all else is masked; every frame says what changed, id -1
-    for what was masked again. After the last frame it is the sample."""
-    entries = [{**run.about, **sample} for run, samples in runs for sample in samples]
-    table = runs[0][0].lm.tokenizer.shown
-    used = sorted({token for entry in entries for changes in (
-        entry["known"], *(frame[2] for frame in entry["frames"])) for _, token in changes} - {-1})
-    tokens = {str(token): table[token].decode("latin-1") for token in used}
-    with open(path, "w", encoding="utf-8") as f:
-        json.dump(dict(format=1, mask=-1, tokens=tokens, runs=entries), f)
+    for what was masked again. Behind the last frame it is the sample."""
+    entries, lines, used = [], [], set()
+    tokenizer = runs[0][0].lm.tokenizer
+    for run, samples in runs:
+        sha = hashlib.sha256(run.lm.path.read_bytes()).hexdigest()
+        lines.append({**run.about, "checkpoint": sha, "tokenizer": tokenizer.name})
+        for sample in samples:
+            entry = dict(sample)
+            tokens, frames, ended = (entry.pop(x) for x in ("tokens", "frames", "ended"))
+            lines.append({**entry, "tokens": tokens, "ended": ended, "text": tokenizer.decode(tokens)})
+            entries.append({**run.about, **entry, "frames": frames})
+            used.update(tokens, *([token for _, token in frame[2]] for frame in frames))
+    table = {str(i): tokenizer.shown[i].decode("latin-1") for i in sorted(used - {-1})}
+    whole = dict(format=1, mask=-1, tokens=table, runs=entries)
+    lines = lines if str(path).endswith(".jsonl") else [whole]
+    Path(path).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------- race
@@ -1255,7 +1281,7 @@ def print_race(opts):
         print(f"{run.lm.name:12}  {run.nfe:6}  {run.seconds:7.2f}  {run.n_new / run.seconds:8.0f}  "
               f"{run.entropy / run.n_done:.2f} nats, {run.about['sampler']}")
     if opts.save:
-        save_passes(opts.save, done)
+        save(opts.save, done)
 
 
 # ----------------------------------------------------------------------------- command line
@@ -1264,10 +1290,13 @@ def read_text(path):
         return Path(path).read_text(encoding="utf-8")
 
 
+def text_of(text):
+    return read_text(text) if os.path.isfile(text) else text
+
+
 def print_score(lm, opts):
     is_file = os.path.isfile(opts.score)
-    text = read_text(opts.score) if is_file else opts.score
-    score = lm.score(text, opts.draws, opts.seed)
+    score = lm.score(text_of(opts.score), text_of(opts.given or ""), opts.draws, opts.seed)
     note(lm.summary)
     nats, bits = f"= {score.nats:.2f}", f"{score.bits_per_byte:.4f}"
     noise = "exact"
@@ -1282,26 +1311,16 @@ def print_score(lm, opts):
 def print_samples(lm, opts):
     run, kept = Run(lm, opts), []
     note(lm.summary)
-    is_jsonl = str(opts.save).endswith(".jsonl")
-    with open(opts.save, "w", encoding="utf-8") if is_jsonl else contextlib.nullcontext() as f:
-        if is_jsonl:
-            sha = hashlib.sha256(lm.path.read_bytes()).hexdigest()
-            print(json.dumps({**run.about, "checkpoint": sha, "tokenizer": lm.tokenizer.name}), file=f)
-        for sample in run.samples():
-            tokens, i = sample["tokens"], sample["sample"]
-            if is_jsonl:
-                line = dict(i=i, tokens=tokens, text=lm.tokenizer.decode(tokens),
-                            nfe=sample["nfe"], ended=sample["ended"])
-                print(json.dumps(line), file=f)
-            elif opts.save:
-                kept.append(sample)
-            if len(run.starts) > 1:
-                note(f"--- sample {i + 1} of {len(run.starts)}")
-            given = {at for at, _ in sample["known"]}
-            kinds = ["known" if at in given else None for at in range(len(tokens))]
-            show(lm.tokenizer.spans(tokens, kinds) + [("\n", None)] * (len(run.starts) > 1), sys.stdout)
-    if kept:
-        save_passes(opts.save, [(run, kept)])
+    n = len(run.starts)
+    for sample in run.samples():
+        if n > 1:
+            note(f"--- sample {run.n_done} of {n}")
+        tokens, given = sample["tokens"], {at for at, _ in sample["known"]}
+        kinds = ["known" if at in given else None for at in range(len(tokens))]
+        show(lm.tokenizer.spans(tokens, kinds) + [("\n", None)] * (n > 1), sys.stdout)
+        kept += [sample] if opts.save else []
+    if opts.save:
+        save(opts.save, [(run, kept)])
     note(f"NFE {run.nfe}, {run.n_new / run.seconds:.0f} tokens/s, {lm.where}, "
          f"{lm.describe(opts)}, entropy {run.entropy / run.n_done:.2f} nats")
 
@@ -1309,17 +1328,15 @@ def print_samples(lm, opts):
 def main(argv):
     try:
         opts = parse_args(argv)
-        modes = [flag for flag in ("infill", "score", "prompt", "prompt_file", "prompts", "race")
+        modes = [flag for flag in ("infill", "score", "prompt", "prompts", "race")
                  if getattr(opts, flag) is not None]
-        if len(modes) > 1 and not (modes[0][:6] == "prompt" and modes[1:] == ["race"]):
+        if len(modes) > 1 and modes != ["prompt", "race"]:
             raise SampleError(f"--{' and --'.join(modes)} exclude each other: drop one")
         for flag in ("draws", "given"):
-            fits = getattr(opts, flag) is None or "score" in modes
-            check(fits, flag, getattr(opts, flag), "goes with --score")
-        fits = re.search(r"\.json$" if "race" in modes else r"\.jsonl?$", opts.save or ".json")
-        check(fits, "save", opts.save, "FILE.json (every pass) or, without --race, FILE.jsonl")
-        if opts.prompt_file is not None:
-            opts = dataclasses.replace(opts, prompt=read_text(opts.prompt_file))
+            value = getattr(opts, flag)
+            check(value is None or "score" in modes, flag, value, "goes with --score")
+        fits = opts.save is None or re.search(r"\.jsonl?$", opts.save)
+        check(fits, "save", opts.save, "a FILE.json or a FILE.jsonl")
         if opts.prompts is not None:
             lines = [json.loads(line) for line in read_text(opts.prompts).splitlines()]
             prompts = [line if isinstance(line, str) else line["prompt"] for line in lines]
