@@ -350,7 +350,7 @@ def noise_of(tokens, cfg):
 # nfe) sees every pass.
 def stream(seed, number):
     """One of several generators of a seed. torch keeps 32 bits of what seeds its own."""
-    seed, = np.random.SeedSequence((seed, number)).generate_state(1).tolist()
+    seed, = np.random.SeedSequence(seed, spawn_key=(number,)).generate_state(1).tolist()
     return torch.Generator().manual_seed(seed)
 
 
