@@ -753,7 +753,8 @@ class LM:
 
         Sample i depends on (seed, i) alone."""
         warp = make_warp(opts.temperature, opts.top_k, opts.top_p, opts.nucleus)
-        (P, T), gens = canvas.known.shape, [stream(opts.seed, i) for i in range(2)]
+        (P, T), (fraction, n_refine) = canvas.known.shape, fraction_of(opts.refine)
+        gens = [stream(opts.seed, i) for i in range(1 + n_refine)]
         size = min(MAX_ROWS, self.batch_rows(min(T, self.cfg.seq_len)))
         for ids in (torch.arange(P * opts.n) // opts.n).split(size):
             known, given, begins = (x[ids].to(self.device) for x in canvas[:3])
@@ -761,13 +762,12 @@ class LM:
             how, same = (how if begins.any() else {}), (opts, warp, stops)
             with self.amp():
                 tokens, length, nfe = self.fill(known, given, gens[0], watch, *same, **how)
-                fraction, n_refine = fraction_of(opts.refine)
                 given |= begins.bool()
-                for _ in range(n_refine if fraction else 0):
+                for gen in gens[1:] if fraction else ():
                     keep, n = self.likeliest(tokens, given, fraction)
                     nfe += n
                     look = watch and (lambda tokens, n, nfe=nfe: watch(tokens, nfe + n))
-                    tokens, _, n = self.fill(tokens, keep, gens[1], look, *same)
+                    tokens, _, n = self.fill(tokens, keep, gen, look, *same)
                     nfe += n
             rows = []
             for row, n, known in zip(tokens.tolist(), length.tolist(), given.tolist(), strict=True):
@@ -1106,8 +1106,7 @@ def save(path, runs):
     """Write the samples of runs to a file.
 
     FILE.jsonl: a line about each run: name, script, parameters, sampler, seed, device, checkpoint
-    (sha256), tokenizer; then a line for each of its samples: sample, length, known, nfe, seconds,
-    tokens, ended, text. FILE.json: every pass, which study/page.py shows:
+    (sha256), tokenizer; then a line for each of its samples: i, text, tokens, nfe, ended. FILE.json: every pass, which study/page.py shows:
 
     {"format": 1, "mask": -1, "tokens": {"id": "its bytes as Latin-1"}, "runs": [{"name", "script",
     "parameters", "sampler", "seed", "device", "sample", "length", "known": [[position, id]..],
@@ -1124,11 +1123,13 @@ def save(path, runs):
         sha256 = hashlib.sha256(lm.path.read_bytes()).hexdigest()
         lines.append({**about, "checkpoint": sha256, "tokenizer": tokenizer.name})
         for sample in run.done:
-            line, entry = dict(sample, text=tokenizer.decode(sample["tokens"])), about | sample
-            frames, _ = line.pop("frames"), entry.pop("ended")
-            used.update(entry.pop("tokens"), *([x[1] for x in frame[2]] for frame in frames))
-            lines.append(line)
-            entries.append(entry)
+            line = {x: sample[x] for x in ("tokens", "nfe", "ended")}
+            text = tokenizer.decode(sample["tokens"])
+            lines.append({"i": sample["sample"], "text": text, **line})
+            entry = {x: sample[x] for x in sample if x not in ("tokens", "ended")}
+            entries.append(about | entry)
+            changes = itertools.chain(*(frame[2] for frame in sample["frames"]))
+            used.update(sample["tokens"], (token for _, token in changes))
     tokens = {str(i): tokenizer.shown[i].decode("latin-1") for i in sorted(used - {-1})}
     if path.endswith(".json"):
         lines = [dict(format=1, mask=-1, tokens=tokens, runs=entries)]
