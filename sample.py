@@ -130,9 +130,10 @@ class Options:
             check(fits, name, value, f"must be from 0 to {high}")  # NaN is not
             fits = field.type is not Literal[choices] or value in choices
             check(fits, name, value, f"there are {', '.join(map(str, choices))}")
-        for parse, text in ((numbers, self.blank), (fraction_of, self.refine),
-                            (remasking, self.remask)):
-            parse(text)
+        for flag, parse in dict(blank=numbers, refine=fraction_of, remask=remasking).items():
+            text = getattr(self, flag)
+            with naming(f"--{flag}={text}"):
+                parse(text)
         is_plain = self.order in ("", "ancestral") and self.threshold is None
         fits = self.order != "first_hitting" or not self.steps
         check(fits, "steps", self.steps, "first_hitting fixes one token a pass: drop it")
@@ -168,8 +169,7 @@ def naming(name):
 
 def numbers(text):
     """N[,N..] -> [N, ..], of tokens in a blank"""
-    with naming(f"--blank={text}"):
-        found = [int(n) for n in text.split(",")]
+    found = [int(n) for n in text.split(",")]
     check(min(found) > 0, "blank", text, "a blank has at least one token")
     return found
 
@@ -177,10 +177,8 @@ def numbers(text):
 def fraction_of(text):
     """F or F:N -> F, N (1)"""
     fraction, _, count = f"{text or 0}".partition(":")
-    with naming(f"--refine={text}"):
-        fraction, count = float(fraction), int(count or 1)
-    check(0 <= fraction <= 1, "refine", text, "a fraction is from 0 to 1")
-    return fraction, count
+    check(0 <= float(fraction) <= 1, "refine", text, "a fraction is from 0 to 1")
+    return float(fraction), int(count or 1)
 
 
 # Names of published packages.
@@ -240,12 +238,12 @@ class Tokenizer:
             return self.encoding.encode_ordinary(text)
         return list(text.encode(errors="replace"))
 
-    def split_space(self, text, n_new):
-        """A text and n_new tokens to follow -> (what is known, which tokens (V,) may be next, or
-        None): its last space, or the last of several white-space characters, begins a token as
-        GPT-2 cuts them. A single token then is more than that space."""
+    def split_space(self, text, is_single):
+        """A text with more to follow -> (what is known, which tokens (V,) may be next, or None): its
+        last space, or the last of several white-space characters, begins a token as GPT-2 cuts
+        them. A single token is more than that space."""
         found = re.search(r" \Z|(?<=\s)\s\Z", text, re.A)
-        space, least = found[0].encode() if found else b"", 1 + (n_new == 1)
+        space, least = found[0].encode() if found else b"", 2 if is_single else 1
         allowed = [word.startswith(space) and len(word) >= least for word in self.table]
         return (text[:-1], torch.tensor(allowed)) if found and sum(allowed) > 1 else (text, None)
 
@@ -574,8 +572,7 @@ def remasking(text):
     eta sigma_max out over the fixed tokens by softmax(-psi)."""
     kind, _, eta = (text or "cap").partition(":")
     check(kind in REMASK_ETA, "remask", text, f"there are {', '.join(REMASK_ETA)}, as in cap:0.02")
-    with naming(f"--remask={text}"):
-        eta = float(eta or REMASK_ETA[kind])
+    eta = float(eta or REMASK_ETA[kind])
     check(0 <= eta <= 1, "remask", text, "ETA is from 0 to 1")
     points = LOOP if kind == "loop" else ((0, 1), (1, 0))
 
@@ -708,7 +705,7 @@ class LM:
     def canvas(self, opts):
         """The prompts, or a text with blanks, and the room behind."""
         self.check_able(opts)
-        lead = []
+        lead, allowed = [], [torch.ones(self.cfg.vocab_size, dtype=torch.bool)]
         if opts.infill:
             texts = [text.replace(r"\_", "_") for text in BLANK.split(opts.infill)]
             n_blanks, blanks = len(texts) - 1, numbers(opts.blank)
@@ -717,32 +714,27 @@ class LM:
             check(len(blanks) == n_blanks, "blank", opts.blank, f"the text has {n_blanks} blanks")
             parts = [[*zip(texts, [*blanks, 0], strict=True)]]
         else:
-            parts = [[(text, 0)] for text in opts.prompts or [opts.prompt]]
-            if parts == [[("", 0)]] and opts.start == "document":
+            parts = [[(text, 1)] for text in opts.prompts or [opts.prompt]]
+            if parts == [[("", 1)]] and opts.start == "document":
                 lead = [self.tokenizer.bos_id]
-        rows, places = [[*lead] for _ in parts], []
-        allowed = [torch.ones(self.cfg.vocab_size, dtype=torch.bool)]
-        for i, (row, pieces) in enumerate(zip(rows, parts, strict=True)):
+        rows = [[*lead] for _ in parts]  # -1: unknown; -1 - i: one of allowed[i]
+        for row, pieces in zip(rows, parts, strict=True):
             for text, n_new in pieces:
-                space = None
-                if (n_new or not opts.infill or opts.length) and self.graph != "uniform":
-                    text, space = self.tokenizer.split_space(text, n_new)
-                row += self.tokenizer.encode(text)
-                if space is not None:
-                    places.append((i, len(row)))
-                    allowed.append(space)
-                row += [-1] * n_new
+                new = [-1] * n_new
+                if (n_new or opts.length) and self.graph != "uniform":
+                    text, space = self.tokenizer.split_space(text, opts.infill and n_new == 1)
+                    if space is not None:
+                        new[:1] = [-1 - len(allowed)]
+                        allowed.append(space)
+                row += self.tokenizer.encode(text) + new
         n = max(map(len, rows))
         limit = math.inf if self.block_len or opts.block_length else self.cfg.seq_len
-        least = n + (not opts.infill or (0, n) in places)
-        T = least if opts.infill else min(limit, n + DEFAULT_LENGTH)
+        T = n if opts.infill else max(n, min(limit, n - 1 + DEFAULT_LENGTH))
         T = opts.length + len(lead) if opts.length else T
-        fits = least <= T <= limit
+        fits = n <= T <= limit
         check(fits, "length", T - len(lead), f"the text takes {n} tokens, the context {limit}")
         rows = torch.tensor([row + [-1] * (T - len(row)) for row in rows])
-        begins = torch.zeros_like(rows)
-        for kind, place in enumerate(places):
-            begins[place] = kind + 1
+        begins = (-1 - rows).clamp(min=0)
         return Canvas(rows.clamp(min=0), rows >= 0, begins, torch.stack(allowed), len(lead))
 
     @torch.inference_mode()
@@ -839,16 +831,6 @@ class LM:
         out.nfe = sum(nfe for _, nfe in batches)
         return out
 
-    def draw_noise(self, cfg, n_rows, n_given, gen):
-        """Noise of the bound, which leaves the first n_given tokens of every row as they are."""
-        own = dataclasses.replace(cfg, seq_len=cfg.seq_len - n_given)
-        noise = self.script.draw_noise(own, n_rows, gen, bound=True)
-        if n_given and self.kind == "mdlm":
-            score = F.pad(noise.score, (n_given, 0), value=math.inf)
-            sigma = -torch.log1p(-noise.level / (cfg.seq_len + 1))
-            noise = noise._replace(score=score, sigma=sigma)
-        return noise
-
     @torch.inference_mode()
     def score(self, text, given="", draws=0, seed=0):
         """-log p of a text, given another one before it, both cut into windows of seq_len tokens
@@ -877,7 +859,12 @@ class LM:
             x0 = torch.tensor(tokens[begin:end], device=self.device).view(-1, cfg.seq_len)
             x0 = x0.repeat_interleave(n_copies, 0)
             for draw in range(n_draws):
-                noise = self.draw_noise(cfg, len(x0), n_given, gen)
+                own = dataclasses.replace(cfg, seq_len=cfg.seq_len - n_given * (not is_exact))
+                noise = self.script.draw_noise(own, len(x0), gen, bound=True)
+                if n_given and not is_exact:  # the given tokens stay; the network counts them
+                    sigma = -torch.log1p(-noise.level / (cfg.seq_len + 1))
+                    score = F.pad(noise.score, (n_given, 0), value=math.inf)
+                    noise = noise._replace(sigma=sigma, score=score)
                 for rows in torch.arange(len(x0)).split(self.batch_rows(cfg.seq_len)):
                     piece = self.script.take_rows(noise, rows, self.device)
                     with self.amp():
@@ -983,8 +970,7 @@ def lines_of(spans, width):
     for text, kind in spans:
         run = ""
         for char in printable(text):
-            size = 0 if unicodedata.combining(char) else 1
-            size += unicodedata.east_asian_width(char) in "WF"
+            size = 1 + (unicodedata.east_asian_width(char) in "WF")
             if char == "\n" or cells + size > width:
                 lines[-1] += styled(run, kind)
                 lines.append("")
@@ -1031,14 +1017,14 @@ class Run:
             self.nfe += nfe
             redraw([], self.height, sys.stderr)
             for start, (row, ended) in zip(self.starts[self.first:], rows, strict=False):
-                pairs = [*enumerate(zip(row, start, strict=False))]
-                known = [[at, old] for at, (_, old) in pairs if old != self.mask_id]
-                new = [token for _, (token, old) in pairs if old == self.mask_id]
+                start = start[:len(row)]
+                known = [[at, old] for at, old in enumerate(start) if old != self.mask_id]
+                new = [row[at] for at, old in enumerate(start) if old == self.mask_id]
                 # Entropy of the tokens' frequencies, low when a sample repeats itself.
                 shares = torch.tensor(new).bincount() / max(1, len(new))
                 self.entropy += torch.special.entr(shares).sum().item()
                 self.n_new += len(new)
-                frames = self.frames(len(self.done) - self.first, start[:len(row)])
+                frames = self.frames(len(self.done) - self.first, start)
                 self.done.append(dict(
                     sample=len(self.done), length=len(row), known=known, nfe=nfe, frames=frames,
                     seconds=self.seconds - self.begun, tokens=row, ended=ended))
@@ -1067,7 +1053,8 @@ class Run:
         if self.is_race or self.opts.save:
             self.passes.append((nfe, self.seconds - self.begun, rows))
         if is_terminal(sys.stderr) and time.monotonic() - self.drawn >= FRAME:
-            lines, width = [styled(f"{self.lm.name}: {nfe} passes", "note")], columns()
+            lines = [styled(f"{self.lm.name}: {nfe} passes", "note")]
+            width = shutil.get_terminal_size().columns
             if self.opts.watch and not self.is_race:
                 for texts in zip(rows, self.last or rows, self.starts[self.first:], strict=False):
                     lines += ["", *lines_of(self.spans(*texts), width)]
@@ -1096,10 +1083,6 @@ class Run:
         counters = f"{nfe} passes, {min(now, seconds):.1f} s\n\n"
         spans = self.spans(row, before, self.starts[0])
         return lines_of([(f"{self.lm.name}\n", "known"), (counters, "note"), *spans], width)
-
-
-def columns():
-    return shutil.get_terminal_size().columns
 
 
 def save(path, runs):
@@ -1147,7 +1130,7 @@ def replay(runs):
     end = max(run.done[0]["seconds"] for run in runs)
     while now < end:
         now = min(end, time.monotonic() - start)
-        step = (columns() + len(BAR)) // len(runs)
+        step = (shutil.get_terminal_size().columns + len(BAR)) // len(runs)
         texts = [run.column(now, step - len(BAR)) for run in runs]
         bars = ["", *(f"\x1b[{i * step - len(BAR) + 1}G{BAR}" for i in range(1, len(runs)))]
         lines = ["".join(map("".join, zip(bars, cells, strict=True)))
@@ -1162,7 +1145,7 @@ def print_race(opts):
     lms = [load(path, opts.script * (not i), opts) for i, path in enumerate(paths)]
     for lm in lms:
         fits = lm.tokenizer.table == lms[0].tokenizer.table
-        check(fits, "race", opts.race, f"the tokens of {lm.name} are not those of {lms[0].name}")
+        check(fits, "race", opts.race, "their tokens differ")
     plain = dataclasses.replace(opts, **{name: getattr(Options, name) for name in PASSES})
     canvases = [lm.canvas(plain) for lm in lms]
     length = min(canvas.known.size(1) - canvas.lead for canvas in canvases)
@@ -1174,9 +1157,10 @@ def print_race(opts):
         list(run.samples())
     if is_terminal(sys.stdout):
         replay(runs)
-    for run in runs if not is_terminal(sys.stdout) else ():
-        text = run.lm.tokenizer.decode(run.done[0]["tokens"])
-        show([(f"--- {run.lm.name}\n{text}\n", None)], sys.stdout)
+    else:
+        texts = (run.lm.tokenizer.decode(run.done[0]["tokens"]) for run in runs)
+        heads = zip(lms, texts, strict=True)
+        show([(f"--- {lm.name}\n{text}\n\n", None) for lm, text in heads], sys.stdout)
     print(f"{'':12}  passes  seconds  tokens/s  entropy")
     for run in runs:
         print(f"{run.lm.name:12}  {run.nfe:6}  {run.seconds:7.2f}  {run.n_new / run.seconds:8.0f}  "
