@@ -76,7 +76,7 @@ class Options:
     ckpt: str = ""  # checkpoint, its run folder, artifact, or hf:OWNER/REPO/FILE; empty: the newest
     script: str = ""  # training script that wrote it, when that is an edited one
     weights: Literal["ema", "raw"] = "ema"  # averaged, where there are some, or those of the end
-    device: str = "auto"  # auto, cpu, cuda or mps
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: as trained, where the machine is fast
     # what to write
     prompt: str = ""  # text to continue
@@ -98,6 +98,7 @@ class Options:
     order: Literal["", "first_hitting", "ancestral", "random", "confidence", "confidence_weighted",
                    "entropy", "margin", "tweedie", "euler"] = ""
     steps: int = 0  # passes, or passes in each block; 0: one a token
+    pace: Literal["even", "cosine", "cosine2"] = "even"  # of the orders that rank, over the passes
     # train_mdlm in blocks of so many tokens from left to right, as LLaDA writes, no exact sampler:
     # then the length has no limit, and what leaves the context is forgotten.
     block_length: int = 0
@@ -113,7 +114,7 @@ class Options:
     # At the end, mask a fraction F, the least likely, and predict it anew; N times.
     refine: str = ""  # F or F:N
     watch: bool = False  # show the text appearing
-    save: str = ""  # FILE.json: every pass, for study/page.py; FILE.jsonl: the samples
+    save: str = ""  # FILE.json: every pass, for study/page.py; another FILE: samples, JSON lines
     # Checkpoints, with commas, that write as much as --ckpt, one after the other; a terminal then
     # shows all side by side in real time. gpt ignores flags about passes, all the end of documents.
     # --race alone: the two models that come with the repository.
@@ -189,7 +190,7 @@ def make_options(**how):
     """Options by the flags' names or, from Python, those of published packages."""
     how = {ALIASES.get(name, name): value for name, value in how.items()}
     for name in how.keys() - Options.__dataclass_fields__.keys():
-        near = difflib.get_close_matches(name, Options.__dataclass_fields__, 1) or ["help"]
+        near = *difflib.get_close_matches(name, Options.__dataclass_fields__, 1), "help"
         raise SampleError(f"unknown flag --{name}: did you mean --{near[0]}?")
     return Options(**how)
 
@@ -217,7 +218,7 @@ def parse_args(argv):
 class Tokenizer:
     """Text <-> tokens, by the bytes of every token that the checkpoint carries."""
     def __init__(self, meta, mask_id):
-        self.name, self.bos_id, self.mask_id = meta["tokenizer"], meta["bos_id"], mask_id
+        self.name, self.bos_id = meta["tokenizer"], meta["bos_id"]
         words = map(chr, range(256)) if self.name == "byte" else meta["token_bytes"]
         self.table = [word.encode("latin-1") for word in words]
         self.table += [b""] * (mask_id - len(self.table))  # ids that stand for no text
@@ -239,7 +240,7 @@ class Tokenizer:
         return list(text.encode(errors="replace"))
 
     def split_space(self, text, is_single):
-        """A text with more to follow -> (what is known, which tokens (V,) may be next, or None): its
+        """A text with more to follow -> (what is known, which tokens (V,) may be next, or None): a
         last space, or the last of several white-space characters, begins a token as GPT-2 cuts
         them. A single token is more than that space."""
         found = re.search(r" \Z|(?<=\s)\s\Z", text, re.A)
@@ -379,12 +380,6 @@ def draw_tokens(log_probs, u):
     return torch.minimum(token, last).to(log_probs.device)
 
 
-def first_masked(pick, is_mask):
-    """One random token of each row (arXiv 2409.02908), of the masked ones."""
-    first = pick.masked_fill(~is_mask, -1).argmax(1, keepdim=True)
-    return torch.zeros_like(is_mask).scatter_(1, first, True) & is_mask
-
-
 @torch.no_grad()
 def fill_blocks(model, cfg, known, is_known, *, kind, gen, steps=None, choose=None, warp=None,
                 watch=None, stop=None, block_len=None, begins=None, allowed=None):
@@ -407,43 +402,35 @@ def fill_blocks(model, cfg, known, is_known, *, kind, gen, steps=None, choose=No
     tokens = F.pad(torch.where(is_known, known, mask_id), (0, whole - T), value=mask_id)
     length = torch.full((B,), T, device=device)
     reader = Reader(model, cfg, kind, L)
-    # A prompt that is longer than the context enters the cache of train_block piece by piece.
-    known_len = int(is_known.sum(1).min()) // L * L * (kind == "block" and reader.is_cached)
-    for end in range(cfg.seq_len, known_len, max(L, cfg.seq_len - L)):
-        reader.read(tokens, end - L, tokens.new_zeros(0))
-        nfe += 1
     for start in range(0, whole, L):
         here = slice(start, start + L)
         is_empty = not (tokens[:, here] == mask_id).any()
         psi, read_at = torch.full((B, L), math.inf, dtype=torch.float64), None
-        if begins is not None:
-            kinds, u = F.pad(begins, (0, whole - T))[:, here].flatten(), uniforms(gens, L).flatten()
-            rows = (kinds.bool() & ~fixed[:, here].flatten()).nonzero()[:, 0]
-            if len(rows):
-                law = reader.read(tokens, start, rows).masked_fill(~allowed[kinds[rows]], -math.inf)
-                drawn = draw_tokens(warp(law.log_softmax(-1)), u[rows.cpu()])
-                tokens[rows // L, start + rows % L], nfe = drawn, nfe + 1
-                fixed[rows // L, start + rows % L] = True
-        for i in range(passes):
+        for i in range(-(begins is not None), passes):
             pick, u = uniforms(gens, 2, L).unbind(1)  # which are drawn, and as what: (B, L) each
             if is_empty:  # the numbers of later blocks do not depend on it
                 continue
             block = tokens[:, here].clone()
             is_mask = (block == mask_id).cpu()
-            if choose is not None:
+            if i < 0:  # what is known in part
+                kinds = F.pad(begins, (0, whole - T))[:, here]
+                commit = is_mask & (kinds > 0).cpu()
+                fixed[:, here] |= kinds > 0
+            elif choose is not None:
                 commit = is_mask  # chosen from below
             elif not steps:
-                commit = first_masked(pick, is_mask)
+                commit = is_mask & (pick == pick.masked_fill(~is_mask, -1).amax(1, keepdim=True))
             else:
                 commit = is_mask & (pick * (steps - i) < 1)
             rows = commit.flatten().nonzero()[:, 0].to(device)
-            log_probs = torch.zeros(0, mask_id, device=device)
             if len(rows) and (read_at is None or not torch.equal(block, read_at)):
                 log_all = reader.read(tokens, start, rows)  # (R, V)
-                nfe, read_at = nfe + 1, block if choose else None
-            if len(rows):
-                log_probs = log_all
-            if choose is not None:
+                nfe, read_at = nfe + 1, block if choose and i >= 0 else None
+            log_probs = log_all if len(rows) else torch.zeros(0, mask_id, device=device)
+            if i < 0:
+                log_probs = log_probs.masked_fill(~allowed[kinds.flatten()[rows]], -math.inf)
+                log_probs = log_probs.log_softmax(-1)
+            elif choose is not None:
                 is_left = choose(log_probs, is_mask, step=i, steps=steps, u=pick, psi=psi)
                 is_left &= ~fixed[:, here].cpu() & (i < passes - 1)
                 block = torch.where(is_left.to(device), mask_id, block)
@@ -452,7 +439,7 @@ def fill_blocks(model, cfg, known, is_known, *, kind, gen, steps=None, choose=No
                 rows, log_probs = rows[is_drawn], log_probs[is_drawn].log_softmax(-1)
             drawn = draw_tokens(warp(log_probs), u.flatten()[rows.cpu()])
             block = block.flatten().index_put((rows,), drawn).view(B, L)
-            if choose is not None:
+            if choose is not None and i >= 0:
                 p = log_probs.gather(1, drawn[:, None])[:, 0].cpu().double().exp()
                 psi.view(-1)[rows.cpu()] = p
                 psi[:, T - start:] = math.inf  # what is cut is not masked again
@@ -543,23 +530,28 @@ RANKS = {
     "margin": lambda log_probs, u: log_probs.exp().topk(2).values.diff().neg().squeeze(-1),
 }
 TIE = 1e-3  # of a rank: smaller differences are rounding, as among the masks of an empty canvas
+PACES = {  # share of the tokens that is fixed after a share x of the passes
+    "even": lambda x: x, "cosine": lambda x: 1 - math.cos(math.pi / 2 * x),
+    "cosine2": lambda x: math.sin(math.pi / 2 * x) ** 2}
 # ReMDM's loop: t, and alpha there; it masks again while alpha stays.
 LOOP = (0, 0.05, 0.55, 1), (1, 0.9, 0.9, 0)
 REMASK_ETA = {"loop": 0.02, "cap": 0.008, "rescale": 0.015, "conf": 1.0}  # as published
 
 
-def ordered(name, threshold=None):
-    """Fix the best-ranked tokens of each row, as many a pass as spreads the row over the passes
-    that are left (one, when steps is None), and every token whose top probability is above
-    threshold."""
+def ordered(name, threshold=None, pace="even"):
+    """Fix the best-ranked tokens of each row, as many a pass as the pace says (one, when steps is
+    None), and every token whose top probability is above threshold."""
     def choose(log_probs, is_mask, *, step, steps, u, psi=None):
-        quota = -(-is_mask.sum(1, keepdim=True) // (steps - step)) if steps else 1
+        device, is_mask = is_mask.device, is_mask.cpu()
+        begin, end = (PACES[pace]((step + i) / (steps or math.inf)) for i in (0, 1))
+        share = (end - begin) / (1 - begin)  # of what is left
+        quota = (is_mask.sum(1, keepdim=True).double() * share - 1e-9).ceil().clamp(min=1)
         rank = torch.full(is_mask.shape, -math.inf, dtype=torch.float64)
         rank[is_mask] = RANKS[name](log_probs, u[is_mask]).cpu().double() + TIE * u[is_mask]
         commit = rank.argsort(dim=1, descending=True, stable=True).argsort(1) < quota
         if threshold is not None:
             commit[is_mask] |= (log_probs.amax(-1).exp() > threshold).cpu()
-        return is_mask & ~commit
+        return (is_mask & ~commit).to(device)
 
     return choose
 
@@ -619,13 +611,13 @@ def make_warp(temperature=1.0, top_k=0, top_p=1.0, nucleus="inclusive"):
 
 
 # ----------------------------------------------------------------------------- model
-PASSES = ("order", "steps", "threshold", "remask", "refine", "block_length")  # of diffusion alone
+PASSES = ("order", "steps", "threshold", "pace", "remask", "refine", "block_length")  # of diffusion alone
 MASK_ORDERS, SCORE_ORDERS = ("first_hitting", "ancestral", *RANKS), ("tweedie", "euler")
-WAYS = {  # how a kind of model writes, the flags that it cannot take, and its orders
-    "mdlm": ("tokens in any order", (), MASK_ORDERS),
-    "gpt": ("from left to right, one token a pass", (*PASSES, "infill"), ()),
-    "block": ("one block after another", ("refine", "block_length", "infill"), MASK_ORDERS),
-    "sedd": ("all tokens in every pass, by its score", PASSES[2:], SCORE_ORDERS)}
+WAYS = {  # the flags that a kind of model cannot take, and its orders
+    "mdlm": ((), MASK_ORDERS),
+    "gpt": ((*PASSES, "infill"), ()),
+    "block": (("refine", "block_length", "infill"), MASK_ORDERS),
+    "sedd": (PASSES[2:], SCORE_ORDERS)}
 
 
 class Canvas(NamedTuple):
@@ -653,7 +645,7 @@ class LM:
     """A trained model with its tokenizer. Made by load()."""
     def __init__(self, script, ckpt, path, opts):
         self.script, self.name, self.path = script, ckpt["script"], Path(path)
-        self.model, self.cfg = script.build_model(ckpt, opts.weights)
+        self.model, self.cfg = build_model(script, ckpt, opts.weights)
         self.tokenizer = Tokenizer(ckpt["meta"], self.cfg.vocab_size)
         self.block_len, self.graph = (getattr(self.cfg, x, 0) for x in ("block_len", "graph"))
         diffusion = "block" if self.block_len else "sedd" if self.graph else "mdlm"
@@ -661,9 +653,8 @@ class LM:
         # A fork may have changed forward and not predict, so it computes all anew.
         is_fork = self.name not in SCRIPTS
         self.net = self.model.__call__ if is_fork else self.model
-        self.device = script.pick_device(opts.device, 0)
-        name = self.cfg.dtype if opts.dtype == "auto" else opts.dtype
-        self.dtype = script.pick_dtype(name, self.device)
+        dtype = self.cfg.dtype if opts.dtype == "auto" else opts.dtype
+        self.device, self.dtype = script.pick_device(opts.device, dtype, 0)
         self.amp = functools.partial(torch.autocast, self.device.type, self.dtype,
                                      self.dtype != torch.float32)
         self.model.to(self.device)
@@ -671,7 +662,7 @@ class LM:
             if isinstance(part, torch.nn.Linear):  # as autocast does in every pass
                 part.to(self.dtype)
         self.where = f"{str(self.dtype).removeprefix('torch.')} on {self.device.type}"
-        averaged = "ema" if opts.weights == "ema" and ckpt["ema"] else "raw"
+        averaged = opts.weights if ckpt["ema"] else "raw"
         self.n_parameters = sum(p.numel() for p in self.model.parameters())
         self.summary = (
             f"{path}: {self.name}, {self.n_parameters / 1e6:.2f}M parameters, {averaged} weights "
@@ -685,11 +676,11 @@ class LM:
 
     def check_able(self, opts):
         """Refuse what this kind of model cannot do."""
-        how, refused, orders = WAYS[self.kind]
+        refused, orders = WAYS[self.kind]
         for name in refused:
             value = getattr(opts, name)
             check(value == getattr(Options, name), name, value,
-                  f"{self.name} writes {how}: drop the flag or take a checkpoint of train_mdlm")
+                  f"{self.name} cannot do that: take a checkpoint of train_mdlm")
         fits = opts.order in ("", *orders)
         check(fits, "order", opts.order, f"{self.name} has {', '.join(orders)}")
 
@@ -709,9 +700,9 @@ class LM:
         if opts.infill:
             texts = [text.replace(r"\_", "_") for text in BLANK.split(opts.infill)]
             n_blanks, blanks = len(texts) - 1, numbers(opts.blank)
-            check(n_blanks, "infill", opts.infill, "no blank: write ___ for one")
             blanks = blanks if len(blanks) > 1 else blanks * n_blanks
-            check(len(blanks) == n_blanks, "blank", opts.blank, f"the text has {n_blanks} blanks")
+            fits = len(blanks) == n_blanks > 0
+            check(fits, "blank", opts.blank, f"the text has {n_blanks} blanks, written as ___")
             parts = [[*zip(texts, [*blanks, 0], strict=True)]]
         else:
             parts = [[(text, 1)] for text in opts.prompts or [opts.prompt]]
@@ -750,11 +741,12 @@ class LM:
         size = min(MAX_ROWS, self.batch_rows(min(T, self.cfg.seq_len)))
         for ids in (torch.arange(P * opts.n) // opts.n).split(size):
             known, given, begins = (x[ids].to(self.device) for x in canvas[:3])
+            same = opts, warp, stops
             how = dict(begins=begins, allowed=canvas.allowed.to(self.device))
-            how, same = (how if begins.any() else {}), (opts, warp, stops)
             with self.amp():
-                tokens, length, nfe = self.fill(known, given, gens[0], watch, *same, **how)
-                given |= begins.bool()
+                tokens, length, nfe = self.fill(
+                    known, given, gens[0], watch, *same, **how if begins.any() else {})
+                given |= begins > 0
                 for gen in gens[1:] if fraction else ():
                     keep, n = self.likeliest(tokens, given, fraction)
                     nfe += n
@@ -773,11 +765,10 @@ class LM:
         if self.kind == "sedd":
             return redraw_rows(self.net, self.cfg, known, is_known, **how, steps=steps,
                                total_noise=self.script.total_noise, is_euler=opts.order == "euler")
-        most = max(1, int((~is_known).sum(1).max()))
         if opts.order_name == "ancestral":
-            steps = steps or min(most, self.block_len or opts.block_length or most)
+            steps = steps or self.block_len or opts.block_length or known.size(1)
         if opts.order_name in RANKS:
-            how["choose"] = ordered(opts.order_name, opts.threshold)
+            how["choose"] = ordered(opts.order_name, opts.threshold, opts.pace)
         elif opts.remask:
             how["choose"] = remasking(opts.remask)
         if stops and self.kind != "mdlm":
@@ -787,12 +778,11 @@ class LM:
 
     def find_stop(self, row, known, stop):
         """How many tokens of a row come before what stops it, in what is new."""
-        begin = known.index(False) if False in known else len(known)
+        begin = [*known, False].index(False)
         words = [self.tokenizer.table[token] for token in row[begin:]]
-        text, ends = b"".join(words), [*itertools.accumulate(map(len, words))]
-        stop = [stop] if isinstance(stop, str) else stop
-        found = [at for x in stop if x and (at := text.find(x.encode())) >= 0]
-        return begin + bisect.bisect(ends, min(found)) if found else len(row)
+        stops = [stop] if isinstance(stop, str) else stop
+        cut = min([b"".join(words).find(x.encode()) % 2**62 for x in stops if x], default=2**62)
+        return begin + bisect.bisect([*itertools.accumulate(map(len, words))], cut)
 
     def likeliest(self, tokens, is_known, fraction):
         """What to keep (B, T) when a fraction is predicted anew, and the passes spent.
@@ -820,14 +810,13 @@ class LM:
 
     def infill(self, text, blank=16, **how):
         """n versions of a text, its blanks (___) filled with `blank` tokens, an int or a list."""
-        blank = ",".join(map(str, [blank] if isinstance(blank, int) else blank))
-        return self.samples(make_options(infill=text, blank=blank, **how))
+        return self.samples(make_options(infill=text, blank=str(blank).strip("[]"), **how))
 
     def samples(self, opts):
         batches = [*self.batches(self.canvas(opts), opts)]
         tokens, ended = zip(*(row for rows, _ in batches for row in rows), strict=True)
         out = Samples(map(self.tokenizer.decode, tokens))
-        out.texts, out.tokens, out.ended = list(out), list(tokens), list(ended)
+        out.tokens, out.ended = list(tokens), list(ended)
         out.nfe = sum(nfe for _, nfe in batches)
         return out
 
@@ -839,7 +828,6 @@ class LM:
         A bound, with its standard error over independent draws of noise, each of which masks every
         window twice, as an antithetic pair. gpt: one pass without noise, exact."""
         is_exact, T = self.kind == "gpt", self.cfg.seq_len
-        check(not draws or not is_exact, "draws", draws, f"{self.name} needs no noise: drop it")
         fits = not given or self.kind in ("gpt", "mdlm")
         check(fits, "given", given, f"{self.name} has no bound of that kind")
         n_draws, n_copies = (1, 1) if is_exact else (draws or DEFAULT_DRAWS, 2)
@@ -847,25 +835,20 @@ class LM:
         check(new, "score", text, "the text is empty")
         tokens, gen = known + new, stream(seed, 0)
         totals = torch.zeros(n_draws, dtype=torch.float64)
-        # The window in which the given text ends, whole ones, and what is left.
-        first = len(known) // T * T
-        second = min(-(-len(known) // T) * T, len(tokens))
-        third = max(second, len(tokens) // T * T)
-        for begin, end in ((first, second), (second, third), (third, len(tokens))):
-            if begin == end:
-                continue
-            n_given = max(0, len(known) - begin)
-            cfg = dataclasses.replace(self.cfg, seq_len=min(end - begin, T))
-            x0 = torch.tensor(tokens[begin:end], device=self.device).view(-1, cfg.seq_len)
+        starts = range(len(known) // T * T, len(tokens), T)
+        for (size, n_given), group in itertools.groupby(
+                starts, lambda at: (min(T, len(tokens) - at), max(0, len(known) - at))):
+            cfg = dataclasses.replace(self.cfg, seq_len=size)
+            x0 = torch.tensor([tokens[at:at + size] for at in group], device=self.device)
             x0 = x0.repeat_interleave(n_copies, 0)
             for draw in range(n_draws):
-                own = dataclasses.replace(cfg, seq_len=cfg.seq_len - n_given * (not is_exact))
+                own = dataclasses.replace(cfg, seq_len=size - n_given * (not is_exact))
                 noise = self.script.draw_noise(own, len(x0), gen, bound=True)
                 if n_given and not is_exact:  # the given tokens stay; the network counts them
-                    sigma = -torch.log1p(-noise.level / (cfg.seq_len + 1))
+                    sigma = -torch.log1p(-noise.level / (size + 1))
                     score = F.pad(noise.score, (n_given, 0), value=math.inf)
                     noise = noise._replace(sigma=sigma, score=score)
-                for rows in torch.arange(len(x0)).split(self.batch_rows(cfg.seq_len)):
+                for rows in torch.arange(len(x0)).split(self.batch_rows(size)):
                     piece = self.script.take_rows(noise, rows, self.device)
                     with self.amp():
                         nats = self.script.nelbo_fn(self.model, x0[rows], piece, cfg)
@@ -873,7 +856,7 @@ class LM:
                             nats -= self.script.nelbo_fn(self.model, x0[:, :n_given], piece, cfg)
                     totals[draw] += nats.cpu().double().sum() / n_copies
         nats, n_bytes = totals.mean().item(), sum(len(self.tokenizer.table[i]) for i in new)
-        stderr = totals.std().item() / math.sqrt(n_draws) if n_draws > 1 else 0.0
+        stderr = totals.std(correction=n_draws > 1).item() / math.sqrt(n_draws)
         bits = 1 / (math.log(2) * n_bytes)
         return SimpleNamespace(nats=nats, nats_stderr=stderr, bits_per_byte=nats * bits,
                                bits_stderr=stderr * bits, n_tokens=len(new), n_bytes=n_bytes)
@@ -894,14 +877,13 @@ def find_checkpoint(name=None):
         return Path(hf_hub_download(*hub_name.groups()))
 
 
-def load_script(path, test="nelbo_fn"):
+def load_script(path):
     """Import a training script, or another program, from its file."""
     with naming(f"--script={path}"):
         spec = importlib.util.spec_from_file_location(f"sampled_{Path(path).stem}", path)
         script = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         sys.path += {str(Path(path).resolve().parent), str(HERE)}.difference(sys.path)  # for muon
         spec.loader.exec_module(script)
-    check(hasattr(script, test), "script", path, "not a training script")
     return script
 
 
@@ -914,7 +896,7 @@ def load(path=None, script=None, opts=None, **how):
     with naming(path):
         read = module.load_checkpoint  # the same text in every script
         if path.is_file() and path.open("rb").read(2) != b"PK":
-            golf = load_script(HERE / "study/golf.py", "read")
+            golf = load_script(HERE / "study/golf.py")
             read = golf.read if golf.is_artifact(path) else read
         ckpt = read(path)
         name = ckpt["script"]
@@ -1002,15 +984,11 @@ class Run:
         self.mask_id, self.bos_id = lm.cfg.vocab_size, lm.tokenizer.bos_id
         rows = torch.where(is_known, known, self.mask_id)[:, self.lead:].tolist()
         self.starts = [row for row in rows for _ in range(opts.n)]
-        self.done, self.nfe, self.seconds, self.entropy, self.n_new = [], 0, 0.0, 0.0, 0
+        self.done, self.begin = [], None  # samples; and the passes of the first batch
+        self.nfe, self.seconds, self.entropy, self.n_new = 0, 0.0, 0.0, 0
 
     def samples(self):
-        """Write; yield of every sample what files say of it."""
-        known, is_known = self.canvas[:2]
-        if self.is_race:  # the end of a document stops none; and some tokens to warm up
-            is_known = is_known | (torch.arange(known.size(1)) < known.size(1) - WARM_UP)
-            warm = self.canvas._replace(is_known=is_known)
-            list(self.lm.batches(warm, self.opts, stops=False))
+        """Write; yield the tokens of every sample. The end of a document stops no race."""
         self.rest()
         for rows, nfe in self.lm.batches(self.canvas, self.opts, self, not self.is_race):
             self.seconds += time.perf_counter() - self.since
@@ -1024,39 +1002,40 @@ class Run:
                 shares = torch.tensor(new).bincount() / max(1, len(new))
                 self.entropy += torch.special.entr(shares).sum().item()
                 self.n_new += len(new)
-                frames = self.frames(len(self.done) - self.first, start)
-                self.done.append(dict(
-                    sample=len(self.done), length=len(row), known=known, nfe=nfe, frames=frames,
-                    seconds=self.seconds - self.begun, tokens=row, ended=ended))
-                yield self.done[-1]
+                frames = self.frames(len(self.done) - self.first, len(row))
+                record = dict(sample=len(self.done), length=len(row), known=known, nfe=nfe,
+                              seconds=self.seconds - self.begun, frames=frames)
+                self.done.append((row, ended, record))
+                yield row
+            self.begin = self.begin or self.passes
             self.rest()
 
     def rest(self):
         """Before a batch nothing is drawn."""
-        self.height, self.drawn, self.last, self.passes = 0, -math.inf, None, []
+        self.height, self.drawn, self.last = 0, -math.inf, None
+        self.passes = [(0, 0.0, self.starts[len(self.done):])]  # number, seconds, tokens
         self.first, self.begun, self.since = len(self.done), self.seconds, time.perf_counter()
 
-    def frames(self, i, before):
+    def frames(self, i, length):
         """[[pass, milliseconds, [[position, token, or -1: masked again]..]]..] of row i."""
         frames = []
-        for nfe, seconds, rows in self.passes:
-            row = rows[i][:len(before)]
+        for (_, _, before), (nfe, seconds, rows) in itertools.pairwise(self.passes):
+            pairs = enumerate(zip(before[i][:length], rows[i], strict=False))
             changes = [[at, -1 if token == self.mask_id else token]
-                       for at, token in enumerate(row) if token != before[at]]
+                       for at, (old, token) in pairs if token != old]
             frames += [[nfe, round(1000 * seconds, 3), changes]] if changes else []
-            before = row
         return frames
 
     def __call__(self, tokens, nfe):
         rows = tokens[:, self.lead:].tolist()  # waits for the device
         self.seconds += time.perf_counter() - self.since
-        if self.is_race or self.opts.save:
+        if self.is_race or self.opts.save:  # else they would fill the memory
             self.passes.append((nfe, self.seconds - self.begun, rows))
         if is_terminal(sys.stderr) and time.monotonic() - self.drawn >= FRAME:
             lines = [styled(f"{self.lm.name}: {nfe} passes", "note")]
-            width = shutil.get_terminal_size().columns
-            if self.opts.watch and not self.is_race:
-                for texts in zip(rows, self.last or rows, self.starts[self.first:], strict=False):
+            for texts in zip(rows, self.last or rows, self.starts[self.first:], strict=False):
+                if self.opts.watch and not self.is_race:
+                    width = shutil.get_terminal_size().columns
                     lines += ["", *lines_of(self.spans(*texts), width)]
             self.height, self.last = redraw(lines, self.height, sys.stderr), rows
             self.drawn = time.monotonic()
@@ -1070,21 +1049,6 @@ class Run:
                  for token, old, given in zip(row, before, start, strict=False)]
         return self.lm.tokenizer.spans(row[:n], kinds[:n])
 
-    def column(self, now, width):
-        """Lines that show how far the first sample was at a time: counters, and text."""
-        nfe, seconds = 0, self.done[0]["seconds"]
-        row = before = self.starts[0]
-        for number, milliseconds, changes in self.done[0]["frames"]:
-            if milliseconds <= 1000 * now:
-                nfe, before, row = number, row, [*row]
-                for at, token in changes:
-                    row[at] = self.mask_id if token < 0 else token
-        before = row if now >= seconds else before
-        counters = f"{nfe} passes, {min(now, seconds):.1f} s\n\n"
-        spans = self.spans(row, before, self.starts[0])
-        return lines_of([(f"{self.lm.name}\n", "known"), (counters, "note"), *spans], width)
-
-
 def save(path, runs):
     """Write the samples of runs to a file.
 
@@ -1097,23 +1061,21 @@ def save(path, runs):
 
     A sample begins with its known tokens, all else is masked; every frame says what changed, id -1
     for what was masked again. Behind the last frame it is the sample."""
-    lines, entries, used = [], [], {-1}
+    lines, entries, tokenizer = [], [], runs[0].lm.tokenizer
     for run in runs:
-        lm, tokenizer = run.lm, run.lm.tokenizer
+        lm = run.lm
         about = dict(name=lm.path.absolute().parent.name, script=lm.name,
                      parameters=lm.n_parameters, sampler=lm.describe(run.opts),
                      seed=run.opts.seed, device=lm.where)
         sha256 = hashlib.sha256(lm.path.read_bytes()).hexdigest()
         lines.append({**about, "checkpoint": sha256, "tokenizer": tokenizer.name})
-        for sample in run.done:
-            line = {x: sample[x] for x in ("tokens", "nfe", "ended")}
-            text = tokenizer.decode(sample["tokens"])
-            lines.append({"i": sample["sample"], "text": text, **line})
-            entry = {x: sample[x] for x in sample if x not in ("tokens", "ended")}
-            entries.append(about | entry)
-            changes = itertools.chain(*(frame[2] for frame in sample["frames"]))
-            used.update(sample["tokens"], (token for _, token in changes))
-    tokens = {str(i): tokenizer.shown[i].decode("latin-1") for i in sorted(used - {-1})}
+        for tokens, ended, record in run.done:
+            lines.append(dict(i=record["sample"], text=tokenizer.decode(tokens), tokens=tokens,
+                              nfe=record["nfe"], ended=ended))
+            entries.append(about | record)
+    changes = [x["known"] for x in entries] + [f[2] for x in entries for f in x["frames"]]
+    used = sorted({token for change in changes for _, token in change} - {-1})
+    tokens = {i: tokenizer.shown[i].decode("latin-1") for i in used}
     if path.endswith(".json"):
         lines = [dict(format=1, mask=-1, tokens=tokens, runs=entries)]
     Path(path).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -1127,11 +1089,19 @@ BAR = " │ "  # between the two
 def replay(runs):
     """Draw the runs side by side in real time; the last picture stays, and is whole."""
     start, now, height = time.monotonic(), 0.0, 0
-    end = max(run.done[0]["seconds"] for run in runs)
+    end = max(run.begin[-1][1] for run in runs)
     while now < end:
         now = min(end, time.monotonic() - start)
         step = (shutil.get_terminal_size().columns + len(BAR)) // len(runs)
-        texts = [run.column(now, step - len(BAR)) for run in runs]
+        texts = []
+        for run in runs:
+            i = bisect.bisect([seconds for _, seconds, _ in run.begin], now) - 1
+            (nfe, _, rows), is_done = run.begin[i], i + 1 == len(run.begin)
+            before = rows if is_done else run.begin[max(0, i - 1)][2]
+            counters = f"{nfe} passes, {min(now, run.begin[-1][1]):.1f} s\n\n"
+            texts.append(lines_of(
+                [(f"{run.lm.name}\n", "known"), (counters, "note"),
+                 *run.spans(rows[0], before[0], run.starts[0])], step - len(BAR)))
         bars = ["", *(f"\x1b[{i * step - len(BAR) + 1}G{BAR}" for i in range(1, len(runs)))]
         lines = ["".join(map("".join, zip(bars, cells, strict=True)))
                  for cells in itertools.zip_longest(*texts, fillvalue="")]
@@ -1154,13 +1124,14 @@ def print_race(opts):
     note("\n".join(lm.summary for lm in lms))
     note(f"{opts.n} x {length} tokens, {lms[0].where}, one model after another\n")
     for run in runs:
+        run.lm.generate(length=WARM_UP)
         list(run.samples())
     if is_terminal(sys.stdout):
         replay(runs)
     else:
-        texts = (run.lm.tokenizer.decode(run.done[0]["tokens"]) for run in runs)
-        heads = zip(lms, texts, strict=True)
-        show([(f"--- {lm.name}\n{text}\n\n", None) for lm, text in heads], sys.stdout)
+        for run in runs:
+            text = run.lm.tokenizer.decode(run.done[0][0])
+            show([(f"--- {run.lm.name}\n{text}\n", None)], sys.stdout)
     print(f"{'':12}  passes  seconds  tokens/s  entropy")
     for run in runs:
         print(f"{run.lm.name:12}  {run.nfe:6}  {run.seconds:7.2f}  {run.n_new / run.seconds:8.0f}  "
@@ -1192,11 +1163,10 @@ def print_samples(lm, opts):
     run = Run(lm, opts)
     note(lm.summary)
     n = len(run.starts)
-    for sample in run.samples():
-        i, row = sample["sample"], sample["tokens"]
+    for row, start in zip(run.samples(), run.starts, strict=True):
         if n > 1:
-            note(f"--- sample {i + 1} of {n}")
-        kinds = ["known" if old != run.mask_id else None for old in run.starts[i][:len(row)]]
+            note(f"--- sample {len(run.done)} of {n}")
+        kinds = ["known" if old != run.mask_id else None for old in start[:len(row)]]
         show(lm.tokenizer.spans(row, kinds) + [("\n", None)] * (n > 1), sys.stdout)
     if opts.save:
         save(opts.save, [run])
@@ -1217,11 +1187,7 @@ def main(argv):
                  if getattr(opts, flag)]
         fits = len(modes) < 2 or modes == ["prompt", "race"]
         check(fits, " and --".join(modes), "..", "exclude each other: drop one")
-        for flag in ("draws", "given"):
-            value = getattr(opts, flag)
-            check(not value or opts.score, flag, value, "goes with --score")
-        fits = not opts.save or opts.save.endswith((".json", ".jsonl"))
-        check(fits, "save", opts.save, "FILE.json or FILE.jsonl")
+        check(opts.score or not opts.given, "given", opts.given, "goes with --score")
         if opts.prompts:
             opts = dataclasses.replace(opts, prompts=read_prompts(opts.prompts))
         if opts.race:

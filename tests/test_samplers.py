@@ -708,7 +708,7 @@ MUTANTS = {  # a changed line makes its oracle fail
         "commit = is_mask & (pick * (steps - i) < 1)", "commit = is_mask & ((pick * steps < 1) | (i == steps - 1))",
         (check_ancestral_law, MDLM, 5)),
     "first-hitting goes from left to right": (
-        "pick.masked_fill(~is_mask, -1).argmax", "is_mask.double().argmax",
+        "(pick == pick.masked_fill(~is_mask, -1).amax(1, keepdim=True))", "(is_mask.cumsum(1) == 1)",
         (check_first_hitting, MDLM)),
     "rows share their random numbers": (
         "return [np.random.default_rng(row) for row in words]",
