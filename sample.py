@@ -3,10 +3,12 @@
     python sample.py                                         newest checkpoint in out/
     python sample.py --prompt="def " --n=4 --length=256
     python sample.py --infill="def ___(self):" --blank=8     ___ is a blank of 8 tokens
-    python sample.py --order=confidence --threshold=0.9 --watch=1
+    python sample.py --order=confidence --threshold=0.9 --watch
     python sample.py --steps=128 --remask=loop
-    python sample.py --score=FILE                            bound on -log p of a text
+    python sample.py --score=FILE --given=FILE               bound on -log p of a text
     python sample.py --ckpt=out/demo --race=out/gpt --steps=64
+
+Without a checkpoint in out/, the models that come with the repository write.
 
 gpt.py writes from left to right, one token a pass, and scores exactly; it takes no --infill and no
 flag about passes. train_block.py writes block after block, any length; the flags about passes act
@@ -18,9 +20,11 @@ GPT-2's words begin with theirs. Samples, scores and tables go to stdout, all el
 Nothing in a checkpoint is run. From Python:
 
     lm = sample.load("out/demo/ckpt.pt")
-    lm.generate("def ", n=4, length=256, steps=64, order="confidence", threshold=0.9)
+    texts = lm.generate("def ", n=4, length=256, steps=64, order="confidence", threshold=0.9)
+    texts.tokens, texts.ended, texts.nfe
+    lm.generate(["def ", "class "], stop=["\\n\\n"])
     lm.infill("def ___(x):", blank=8)
-    lm.score("some text").bits_per_byte
+    lm.score("some text", given="what comes before it").bits_per_byte
 """
 
 import bisect
@@ -29,9 +33,11 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import hashlib
 import importlib.util
 import inspect
 import itertools
+import json
 import math
 import os
 import re
@@ -42,33 +48,24 @@ import time
 import unicodedata
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
-if __name__ == "__main__":  # Ctrl-C ends the program without a traceback, while torch loads too
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":  # Ctrl-C and "| head" end it without a traceback, while torch loads too
+    for name in {"SIGINT", "SIGPIPE"} & {*dir(signal)}:
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = ("train_mdlm", "train_block", "train_sedd", "gpt")
+SHIPPED = HERE / "models/mdlm.golf", HERE / "models/block.golf"
 DEFAULT_LENGTH, DEFAULT_DRAWS = 256, 8
-TEXT_BYTES = 2**24  # of a file; scoring takes about a hundred times that of memory
-MAX_REPLACED = 0.01  # share of a file's characters that may be invalid
 BATCH_NUMBERS = 2**27  # logits, or attention scores of a layer, in one forward pass
 MAX_ROWS = 512  # samples at once, so that the first of many are soon there
-FIRST_STREAM = 0x5EED  # of random numbers
-BREAK = "\n\n---\n\n"  # how the beginning of a document is shown
-BLANK = re.compile("_{3,}")
-FILE_NAME = re.compile(r"\S*[/\\]\S*|.*\.(txt|text|md|rst|tex|log|jsonl?|csv|tsv|xml|html?|py|gz|"
-                       r"zst|pdf|docx?|epub|parquet)", re.I)
-# How GPT-2 cuts text into words, in the spellings of prepare_data.py and of tiktoken's releases.
-# tiktoken panics on some others.
-PATTERNS = (
-    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
-    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+END = b"<|endoftext|>"  # how the end of a document is shown
+BLANK = re.compile(r"(?<!\\)_{3,}")  # \_ is an underscore
 
 
 # ----------------------------------------------------------------------------- flags
@@ -76,72 +73,80 @@ PATTERNS = (
 class Options:
     """Every flag, --name=value."""
     # which model
-    ckpt: str | None = None  # checkpoint, its run folder, or hf:OWNER/REPO/FILE; None: the newest
-    script: str | None = None  # training script that wrote it, when that is an edited one
+    ckpt: str = ""  # checkpoint, its run folder, artifact, or hf:OWNER/REPO/FILE; empty: the newest
+    script: str = ""  # training script that wrote it, when that is an edited one
     weights: Literal["ema", "raw"] = "ema"  # averaged, where there are some, or those of the end
-    device: str = "auto"  # auto, cpu, cuda or mps
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: as trained on cuda, else fp32
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: as trained, where the machine is fast
     # what to write
-    prompt: str | None = None  # text to continue
-    prompt_file: str | None = None  # the same from a file
-    infill: str | None = None  # text with blanks: each run of three or more underscores is one
+    prompt: str = ""  # text to continue
+    prompts: str = ""  # .jsonl file of several, a text or {"prompt": text} a line
+    # Without a prompt: the beginning of a document, or of any window of the corpus.
+    start: Literal["document", "anywhere"] = "document"
+    infill: str = ""  # text with blanks: each run of three or more underscores; \_ is none
     blank: str = "16"  # tokens in a blank, for all of them or one by one: N[,N..]
-    n: int = 1  # samples
-    # Tokens in a sample, prompt included. None: 256 new ones, up to the context; an infill ends
-    # with its text, and goes on up to a given length.
-    length: int | None = None
+    n: int = 1  # samples, of every prompt
+    # Tokens in a sample, prompt included. 0: 256 new ones, up to the context; an infill ends with
+    # its text, and goes on up to a given length.
+    length: int = 0
+    stop: str = ""  # a sample ends before this text; from Python also a list of texts
     seed: int = 0  # the same seed gives the same samples, however many there are
     # How. Exact: first_hitting (the default: a random token a pass) and, for many steps, ancestral
     # (the default with --steps) and random. Mode-seeking, so not samples of the model's law:
-    # confidence (the default with --threshold), entropy, margin. train_sedd has tweedie and euler.
-    order: Literal[None, "first_hitting", "ancestral", "random", "confidence", "entropy", "margin",
-                   "tweedie", "euler"] = None
-    steps: int | None = None  # passes, with train_block in each block; None: one a token
+    # confidence (the default with --threshold), confidence_weighted (positions drawn with such
+    # weights), entropy, margin. train_sedd has tweedie and euler.
+    order: Literal["", "first_hitting", "ancestral", "random", "confidence", "confidence_weighted",
+                   "entropy", "margin", "tweedie", "euler"] = ""
+    steps: int = 0  # passes, or passes in each block; 0: one a token
+    pace: Literal["even", "cosine", "cosine2"] = "even"  # of the orders that rank, over the passes
+    # train_mdlm in blocks of so many tokens from left to right, as LLaDA writes, no exact sampler:
+    # then the length has no limit, and what leaves the context is forgotten.
+    block_length: int = 0
     threshold: float | None = None  # fix every token whose top probability exceeds this, too
     temperature: float = 1.0  # below 1 sharper; 0 takes the likeliest token
-    top_k: int | None = None  # draw from that many likeliest tokens
-    top_p: float | None = None  # draw from the likeliest tokens that together reach this
-    # ReMDM, masking some tokens again to mend errors: loop, cap, rescale (ETA .02) or conf (ETA 1).
-    remask: str | None = None  # NAME or NAME:ETA
-    refine: float = 0.0  # at the end, mask this fraction, the least likely, and predict it anew
+    top_k: int = 0  # draw from that many likeliest tokens
+    top_p: float = 1.0  # draw from the likeliest tokens that together reach this
+    # The token that crosses top_p counts, or it does not, as in ReMDM's and BD3-LM's programs.
+    nucleus: Literal["inclusive", "exclusive"] = "inclusive"
+    # ReMDM, masking some tokens again to mend errors: loop (ETA .02), cap (.008), rescale (.015) or
+    # conf (1).
+    remask: str = ""  # NAME or NAME:ETA
+    # At the end, mask a fraction F, the least likely, and predict it anew; N times.
+    refine: str = ""  # F or F:N
     watch: bool = False  # show the text appearing
+    save: str = ""  # FILE.json: every pass, for study/page.py; another FILE: samples, JSON lines
     # Checkpoints, with commas, that write as much as --ckpt, one after the other; a terminal then
     # shows all side by side in real time. gpt ignores flags about passes, all the end of documents.
-    race: str | None = None
-    score: str | None = None  # text or file: its bound in nats and bits per byte; gpt: exact
-    score_file: str | None = None  # the same, always a file
-    draws: int | None = None  # independent noise draws of a score; None: 8
-    encoding: str = "utf-8"  # of a file that is read
+    # --race alone: the two models that come with the repository.
+    race: str = ""
+    score: str = ""  # text, or a file of UTF-8: its bound in nats and bits per byte; gpt: exact
+    given: str = ""  # text or file that comes before the one scored
+    draws: int = 0  # independent noise draws of a score; 0: 8
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             name, value, choices = field.name, getattr(self, field.name), get_args(field.type)
-            low, high = RANGES.get(name, (0, math.inf))
-            fits = name not in RANGES or value is None or low <= value <= high  # NaN does not
-            check(fits, name, value, f"from {low} to {high}" if high < 2 else f"at least {low}")
+            high = 1 if name in ("threshold", "top_p") else math.inf
+            fits = not isinstance(value, int | float) or (name == "n") <= value <= high
+            check(fits, name, value, f"must be from 0 to {high}")  # NaN is not
             fits = field.type is not Literal[choices] or value in choices
-            check(fits, name, value, "there are " + ", ".join(str(c) for c in choices if c))
-        fits = re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", self.blank)
-        check(fits, "blank", self.blank, "a number of tokens, or several as in 8,16")
-        fits = self.order != "first_hitting" or self.steps is None
+            check(fits, name, value, f"there are {', '.join(map(str, choices))}")
+        for flag, parse in dict(blank=numbers, refine=fraction_of, remask=remasking).items():
+            text = getattr(self, flag)
+            with naming(f"--{flag}={text}"):
+                parse(text)
+        is_plain = self.order in ("", "ancestral") and self.threshold is None
+        fits = self.order != "first_hitting" or not self.steps
         check(fits, "steps", self.steps, "first_hitting fixes one token a pass: drop it")
-        fits = self.threshold is None or self.order in (None, *RANKS)
-        check(fits, "threshold", self.threshold, "goes with --order=" + "|".join(RANKS))
-        fits = re.fullmatch(r"(loop|cap|rescale|conf)(:(0?\.\d+|1))?", self.remask or "cap")
-        check(fits, "remask", self.remask, f"{', '.join(REMASK_ETA)}, with ETA as in cap:0.02")
-        fits = not self.remask or self.threshold is None and self.order in (None, "ancestral")
-        check(fits, "remask", self.remask, "has its own order: drop --order and --threshold")
+        fits = self.threshold is None or self.order in ("", *RANKS)
+        check(fits, "threshold", self.threshold, f"goes with --order={'|'.join(RANKS)}")
+        check(is_plain or not self.remask, "remask", self.remask, "has an order of its own")
 
     @property
     def order_name(self):
         """The order in use, without train_sedd's."""
         by_steps = "ancestral" if self.remask or self.steps else "first_hitting"
         return self.order or (by_steps if self.threshold is None else "confidence")
-
-
-RANGES = dict(n=(1, math.inf), length=(1, math.inf), seed=(0, 2**62), steps=(1, math.inf),
-              threshold=(0, 1), temperature=(0, math.inf), top_k=(1, math.inf), top_p=(0, 1),
-              refine=(0, 1), draws=(2, math.inf))
 
 
 class SampleError(ValueError):
@@ -153,81 +158,101 @@ def check(condition, flag, value, remedy):
         raise SampleError(f"--{flag}={value}: {remedy}")
 
 
+@contextlib.contextmanager
+def naming(name):
+    """Name the file or flag in whatever goes wrong inside: a checkpoint may hold anything."""
+    try:
+        yield
+    except Exception as e:
+        line = str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
+        raise SampleError(line if line.startswith(str(name)) else f"{name}: {line}") from None
+
+
+def numbers(text):
+    """N[,N..] -> [N, ..], of tokens in a blank"""
+    found = [int(n) for n in text.split(",")]
+    check(min(found) > 0, "blank", text, "a blank has at least one token")
+    return found
+
+
+def fraction_of(text):
+    """F or F:N -> F, N (1)"""
+    fraction, _, count = f"{text or 0}".partition(":")
+    check(0 <= float(fraction) <= 1, "refine", text, "a fraction is from 0 to 1")
+    return float(fraction), int(count or 1)
+
+
+# Names of published packages.
+ALIASES = dict(seq_len="length", confidence_threshold="threshold")
+
+
+def make_options(**how):
+    """Options by the flags' names or, from Python, those of published packages."""
+    how = {ALIASES.get(name, name): value for name, value in how.items()}
+    for name in how.keys() - Options.__dataclass_fields__.keys():
+        near = *difflib.get_close_matches(name, Options.__dataclass_fields__, 1), "help"
+        raise SampleError(f"unknown flag --{name}: did you mean --{near[0]}?")
+    return Options(**how)
+
+
 def parse_args(argv):
     """Flags --name=value -> Options."""
-    fields, given = {f.name: f for f in dataclasses.fields(Options)}, {}
+    given = {}
     for arg in argv:
         if arg in ("--help", "-h"):
             print(__doc__, inspect.getsource(Options).partition("\n    def ")[0], sep="\n")
             raise SystemExit(0)
-        name, equals, text = arg.removeprefix("--").partition("=")
-        near = (difflib.get_close_matches(name, fields, 1) or ["help"])[0]
-        if not arg.startswith("--") or name not in fields:
-            raise SampleError(f"unknown flag {arg}: did you mean --{near}?")
-        kind = (get_args(fields[name].type) or (fields[name].type,))[0]
-        check(equals or kind is bool, name, "VALUE", "needs a value")
-        try:
-            value = ("0", "1", "").index(text) > 0 if kind is bool else text
-            given[name] = kind(value) if kind in (int, float) else value
-        except ValueError:
-            kinds = {int: "a whole number", float: "a number", bool: "0 or 1"}
-            raise SampleError(f"{arg}: {kinds[kind]} expected") from None
-    return Options(**given)
+        name, _, text = arg.removeprefix("--").partition("=")
+        if not arg.startswith("--"):
+            raise SampleError(f"unknown flag {arg}: did you mean --prompt?")
+        kind = type(getattr(Options, name, ""))
+        text = text or "shipped" * (name == "race")
+        check(text or kind is bool, name, text, "needs a value")
+        with naming(arg):
+            kind = float if name == "threshold" else kind
+            given[name] = text != "0" if kind is bool else kind(text)
+    return make_options(**given)
 
 
 # ----------------------------------------------------------------------------- tokens
 class Tokenizer:
     """Text <-> tokens, by the bytes of every token that the checkpoint carries."""
     def __init__(self, meta, mask_id):
-        self.name, self.bos_id, self.mask_id = meta["tokenizer"], meta["bos_id"], mask_id
-        words = map(chr, range(256)) if self.name == "byte" else meta["token_bytes"] or ()
+        self.name, self.bos_id = meta["tokenizer"], meta["bos_id"]
+        words = map(chr, range(256)) if self.name == "byte" else meta["token_bytes"]
         self.table = [word.encode("latin-1") for word in words]
-        if not any(self.table):
-            raise SampleError("trained without the bytes of its tokens, so its samples cannot be "
-                              "read: prepare the data with prepare_data.py and train again")
         self.table += [b""] * (mask_id - len(self.table))  # ids that stand for no text
         self.table[self.bos_id] = b""
+        self.shown = [*self.table, "░".encode()]
+        self.shown[self.bos_id] = END
         self.encoding = None
         if self.name != "byte":
             import tiktoken
 
-            if meta["pattern"] not in PATTERNS:
-                raise SampleError(f"the pattern of its {self.name} tokenizer is not GPT-2's")
             self.encoding = tiktoken.Encoding(
-                self.name, pat_str=meta["pattern"], special_tokens={"<|endoftext|>": self.bos_id},
+                self.name, pat_str=meta["pattern"], special_tokens={END.decode(): self.bos_id},
                 mergeable_ranks={word: i for i, word in enumerate(self.table) if word})
 
     def encode(self, text):
-        """Tokens of a text; never bos_id."""
-        # What argv makes of bytes that are not UTF-8 becomes U+FFFD.
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        """Tokens of a text. A NUL byte begins a document where tokens are bytes."""
         if self.encoding is not None:
             return self.encoding.encode_ordinary(text)
-        tokens = list(text.encode())
-        if self.bos_id in tokens:
-            raise SampleError("the text holds a NUL byte, which begins a document here: remove it")
-        return tokens
+        return list(text.encode(errors="replace"))
 
-    def split_space(self, text, n_new):
-        """A text and n_new tokens to follow -> (what is known, which tokens (V,) may be next, or
-        None): its last space, or the last of several white-space characters, begins a token as
-        GPT-2 cuts them. A single token then is more than that space."""
+    def split_space(self, text, is_single):
+        """A text with more to follow -> (what is known, which tokens (V,) may be next, or None): a
+        last space, or the last of several white-space characters, begins a token as GPT-2 cuts
+        them. A single token is more than that space."""
         found = re.search(r" \Z|(?<=\s)\s\Z", text, re.A)
-        space, least = found[0].encode() if found else b"", 1 + (n_new == 1)
+        space, least = found[0].encode() if found else b"", 2 if is_single else 1
         allowed = [word.startswith(space) and len(word) >= least for word in self.table]
         return (text[:-1], torch.tensor(allowed)) if found and sum(allowed) > 1 else (text, None)
 
     def spans(self, tokens, kinds):
         """[(text, kind)] of a row: characters take the kind of the token that completes them."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        pieces, kind = [], None
-        for token, kind in zip(tokens, kinds, strict=True):
-            if token in (self.bos_id, self.mask_id):
-                pieces.append((decoder.decode(b"", final=True), kind))
-                pieces.append((BREAK if token == self.bos_id else "░", kind))
-            else:
-                pieces.append((decoder.decode(self.table[token]), kind))
-        pieces.append((decoder.decode(b"", final=True), kind))
+        pairs = zip([*(self.shown[token] for token in tokens), b""], [*kinds, None], strict=True)
+        pieces = [(decoder.decode(word, final=not word), kind) for word, kind in pairs]
         runs = itertools.groupby((p for p in pieces if p[0]), key=lambda piece: piece[1])
         return [("".join(text for text, _ in run), kind) for kind, run in runs]
 
@@ -236,78 +261,85 @@ class Tokenizer:
 
 
 # ----------------------------------------------------------------------------- networks
-class Cache:
-    """Attention that keeps keys and values, for Trunk.predict of gpt and train_block, whose first
-    block_len positions are the noised block, which the next pass writes over. Of the others, as
-    many as fit into the context are seen. A model without predict computes all anew every time."""
-    def __init__(self, model, cfg, T):
-        self.model, self.cfg, self.is_cached = model, cfg, hasattr(model, "predict")
-        self.n_noised = getattr(cfg, "block_len", 0)
-        self.window, self.capacity = cfg.seq_len - self.n_noised, min(T, 2 * cfg.seq_len)
-        self.buffers = [None] * cfg.n_layer  # keys and values, (2, B, Hkv, capacity, d)
-        self.layer = 0  # whose turn it is
-        self.length = self.done = 0  # positions in the buffers; and ever
+class Reader:
+    """The network of one run of fill_blocks: log p of masked tokens. read(tokens (B, S), start,
+    rows): at flat positions rows (R,) of the block (B, L) at start -> (R, V).
+
+    It is the attention of Trunk.predict, which keeps keys and values. With train_block the first L
+    positions of a pass are the noised block, which is not kept; of the others, as many as fit into
+    the context are seen. A model without predict computes all anew every time."""
+    def __init__(self, model, cfg, kind, block_len):
+        self.model, self.cfg, self.L = model, cfg, block_len
+        self.read, self.is_cached = getattr(self, f"read_{kind}"), hasattr(model, "predict")
+        self.n_noised = block_len * (kind == "block")
+        self.window = cfg.seq_len - self.n_noised
+        self.kept = [None] * cfg.n_layer  # (2, B, Hkv, S, d) each; the layer whose turn it is first
+        self.done = 0  # positions that went in
         self.mask = None  # (.., N, S) of this pass; None: everything is seen
 
     def __call__(self, q, k, v, ctx):
         """One layer of a pass: q (B, H, N', d), k and v (B, Hkv, N, d) -> (B, H, N', d)"""
-        L, N, n_seen = self.n_noised, k.size(2), min(self.length, self.window)
-        buffer, length = self.buffers[self.layer], self.length
-        if buffer is None or length + N > buffer.size(3):
-            size = max(self.capacity, n_seen + N)
-            new = k.new_empty(2, *k.shape[:2], size, k.size(3))
-            if n_seen:
-                new[..., :n_seen, :] = buffer[..., length - n_seen:length, :]
-            buffer = self.buffers[self.layer] = new
-            length = n_seen
-        buffer[..., length:length + N, :] = torch.stack((k, v)).roll(-L, 3)
-        self.layer += 1
-        if self.layer == len(self.buffers):
-            self.layer, self.length, self.done = 0, length + N - L, self.done + N - L
-        k, v = buffer[..., length - n_seen:length + N, :]
+        old, new = self.kept.pop(0), torch.stack((k, v)).roll(-self.n_noised, 3)
+        new = new if old is None else torch.cat((old, new), 3)
+        clean = new[..., :new.size(3) - self.n_noised, :]
+        self.kept.append(clean[..., max(0, clean.size(3) - self.window):, :])
         mask = None if self.mask is None else self.mask[..., :q.size(2), :]
         is_grouped = q.size(1) != k.size(1)
-        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=is_grouped)
+        return F.scaled_dot_product_attention(q, *new, mask, enable_gqa=is_grouped)
 
-    def read_token(self, tokens, is_mask, rows):
-        """gpt: tokens (B, S) -> log p of the last one (R, V) in rows (R,)"""
-        S, done, device = tokens.size(1), self.done, tokens.device
-        x = F.pad(tokens[:, :-1], (1, 0), value=self.cfg.vocab_size)  # (B, S), the start first
+    def read_mdlm(self, tokens, start, rows):
+        """Reads what is within seq_len of the beginning or, behind that, of the block's end, in the
+        rows that are asked for."""
+        L, size = self.L, max(self.L, self.cfg.seq_len)
+        low = max(0, start + L - size)
+        live, row = (rows // L).unique(return_inverse=True)
+        x = tokens[live, low:low + size]
+        sigma = noise_of(x, self.cfg)
+        return self.model(x, sigma, row * x.size(1) + start - low + rows % L).log_softmax(-1)
+
+    def read_sedd(self, tokens, start, rows):
+        """Under absorb: the log score, times expm1 of the noise that leaves so many masks."""
+        sigma = noise_of(tokens, self.cfg)
+        return self.model(tokens, sigma, rows) + sigma.expm1().log()[rows // self.L, None]
+
+    def read_gpt(self, tokens, start, rows):
+        S, done, device = start + 1, self.done, tokens.device
+        # (B, S), the start first
+        x = F.pad(tokens[:, :start], (1, 0), value=self.cfg.vocab_size)
         if not self.is_cached:
             return self.model(x, (rows + 1) * S - 1).log_softmax(-1)
         new = torch.arange(done, S, device=device)
         self.mask = new[:, None] >= torch.arange(S, device=device) if len(new) > 1 else None
-        last = (rows + 1) * (S - done) - 1
+        self.done, last = S, (rows + 1) * (S - done) - 1
         return self.model.predict(x[:, done:], new, rows=last, attend=self).log_softmax(-1)
 
-    def read_block(self, tokens, is_mask, rows):
-        """train_block: tokens (B, T) up to the end of a noised block -> log p (R, V) at flat
-        positions rows (R,) of that block (B, L). The first pass of a block takes in the finished
-        one before it."""
-        cfg, T, L, device = self.cfg, tokens.size(1), self.n_noised, tokens.device
+    def read_block(self, tokens, start, rows):
+        """The first pass of a block takes in the finished one before it."""
+        cfg, L, T, device = self.cfg, self.L, start + self.L, tokens.device
+        tokens = tokens[:, :T]
         if not self.is_cached:
             x = tokens[:, -cfg.seq_len:]
             return self.model(x, x, rows + (rows // L + 1) * (x.size(1) - L)).log_softmax(-1)
-        noised, clean = torch.arange(T - L, T, device=device), torch.arange(T - L, device=device)
+        noised, clean = torch.arange(start, T, device=device), torch.arange(start, device=device)
         at = torch.cat((noised, clean[self.done:]))  # (N,)
-        seen = torch.cat((clean[self.done - min(self.length, self.window):], noised))  # (S,)
+        seen = torch.cat((clean[max(0, self.done - self.window):], noised))  # (S,)
+        self.done = start
         self.mask = None  # a noised block alone sees everything
         if len(at) > L or cfg.doc_mask:
             i, j = at[:, None] // L, seen // L
             self.mask = (j <= i) & (j > i - cfg.seq_len // L)  # (N, S)
         if cfg.doc_mask:  # a noised block goes on with the document before it
-            docs = (tokens[:, :T - L] == cfg.bos_id).cumsum(1)
-            before = docs[:, -1:] if T > L else docs.new_zeros(len(docs), 1)
-            docs = torch.cat((docs, before.expand(-1, L)), 1)  # (B, T)
+            docs = F.pad((tokens[:, :start] == cfg.bos_id).cumsum(1), (1, 0))
+            docs = torch.cat((docs[:, 1:], docs[:, -1:].expand(-1, L)), 1)  # (B, T)
             self.mask = self.mask & (docs[:, None, at, None] == docs[:, None, None, seen])
         logits = self.model.predict(tokens[:, at], at, rows=rows, n_query=L, attend=self)
         return logits.log_softmax(-1)
 
 
-def read_row(model, tokens, is_mask, rows):
-    """train_mdlm: log p (R, V) at flat positions rows (R,) of tokens (B, T)."""
-    sigma = -torch.log1p(-is_mask.sum(1).clamp(min=1) / (tokens.size(1) + 1))
-    return model(tokens, sigma, rows).log_softmax(-1)
+def noise_of(tokens, cfg):
+    """tokens (B, T) -> sigma (B,) at which so many of them are masked"""
+    n_masked = (tokens == cfg.vocab_size).sum(1).clamp(min=1)
+    return -torch.log1p(-n_masked / (tokens.size(1) + 1))
 
 
 # ----------------------------------------------------------------------------- samplers
@@ -315,105 +347,110 @@ def read_row(model, tokens, is_mask, rows):
 # number of forward passes. gen (CPU) seeds a generator for each row, so that rows do not depend on
 # their batch. warp changes the log-probabilities that tokens are drawn from; watch(tokens (B, T),
 # nfe) sees every pass.
+def stream(seed, number):
+    """One of several generators of a seed. torch keeps 32 bits of what seeds its own."""
+    seed, = np.random.SeedSequence(seed, spawn_key=(number,)).generate_state(1).tolist()
+    return torch.Generator().manual_seed(seed)
+
+
 def row_generators(gen, n_rows):
-    seeds = [int(torch.randint(2**62, (), generator=gen)) for _ in range(n_rows)]
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+    """Generators of 128 bits each, so that no two rows agree."""
+    words = torch.randint(2**32, (n_rows, 4), generator=gen).tolist()
+    return [np.random.default_rng(row) for row in words]
 
 
 def uniforms(gens, *shape):
     """(B, *shape) float64 on the CPU"""
-    return torch.stack([torch.rand(shape, generator=g, dtype=torch.float64) for g in gens])
+    return torch.from_numpy(np.stack([g.random(shape) for g in gens]))
+
+
+def float64(x):
+    """On the CPU where the device (MPS) has none."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 def draw_tokens(log_probs, u):
     """Inverse CDF in float64: log_probs (R, V), u (R,) uniform -> tokens (R,). Gumbel noise in fp32
     draws rare tokens too seldom (arXiv 2409.02908, section 4)."""
-    device = log_probs.device
-    if device.type == "mps":  # has no float64
-        log_probs = log_probs.cpu()
-    cdf = log_probs.double().softmax(-1).cumsum(-1)
+    cdf = float64(log_probs).softmax(-1).cumsum(-1)
     total = cdf[:, -1:]
     token = torch.searchsorted(cdf, u.to(cdf.device)[:, None] * total, right=True)[:, 0]
     # u < 1 may still round up to the total: the last token that has any probability.
     last = (cdf < total).sum(-1)
-    return torch.minimum(token, last).to(device)
+    return torch.minimum(token, last).to(log_probs.device)
 
 
 @torch.no_grad()
 def fill_blocks(model, cfg, known, is_known, *, kind, gen, steps=None, choose=None, warp=None,
-                watch=None, stop=None):
+                watch=None, stop=None, block_len=None, begins=None, allowed=None):
     """Fill in the unknown positions, block after block: those of train_block, or (kind mdlm) the
-    whole row, or (gpt) one token.
+    whole row or block_len tokens, or (gpt) one token.
 
     steps=N: ancestral sampling on N equal steps of t (arXiv 2406.07524, eq. 6 with SUBS), each
     masked token drawn with probability (t - s) / t. steps=None: first-hitting (arXiv 2409.02908),
     one uniformly random token a row and pass: as ancestral for N -> inf. choose (see orders, below)
     replaces both. stop=ID: a row ends where that token stands in a finished block, unless it is its
-    first or known; it is not counted in the length, and the row is filled up with it."""
+    first or known; it is not counted in the length, and the row is filled up with it. Where begins
+    (B, T) is not 0, a token is known in part, one of allowed[begins] (.., V): it is drawn first of
+    its block, so that the others follow the conditional given it."""
     (B, T), mask_id, device = known.shape, cfg.vocab_size, known.device
-    L = cfg.block_len if kind == "block" else 1 if kind == "gpt" else T
-    gens, passes, nfe = row_generators(gen, B), L if steps is None else steps, 0
-    n_numbers = 1 if kind == "gpt" else 2  # which token of a block is drawn; and what it becomes
+    L = cfg.block_len if kind == "block" else 1 if kind == "gpt" else block_len or T
+    gens, passes, nfe = row_generators(gen, B), steps or L, 0
+    warp = warp or torch.nn.Identity()
     whole = -(-T // L) * L  # the last block is written to its end, and cut
     fixed = F.pad(is_known, (0, whole - T))  # (B, whole)
     tokens = F.pad(torch.where(is_known, known, mask_id), (0, whole - T), value=mask_id)
     length = torch.full((B,), T, device=device)
-    cache = Cache(model, cfg, whole)
-    read = functools.partial(read_row, model) if kind == "mdlm" else cache.read_token
-    if kind == "block":
-        read, known_len = cache.read_block, int(is_known.sum(1).min()) // L * L
-        # A prompt that is longer than the context enters the cache piece by piece.
-        for end in range(cfg.seq_len, cache.is_cached * known_len, max(L, cfg.seq_len - L)):
-            read(tokens[:, :end], None, tokens.new_zeros(0))
-            nfe += 1
+    reader = Reader(model, cfg, kind, L)
     for start in range(0, whole, L):
         here = slice(start, start + L)
-        if not (tokens[:, here] == mask_id).any():
-            for _ in range(passes):  # the numbers of later blocks do not depend on this one
-                uniforms(gens, n_numbers, L)
-            continue
-        psi = torch.full((B, L), math.inf, dtype=torch.float64)
-        for i in range(passes):
-            numbers = uniforms(gens, n_numbers, L)
-            pick, u = numbers[:, 0], numbers[:, -1]  # (B, L) each
-            block = tokens[:, here]
-            is_mask = block == mask_id
-            if choose is not None:
-                commit = torch.ones(B, L, dtype=torch.bool)  # chosen from below
-            elif steps is None:
-                first = pick.masked_fill(~is_mask.cpu(), -1).argmax(1, keepdim=True)
-                commit = torch.zeros(B, L, dtype=torch.bool).scatter_(1, first, True)
+        is_empty = not (tokens[:, here] == mask_id).any()
+        psi, read_at = torch.full((B, L), math.inf, dtype=torch.float64), None
+        for i in range(-(begins is not None), passes):
+            pick, u = uniforms(gens, 2, L).unbind(1)  # which are drawn, and as what: (B, L) each
+            if is_empty:  # the numbers of later blocks do not depend on it
+                continue
+            block = tokens[:, here].clone()
+            is_mask = (block == mask_id).cpu()
+            if i < 0:  # what is known in part
+                kinds = F.pad(begins, (0, whole - T))[:, here]
+                commit = is_mask & (kinds > 0).cpu()
+                fixed[:, here] |= kinds > 0
+            elif choose is not None:
+                commit = is_mask  # chosen from below
+            elif not steps:
+                commit = is_mask & (pick == pick.masked_fill(~is_mask, -1).amax(1, keepdim=True))
             else:
-                commit = pick * (steps - i) < 1
-            rows = (commit.to(device) & is_mask).flatten().nonzero()[:, 0]
-            log_probs = torch.zeros(0, mask_id, device=device)
-            if len(rows):
-                log_probs = read(tokens[:, :start + L], is_mask, rows)  # (R, V)
-                nfe += 1
-            if choose is not None:
-                new_mask = choose(log_probs, is_mask, step=i, steps=steps, u=pick, psi=psi)
-                new_mask &= ~fixed[:, here] & (i < passes - 1)
-                block = torch.where(new_mask, mask_id, block)
-                psi[new_mask.cpu()] = math.inf
-                is_drawn = ~new_mask.flatten()[rows]
-                rows, log_probs = rows[is_drawn], log_probs[is_drawn]
-            if len(rows):
-                warped = log_probs if warp is None else warp(log_probs)
-                drawn = draw_tokens(warped, u.flatten()[rows.cpu()])
-                block = block.flatten().index_put((rows,), drawn).view(B, L)
-                if choose is not None:
-                    p = log_probs.gather(1, drawn[:, None])[:, 0].cpu().double().exp()
-                    psi.view(-1)[rows.cpu()] = p
-                    psi[:, T - start:] = math.inf  # what is cut is not masked again
+                commit = is_mask & (pick * (steps - i) < 1)
+            rows = commit.flatten().nonzero()[:, 0].to(device)
+            if len(rows) and (read_at is None or not torch.equal(block, read_at)):
+                log_all = reader.read(tokens, start, rows)  # (R, V)
+                nfe, read_at = nfe + 1, block if choose and i >= 0 else None
+            log_probs = log_all if len(rows) else torch.zeros(0, mask_id, device=device)
+            if i < 0:
+                log_probs = log_probs.masked_fill(~allowed[kinds.flatten()[rows]], -math.inf)
+                log_probs = log_probs.log_softmax(-1)
+            elif choose is not None:
+                is_left = choose(log_probs, is_mask, step=i, steps=steps, u=pick, psi=psi)
+                is_left &= ~fixed[:, here].cpu() & (i < passes - 1)
+                block = torch.where(is_left.to(device), mask_id, block)
+                psi[is_left] = math.inf
+                is_drawn = ~is_left.flatten().to(device)[rows]
+                rows, log_probs = rows[is_drawn], log_probs[is_drawn].log_softmax(-1)
+            drawn = draw_tokens(warp(log_probs), u.flatten()[rows.cpu()])
+            block = block.flatten().index_put((rows,), drawn).view(B, L)
+            if choose is not None and i >= 0:
+                p = log_probs.gather(1, drawn[:, None])[:, 0].cpu().double().exp()
+                psi.view(-1)[rows.cpu()] = p
+                psi[:, T - start:] = math.inf  # what is cut is not masked again
             tokens[:, here] = block
             if stop is not None and i == passes - 1:
                 ends = (block == stop) & ~fixed[:, here]
                 ends[:, 0] &= start > 0
-                at = start + ends.int().argmax(1)
+                at = torch.where(ends.any(1), start + ends.int().argmax(1), whole)
                 behind = torch.arange(whole, device=device) >= at[:, None]  # (B, whole)
-                behind &= ends.any(1, keepdim=True)
                 tokens, fixed = torch.where(behind, stop, tokens), fixed | behind
-                length = torch.where(ends.any(1), at.clamp(max=T), length)
+                length = torch.minimum(length, at)
             if watch is not None:
                 watch(tokens[:, :T], nfe)
     return tokens[:, :T], length, nfe
@@ -421,8 +458,8 @@ def fill_blocks(model, cfg, known, is_known, *, kind, gen, steps=None, choose=No
 
 def uniform_law(log_score, current, sigma, sigma_next, rate, warp):
     """log_score (R, N) at tokens current (R,) and noise sigma -> log of what a pass draws from,
-    (R, N) float64, up to a constant: Tweedie's step to sigma_next, or Euler's of the given rate."""
-    score = log_score.double().exp()
+    both float64, up to a constant: Tweedie's step to sigma_next, or Euler's of the given rate."""
+    score = log_score.exp()
     N, growth = score.size(-1), math.expm1(sigma)
     if warp is not None:  # exp(-sigma Q) s, a clean token's law given the other positions
         clean = (1 + growth) * score - growth * score.mean(-1, keepdim=True)
@@ -442,87 +479,76 @@ def uniform_law(log_score, current, sigma, sigma_next, rate, warp):
 
 @torch.no_grad()
 def redraw_rows(model, cfg, known, is_known, *, total_noise, gen, steps=None, is_euler=False,
-                warp=None, watch=None, begins=None):
+                warp=None, watch=None, **begins):
     """train_sedd: steps=N passes (None: T) on N equal steps of t. Each draws every position anew by
     Tweedie's law, the exact one of a position if it moved alone (arXiv 2310.16834, theorem 4.2);
     is_euler: by the rates at the step's start. The last pass denoises: all noise that is left goes
-    in one step of Tweedie's. Under absorb a pass without a change needs no new forward pass. warp
-    acts under absorb on what a mask becomes, not when; under uniform on the clean token that the
-    score implies, before the noise of that time; begins {position: warp} has others for some
-    positions. total_noise(t, cfg) -> sigma, dsigma/dt"""
+    in one step of Tweedie's. warp acts under absorb on what a mask becomes, not when; under uniform
+    on the clean token that the score implies, before the noise of that time.
+    total_noise(t, cfg) -> sigma, dsigma/dt"""
     (B, T), V, device = known.shape, cfg.vocab_size, known.device
-    where = "cpu" if device.type == "mps" else device  # MPS has no float64
-    gens, passes = row_generators(gen, B), T if steps is None else steps
-    is_absorb = cfg.graph == "absorb"
+    passes = steps or T
     sigmas, slopes = total_noise(torch.arange(passes, 0, -1, dtype=torch.float64) / passes, cfg)
-    sigmas = [*sigmas.tolist(), 0.0]
-    start = (uniforms(gens, T) * V).long().to(device)
-    tokens = torch.where(is_known, known, V if is_absorb else start)
-    nfe, is_changed = 0, True
-    for i in range(passes):
-        sigma, is_last = sigmas[i], i == passes - 1
-        rate = slopes[i].item() / passes if is_euler and not is_last else None
-        pick, u = uniforms(gens, 2, T).unbind(1)  # (B, T) each
-        is_free = tokens == V if is_absorb else ~is_known
-        rows = is_free.flatten().nonzero()[:, 0]
-        if not len(rows):
-            break
-        if is_absorb:
-            if is_changed:
-                at = -torch.log1p(-is_free.sum(1).clamp(min=1) / (T + 1))  # sigma of those masks
-                log_clean = model(tokens, at, rows)  # (R, V)
-                log_clean = log_clean + torch.expm1(at).log()[rows // T, None]
-                nfe += 1
+    sigmas, rates = [*sigmas.tolist(), 0.0], (slopes / passes).tolist()
+    if cfg.graph == "absorb":
+        def leave(log_clean, is_mask, *, step, u, **_):
             # Tweedie: expm1(sigma - sigma_next) s_y is the probability of token y.
-            share = math.expm1(sigma - sigmas[i + 1]) if rate is None else rate
-            leave = log_clean.logsumexp(-1).cpu().double().exp() * share / math.expm1(sigma)
-            leave = ((pick.flatten()[rows.cpu()] < leave) | is_last).to(device)
-            rows, log_law = rows[leave], log_clean[leave].log_softmax(-1)
-            log_law = log_law if warp is None else warp(log_law)
-        else:
-            log_score = model(tokens, torch.full((B,), sigma, device=device), rows).to(where)
-            nfe += 1
-            current = tokens.flatten()[rows].to(where)
-            log_law = uniform_law(log_score, current, sigma, sigmas[i + 1], rate, warp)
-            for at, own_warp in (begins or {}).items():
-                hit = rows % T == at
-                log_law[hit] = uniform_law(
-                    log_score[hit], current[hit], sigma, sigmas[i + 1], rate, own_warp)
-        drawn = draw_tokens(log_law, u.flatten()[rows.cpu()]).to(device)
-        new = tokens.flatten().index_put((rows,), drawn).view(B, T)
-        tokens, is_changed = new, not torch.equal(new, tokens)
+            share = rates[step] if is_euler else math.expm1(sigmas[step] - sigmas[step + 1])
+            p = torch.zeros(is_mask.shape, dtype=torch.float64)
+            p[is_mask] = log_clean.logsumexp(-1).cpu().double().exp()
+            return is_mask & (u >= p * share / math.expm1(sigmas[step]))
+
+        return fill_blocks(model, cfg, known, is_known, kind="sedd", gen=gen, steps=passes,
+                           choose=leave, warp=warp, watch=watch, **begins)
+    gens = row_generators(gen, B)
+    tokens = torch.where(is_known, known, (uniforms(gens, T) * V).long().to(device))
+    rows = (~is_known).flatten().nonzero()[:, 0]
+    passes = passes if len(rows) else 0
+    for i in range(passes):
+        u = uniforms(gens, T).flatten()[rows.cpu()]
+        log_score = float64(model(tokens, torch.full((B,), sigmas[i], device=device), rows))
+        current = tokens.flatten()[rows].to(log_score.device)
+        rate = rates[i] if is_euler and i < passes - 1 else None
+        log_law = uniform_law(log_score, current, sigmas[i], sigmas[i + 1], rate, warp)
+        drawn = draw_tokens(log_law, u).to(device)
+        tokens = tokens.flatten().index_put((rows,), drawn).view(B, T)
         if watch is not None:
-            watch(tokens, nfe)
-    return tokens, torch.full((B,), T, device=device), nfe
+            watch(tokens, i + 1)
+    return tokens, torch.full((B,), T, device=device), passes
 
 
 # ----------------------------------------------------------------------------- orders
 # choose(log_probs (R, V), is_mask (B, L), step, steps, u (B, L), psi (B, L)) -> is_mask after the
-# pass. R = is_mask.sum(); log_probs are untempered, so temperature never moves a rank. psi: the
-# probability that a token had when it was drawn, infinite where none was.
+# pass, all (B, L) on the CPU. R = is_mask.sum(); log_probs are untempered, so temperature never
+# moves a rank. psi: the probability that a token had when it was drawn, infinite where none was.
 RANKS = {
     "random": lambda log_probs, u: u,
     "confidence": lambda log_probs, u: log_probs.amax(-1),
+    # Drawn with the top probabilities as weights: Gumbel noise on their logarithms.
+    "confidence_weighted": lambda log_probs, u: log_probs.amax(-1).cpu() - (-u.log()).log(),
     "entropy": lambda log_probs, u: -torch.special.entr(log_probs.exp()).sum(-1),
     "margin": lambda log_probs, u: log_probs.exp().topk(2).values.diff().neg().squeeze(-1),
 }
-# ReMDM's loop: up to alpha = LOOP_ALPHA by t = LOOP_ON, there until LOOP_OFF, then on to the end.
-LOOP_ON, LOOP_OFF, LOOP_ALPHA = 0.55, 0.05, 0.9
-REMASK_ETA = {"loop": 0.02, "cap": 0.02, "rescale": 0.02, "conf": 1.0}
+TIE = 1e-3  # of a rank: smaller differences are rounding, as among the masks of an empty canvas
+PACES = {  # share of the tokens that is fixed after a share x of the passes
+    "even": lambda x: x, "cosine": lambda x: 1 - math.cos(math.pi / 2 * x),
+    "cosine2": lambda x: math.sin(math.pi / 2 * x) ** 2}
+# ReMDM's loop: t, and alpha there; it masks again while alpha stays.
+LOOP = (0, 0.05, 0.55, 1), (1, 0.9, 0.9, 0)
+REMASK_ETA = {"loop": 0.02, "cap": 0.008, "rescale": 0.015, "conf": 1.0}  # as published
 
 
-def ordered(name, threshold=None):
-    """Fix the best-ranked tokens of each row, as many a pass as spreads the row over the passes
-    that are left (one, when steps is None), and every token whose top probability is above
-    threshold."""
+def ordered(name, threshold=None, pace="even"):
+    """Fix the best-ranked tokens of each row, as many a pass as the pace says (one, when steps is
+    None), and every token whose top probability is above threshold."""
     def choose(log_probs, is_mask, *, step, steps, u, psi=None):
-        device, is_mask = is_mask.device, is_mask.cpu()  # where float64 and small sorts are at home
-        left = is_mask.sum(1, keepdim=True)  # (B, 1)
-        quota = 1 if steps is None else -(-left // (steps - step))
+        device, is_mask = is_mask.device, is_mask.cpu()
+        begin, end = (PACES[pace]((step + i) / (steps or math.inf)) for i in (0, 1))
+        share = (end - begin) / (1 - begin)  # of what is left
+        quota = (is_mask.sum(1, keepdim=True).double() * share - 1e-9).ceil().clamp(min=1)
         rank = torch.full(is_mask.shape, -math.inf, dtype=torch.float64)
-        rank[is_mask] = RANKS[name](log_probs, u[is_mask]).cpu().double()
-        place = rank.argsort(dim=1, descending=True, stable=True).argsort(1)
-        commit = place < quota  # (B, L)
+        rank[is_mask] = RANKS[name](log_probs, u[is_mask]).cpu().double() + TIE * u[is_mask]
+        commit = rank.argsort(dim=1, descending=True, stable=True).argsort(1) < quota
         if threshold is not None:
             commit[is_mask] |= (log_probs.amax(-1).exp() > threshold).cpu()
         return (is_mask & ~commit).to(device)
@@ -536,77 +562,75 @@ def remasking(text):
     (alpha_s - (1-sigma) alpha_t) / (1-alpha_t): the share of fixed tokens follows alpha as without
     remasking. sigma is min(eta, sigma_max) for cap and loop, eta sigma_max for rescale; conf deals
     eta sigma_max out over the fixed tokens by softmax(-psi)."""
-    kind, _, eta = text.partition(":")
-    eta = float(eta) if eta else REMASK_ETA[kind]
-
-    def alpha(t):
-        if kind != "loop":
-            return 1 - t
-        if t > LOOP_ON:
-            return LOOP_ALPHA * (1 - t) / (1 - LOOP_ON)
-        return LOOP_ALPHA if t > LOOP_OFF else 1 - (1 - LOOP_ALPHA) * t / LOOP_OFF
+    kind, _, eta = (text or "cap").partition(":")
+    check(kind in REMASK_ETA, "remask", text, f"there are {', '.join(REMASK_ETA)}, as in cap:0.02")
+    eta = float(eta or REMASK_ETA[kind])
+    check(0 <= eta <= 1, "remask", text, "ETA is from 0 to 1")
+    points = LOOP if kind == "loop" else ((0, 1), (1, 0))
 
     def choose(log_probs, is_mask, *, step, steps, u, psi):
-        device, is_mask = is_mask.device, is_mask.cpu()
         t, s = 1 - step / steps, 1 - (step + 1) / steps
-        alpha_t, alpha_s = alpha(t), alpha(s)
+        alpha_t, alpha_s = np.interp((t, s), *points).tolist()
         sigma_max = min(1.0, (1 - alpha_s) / alpha_t) if alpha_t > 0 else 1.0
         if kind == "conf":  # a row with nothing to mask again has an empty softmax
             sigma = eta * sigma_max * (-psi).softmax(1).nan_to_num(0.0)
         elif kind == "rescale":
             sigma = eta * sigma_max
         else:
-            is_looping = kind == "cap" or LOOP_OFF < t <= LOOP_ON
-            sigma = min(eta, sigma_max) if is_looping else 0.0
+            is_on = kind == "cap" or LOOP[0][1] < t <= LOOP[0][2]
+            sigma = min(eta, sigma_max) if is_on else 0.0
         fix = (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t) if alpha_t < 1 else 1.0
-        return torch.where(is_mask, u >= fix, u < sigma).to(device)
+        return torch.where(is_mask, u >= fix, u < sigma)
 
     return choose
 
 
-def make_warp(temperature=1.0, top_k=None, top_p=None):
-    """A function of log_probs (R, V): temperature, then top-k, then the nucleus, which keeps the
-    token that crosses top_p. None when all are off."""
-    if temperature == 1 and top_k is None and top_p is None:
+def make_warp(temperature=1.0, top_k=0, top_p=1.0, nucleus="inclusive"):
+    """A function of log_probs (R, V): temperature, then top-k, then the nucleus, with or without
+    (exclusive) the token that crosses top_p. None when all are off."""
+    if (temperature, top_k or 0, top_p) == (1, 0, 1):
         return None
 
     def warp(log_probs):
-        if temperature == 0:
-            likeliest = log_probs.argmax(-1, keepdim=True)
-            return torch.full_like(log_probs, -math.inf).scatter(-1, likeliest, 0.0)
         # From the largest one, which then stays finite however low the temperature is.
-        heat = min(max(temperature, 1e-30), 1e30)  # float32 knows no 1e-320
+        heat = max(temperature, 1e-30)
         log_probs = ((log_probs - log_probs.amax(-1, True)) / heat).log_softmax(-1)
-        if top_k is None and top_p is None:
-            return log_probs
-        ranked, index = log_probs.sort(dim=-1, descending=True, stable=True)
-        if top_k is not None:
-            ranked[..., top_k:] = -math.inf
+        if top_k or top_p < 1:
+            ranked, index = log_probs.sort(dim=-1, descending=True, stable=True)
+            if top_k:
+                ranked[..., top_k:] = -math.inf
             ranked = ranked.log_softmax(-1)
-        if top_p is not None:
-            cut = ranked.exp().cumsum(-1) - ranked.exp() >= top_p
-            cut[..., 0] = False  # nor 1e-320
-            ranked = ranked.masked_fill(cut, -math.inf)
-        return torch.empty_like(log_probs).scatter(-1, index, ranked).log_softmax(-1)
+            above = ranked.exp().cumsum(-1)
+            cut = above > top_p if nucleus == "exclusive" else above - ranked.exp() >= top_p
+            cut[..., 0] = False
+            ranked = ranked.masked_fill(cut & (top_p < 1), -math.inf)
+            log_probs = log_probs.scatter(-1, index, ranked)
+        return log_probs.log_softmax(-1)
 
     return warp
 
 
-def warp_among(log_probs, allowed, warp):
-    """Only tokens that are allowed (V,) keep a probability, and then warp."""
-    log_probs = log_probs.masked_fill(~allowed, -math.inf).log_softmax(-1)
-    return log_probs if warp is None else warp(log_probs)
-
-
 # ----------------------------------------------------------------------------- model
-PASSES = ("order", "steps", "threshold", "remask", "refine")  # flags of diffusion alone
+PASSES = ("order", "steps", "threshold", "pace", "remask", "refine", "block_length")  # of diffusion alone
 MASK_ORDERS, SCORE_ORDERS = ("first_hitting", "ancestral", *RANKS), ("tweedie", "euler")
-WAYS = {  # how a kind of model writes, the flags that it cannot take, and its orders
-    "mdlm": ("tokens in any order", (), MASK_ORDERS),
-    "gpt": ("from left to right, one token a pass", (*PASSES, "infill"), ()),
-    "block": ("one block after another", ("refine", "infill"), MASK_ORDERS),
-    "sedd": ("all tokens in every pass, by its score", ("threshold", "remask", "refine"),
-             SCORE_ORDERS)}
+WAYS = {  # the flags that a kind of model cannot take, and its orders
+    "mdlm": ((), MASK_ORDERS),
+    "gpt": ((*PASSES, "infill"), ()),
+    "block": (("refine", "block_length", "infill"), MASK_ORDERS),
+    "sedd": (PASSES[2:], SCORE_ORDERS)}
+
+
+class Canvas(NamedTuple):
+    known: torch.Tensor  # (P, T) int64, the tokens of every prompt
+    is_known: torch.Tensor  # (P, T) bool
+    begins: torch.Tensor  # (P, T) int64, where a token is known in part: its row of allowed, or 0
+    allowed: torch.Tensor  # (.., V) bool
+    lead: int  # tokens at the beginning that are not shown: what begins a document
+
+
+class Samples(list):
+    """Texts; tokens: their lists of ids; ended: did each end before its length; nfe: forward passes
+    in all."""
 
 
 def build_model(script, ckpt, weights="ema"):
@@ -620,45 +644,30 @@ def build_model(script, ckpt, weights="ema"):
 class LM:
     """A trained model with its tokenizer. Made by load()."""
     def __init__(self, script, ckpt, path, opts):
-        self.script, self.name = script, ckpt["script"]
-        with naming(path):
-            self.model, self.cfg = build_model(script, ckpt, opts.weights)
-            self.tokenizer = Tokenizer(ckpt["meta"], self.cfg.vocab_size)
-        self.block_len = getattr(self.cfg, "block_len", None)
-        diffusion = "block" if self.block_len else "sedd" if hasattr(self.cfg, "graph") else "mdlm"
+        self.script, self.name, self.path = script, ckpt["script"], Path(path)
+        self.model, self.cfg = build_model(script, ckpt, opts.weights)
+        self.tokenizer = Tokenizer(ckpt["meta"], self.cfg.vocab_size)
+        self.block_len, self.graph = (getattr(self.cfg, x, 0) for x in ("block_len", "graph"))
+        diffusion = "block" if self.block_len else "sedd" if self.graph else "mdlm"
         self.kind = "gpt" if script.METRIC == "val_nll" else diffusion
-        is_cached = self.name in SCRIPTS or self.predict_agrees()
-        self.net = self.model if is_cached else self.model.__call__
-        with naming(f"--device={opts.device}"):
-            self.device, _ = script.pick_device(opts.device, "auto", 0)
-        trained = self.cfg.dtype if self.device.type == "cuda" else "fp32"
-        name = trained if opts.dtype == "auto" else opts.dtype
-        _, self.dtype = script.pick_device(self.device.type, name, 0)
+        # A fork may have changed forward and not predict, so it computes all anew.
+        is_fork = self.name not in SCRIPTS
+        self.net = self.model.__call__ if is_fork else self.model
+        dtype = self.cfg.dtype if opts.dtype == "auto" else opts.dtype
+        self.device, self.dtype = script.pick_device(opts.device, dtype, 0)
         self.amp = functools.partial(torch.autocast, self.device.type, self.dtype,
                                      self.dtype != torch.float32)
         self.model.to(self.device)
+        for part in self.model.modules():
+            if isinstance(part, torch.nn.Linear):  # as autocast does in every pass
+                part.to(self.dtype)
         self.where = f"{str(self.dtype).removeprefix('torch.')} on {self.device.type}"
-        averaged = "ema" if opts.weights == "ema" and ckpt["ema"] else "raw"
-        n = sum(p.numel() for p in self.model.parameters())
+        averaged = opts.weights if ckpt["ema"] else "raw"
+        self.n_parameters = sum(p.numel() for p in self.model.parameters())
         self.summary = (
-            f"{path}: {self.name}, {n / 1e6:.2f}M parameters, {averaged} weights of step "
-            f"{ckpt['step']}, {self.tokenizer.name} tokens, context {self.cfg.seq_len}"
-            + ("" if is_cached else ", no cache: forward and predict of its model differ"))
-
-    @torch.no_grad()
-    def predict_agrees(self):
-        """Does a fork's predict, with a cache, give what its forward gives on some random rows?"""
-        if self.kind in ("mdlm", "sedd") or not hasattr(self.model, "predict"):
-            return self.kind in ("mdlm", "sedd")  # which need no cache
-        unit, laws = self.block_len or 1, []
-        x = torch.randint(self.cfg.vocab_size, (2, min(self.cfg.seq_len, 3 * unit)))
-        for model in (self.model, self.model.__call__):
-            cache = Cache(model, self.cfg, x.size(1))
-            read = cache.read_block if self.block_len else cache.read_token
-            for end in range(unit, x.size(1) + 1, unit):
-                law = read(x[:, :end], None, torch.arange(2 * unit))
-            laws.append(law)
-        return torch.allclose(*laws, atol=1e-3)
+            f"{path}: {self.name}, {self.n_parameters / 1e6:.2f}M parameters, {averaged} weights "
+            f"of step {ckpt['step']}, {self.tokenizer.name} tokens, context {self.cfg.seq_len}"
+            + ", no cache" * is_fork)
 
     def batch_rows(self, length):
         """How many rows of that many tokens to run at once."""
@@ -667,12 +676,12 @@ class LM:
 
     def check_able(self, opts):
         """Refuse what this kind of model cannot do."""
-        how, refused, orders = WAYS[self.kind]
+        refused, orders = WAYS[self.kind]
         for name in refused:
             value = getattr(opts, name)
             check(value == getattr(Options, name), name, value,
-                  f"{self.name} writes {how}: drop the flag or take a checkpoint of train_mdlm")
-        fits = opts.order in (None, *orders)
+                  f"{self.name} cannot do that: take a checkpoint of train_mdlm")
+        fits = opts.order in ("", *orders)
         check(fits, "order", opts.order, f"{self.name} has {', '.join(orders)}")
 
     def describe(self, opts):
@@ -680,221 +689,232 @@ class LM:
         words = f"remask {opts.remask}" if opts.remask else opts.order_name
         is_exact = opts.order_name not in RANKS or (opts.order, opts.threshold) == ("random", None)
         words = words if is_exact else f"{words} (mode-seeking)"
-        words += f" in blocks of {self.block_len}" if self.block_len else ""
+        length = self.block_len or opts.block_length
+        words += f" in blocks of {length}" if length else ""
         return {"gpt": "left to right", "sedd": opts.order or SCORE_ORDERS[0]}.get(self.kind, words)
 
     def canvas(self, opts):
-        """A prompt, or a text with blanks, and the room behind it -> (known (T,) int64, is_known
-        (T,) bool, {position: (V,) bool, the tokens that may stand there})"""
+        """The prompts, or a text with blanks, and the room behind."""
         self.check_able(opts)
-        is_infill = opts.infill is not None
-        texts = BLANK.split(opts.infill) if is_infill else [opts.prompt or ""]
-        n_blanks, blanks = len(texts) - 1, [int(n) for n in opts.blank.split(",")]
-        blanks = blanks if len(blanks) > 1 else blanks * n_blanks
-        check(n_blanks or not is_infill, "infill", opts.infill, "no blank: write ___ for one")
-        fits = not is_infill or len(blanks) == n_blanks
-        check(fits, "blank", opts.blank, f"the text has {n_blanks} blanks")
-        tokens, begins = [], {}
-        for text, n_new in zip(texts, [*blanks, 0] if is_infill else [0], strict=True):
-            allowed = None
-            if n_new or not is_infill or opts.length:
-                text, allowed = self.tokenizer.split_space(text, n_new)
-            tokens += self.tokenizer.encode(text)
-            begins |= {} if allowed is None else {len(tokens): allowed}
-            tokens += [None] * n_new
-        n, limit = len(tokens), math.inf if self.block_len else self.cfg.seq_len
-        least = n + (not is_infill or n in begins)
-        check(least <= limit, "infill" if is_infill else "prompt", f"{n} tokens",
-              f"they do not fit into the context of {limit}: shorten the text")
-        length = opts.length or (least if is_infill else min(limit, n + DEFAULT_LENGTH))
-        check(length <= limit, "length", length, f"{self.name} goes up to {limit} (its seq_len)")
-        check(length >= least, "length", length, f"the text alone takes {least}")
-        tokens += [None] * (length - n)
-        known = torch.tensor([token or 0 for token in tokens])
-        return known, torch.tensor([token is not None for token in tokens]), begins
+        lead, allowed = [], [torch.ones(self.cfg.vocab_size, dtype=torch.bool)]
+        if opts.infill:
+            texts = [text.replace(r"\_", "_") for text in BLANK.split(opts.infill)]
+            n_blanks, blanks = len(texts) - 1, numbers(opts.blank)
+            blanks = blanks if len(blanks) > 1 else blanks * n_blanks
+            fits = len(blanks) == n_blanks > 0
+            check(fits, "blank", opts.blank, f"the text has {n_blanks} blanks, written as ___")
+            parts = [[*zip(texts, [*blanks, 0], strict=True)]]
+        else:
+            parts = [[(text, 1)] for text in opts.prompts or [opts.prompt]]
+            if parts == [[("", 1)]] and opts.start == "document":
+                lead = [self.tokenizer.bos_id]
+        rows = [[*lead] for _ in parts]  # -1: unknown; -1 - i: one of allowed[i]
+        for row, pieces in zip(rows, parts, strict=True):
+            for text, n_new in pieces:
+                new = [-1] * n_new
+                if (n_new or opts.length) and self.graph != "uniform":
+                    text, space = self.tokenizer.split_space(text, opts.infill and n_new == 1)
+                    if space is not None:
+                        new[:1] = [-1 - len(allowed)]
+                        allowed.append(space)
+                row += self.tokenizer.encode(text) + new
+        n = max(map(len, rows))
+        limit = math.inf if self.block_len or opts.block_length else self.cfg.seq_len
+        T = n if opts.infill else max(n, min(limit, n - 1 + DEFAULT_LENGTH))
+        T = opts.length + len(lead) if opts.length else T
+        fits = n <= T <= limit
+        check(fits, "length", T - len(lead), f"the text takes {n} tokens, the context {limit}")
+        rows = torch.tensor([row + [-1] * (T - len(row)) for row in rows])
+        begins = (-1 - rows).clamp(min=0)
+        return Canvas(rows.clamp(min=0), rows >= 0, begins, torch.stack(allowed), len(lead))
 
     @torch.inference_mode()
     def batches(self, canvas, opts, watch=None, stops=True):
-        """Fill the canvas n times; yield (lists of tokens, number of forward passes) of as many
-        rows as fit in a batch. watch(tokens (B, T), nfe) sees every pass. stops: at the end of a
-        document, where the model writes in order.
+        """Fill each row of the canvas n times; yield ([(tokens, whether it ended)], number of
+        forward passes) of as many as fit in a batch. watch(tokens (B, T), nfe) sees every pass.
+        stops: at the end of a document, where the model writes in order, and at --stop.
 
-        Sample i depends on (seed, i) alone. A token whose beginning is known is drawn first, so
-        that the others follow the conditional given it; a uniform score keeps to it throughout."""
-        known, is_known = (x.to(self.device) for x in canvas[:2])
-        warp = make_warp(opts.temperature, opts.top_k, opts.top_p)
-        begins = {at: functools.partial(warp_among, allowed=allowed.to(self.device), warp=warp)
-                  for at, allowed in canvas[2].items()}
-        firsts = {} if getattr(self.cfg, "graph", None) == "uniform" else begins
-        how = dict(begins=begins, stop=self.tokenizer.bos_id if stops else None)
-        T, size = len(known), min(MAX_ROWS, self.batch_rows(min(len(known), self.cfg.seq_len)))
-        # Streams of their own for refining and for those first tokens: all hand out a seed a row.
-        streams = opts.seed, opts.seed ^ 2**62, opts.seed ^ FIRST_STREAM
-        gens = [torch.Generator().manual_seed(seed) for seed in streams]
-        for first in range(0, opts.n, size):
-            x, given = (t.repeat(min(size, opts.n - first), 1) for t in (known, is_known))
-            n_first = 0
+        Sample i depends on (seed, i) alone."""
+        warp = make_warp(opts.temperature, opts.top_k, opts.top_p, opts.nucleus)
+        (P, T), (fraction, n_refine) = canvas.known.shape, fraction_of(opts.refine)
+        gens = [stream(opts.seed, i) for i in range(1 + n_refine)]
+        size = min(MAX_ROWS, self.batch_rows(min(T, self.cfg.seq_len)))
+        for ids in (torch.arange(P * opts.n) // opts.n).split(size):
+            known, given, begins = (x[ids].to(self.device) for x in canvas[:3])
+            same = opts, warp, stops
+            how = dict(begins=begins, allowed=canvas.allowed.to(self.device))
             with self.amp():
-                for at, own_warp in firsts.items():
-                    end = at + 1 if self.kind in ("gpt", "block") else T  # of what the token sees
-                    there = x[:, :end], given[:, :end]
-                    drawn, _, n = self.fill(*there, Options(steps=1), gens[2], own_warp)
-                    x[:, at], given[:, at], n_first = drawn[:, at], True, n_first + n
-                tokens, length, nfe = self.fill(x, given, opts, gens[0], warp, watch, **how)
-                nfe += n_first
-                if opts.refine > 0:
-                    keep, n_passes = self.likeliest(tokens, given, opts.refine)
-                    seen = nfe = nfe + n_passes
-                    more = watch and (lambda tokens, n, seen=seen: watch(tokens, seen + n))
-                    tokens, _, n = self.fill(tokens, keep, opts, gens[1], warp, more, **how)
+                tokens, length, nfe = self.fill(
+                    known, given, gens[0], watch, *same, **how if begins.any() else {})
+                given |= begins > 0
+                for gen in gens[1:] if fraction else ():
+                    keep, n = self.likeliest(tokens, given, fraction)
                     nfe += n
-            yield [row[:n] for row, n in zip(tokens.tolist(), length.tolist(), strict=True)], nfe
+                    look = watch and (lambda tokens, n, nfe=nfe: watch(tokens, nfe + n))
+                    tokens, _, n = self.fill(tokens, keep, gen, look, *same)
+                    nfe += n
+            rows = []
+            for row, n, known in zip(tokens.tolist(), length.tolist(), given.tolist(), strict=True):
+                n = self.find_stop(row[:n], known, opts.stop if stops else "")
+                rows.append((row[canvas.lead:n], n < T))
+            yield rows, nfe
 
-    def fill(self, known, is_known, opts, gen, warp, watch=None, stop=None, begins=None):
+    def fill(self, known, is_known, gen, watch, opts, warp, stops, **how):
         """One run of a sampler."""
-        how = dict(steps=opts.steps, gen=gen, warp=warp, watch=watch)
+        how, steps = dict(how, gen=gen, warp=warp, watch=watch), opts.steps
         if self.kind == "sedd":
-            return redraw_rows(self.net, self.cfg, known, is_known, **how, begins=begins,
+            return redraw_rows(self.net, self.cfg, known, is_known, **how, steps=steps,
                                total_noise=self.script.total_noise, is_euler=opts.order == "euler")
-        block_len = 1 if self.kind == "gpt" else self.block_len or known.size(1)
-        if opts.order_name == "ancestral" and opts.steps is None:
-            how["steps"] = max(1, min(block_len, int((~is_known).sum(1).max())))
+        if opts.order_name == "ancestral":
+            steps = steps or self.block_len or opts.block_length or known.size(1)
         if opts.order_name in RANKS:
-            how["choose"] = ordered(opts.order_name, opts.threshold)
+            how["choose"] = ordered(opts.order_name, opts.threshold, opts.pace)
         elif opts.remask:
             how["choose"] = remasking(opts.remask)
-        stop = None if self.kind == "mdlm" else stop
-        return fill_blocks(self.net, self.cfg, known, is_known, kind=self.kind, stop=stop, **how)
+        if stops and self.kind != "mdlm":
+            how["stop"] = self.tokenizer.bos_id
+        return fill_blocks(self.net, self.cfg, known, is_known, kind=self.kind, steps=steps,
+                           block_len=opts.block_length, **how)
 
-    def likeliest(self, tokens, is_known, refine):
-        """What to keep (B, T) when the fraction `refine` is predicted anew, and the passes spent.
+    def find_stop(self, row, known, stop):
+        """How many tokens of a row come before what stops it, in what is new."""
+        begin = [*known, False].index(False)
+        words = [self.tokenizer.table[token] for token in row[begin:]]
+        stops = [stop] if isinstance(stop, str) else stop
+        cut = min([b"".join(words).find(x.encode()) % 2**62 for x in stops if x], default=2**62)
+        return begin + bisect.bisect([*itertools.accumulate(map(len, words))], cut)
+
+    def likeliest(self, tokens, is_known, fraction):
+        """What to keep (B, T) when a fraction is predicted anew, and the passes spent.
 
         Two passes score every token: every second one is masked, then the others, so that each is
         judged with its neighbours in sight."""
         is_free = ~is_known
-        is_odd = is_free.cumsum(1) % 2 == 1
-        score = torch.full(tokens.shape, math.inf, dtype=torch.float32, device=tokens.device)
-        halves = [half for half in (is_free & is_odd, is_free & ~is_odd) if half.any()]
+        score = torch.full(tokens.shape, math.inf, device=tokens.device)
+        parity = is_free.cumsum(1) % 2
+        halves = [half for odd in (1, 0) if (half := is_free & (parity == odd)).any()]
         for half in halves:
             masked = torch.where(half, self.cfg.vocab_size, tokens)
-            log_probs = read_row(self.net, masked, half, half.flatten().nonzero()[:, 0])
-            score[half] = log_probs.gather(1, tokens[half][:, None]).squeeze(1)
-        n_again = (is_free.sum(1, keepdim=True) * refine).round().clamp(min=1)  # (B, 1)
+            reader = Reader(self.net, self.cfg, "mdlm", tokens.size(1))
+            log_probs = reader.read(masked, 0, half.flatten().nonzero()[:, 0])
+            score[half] = log_probs.gather(1, tokens[half][:, None])[:, 0]
+        n_again = (is_free.sum(1, keepdim=True) * fraction).round().clamp(min=1)  # (B, 1)
         place = score.argsort(dim=1, stable=True).argsort(1)
         return is_known | (place >= n_again), len(halves)
 
     def generate(self, prompt="", **how):
-        """n texts of `length` tokens that begin with the prompt; `how`: the flags' names."""
-        return self.texts(Options(prompt=prompt, **how))
+        """n texts of `length` tokens that begin with the prompt, or with each of a list of prompts;
+        `how`: the flags' names -> Samples"""
+        name = "prompt" if isinstance(prompt, str) else "prompts"
+        return self.samples(make_options(**{name: prompt}, **how))
 
     def infill(self, text, blank=16, **how):
         """n versions of a text, its blanks (___) filled with `blank` tokens, an int or a list."""
-        blank = ",".join(map(str, [blank] if isinstance(blank, int) else blank))
-        return self.texts(Options(infill=text, blank=blank, **how))
+        return self.samples(make_options(infill=text, blank=str(blank).strip("[]"), **how))
 
-    def texts(self, opts):
-        batches = self.batches(self.canvas(opts), opts)
-        return [self.tokenizer.decode(row) for rows, _ in batches for row in rows]
+    def samples(self, opts):
+        batches = [*self.batches(self.canvas(opts), opts)]
+        tokens, ended = zip(*(row for rows, _ in batches for row in rows), strict=True)
+        out = Samples(map(self.tokenizer.decode, tokens))
+        out.tokens, out.ended = list(tokens), list(ended)
+        out.nfe = sum(nfe for _, nfe in batches)
+        return out
 
     @torch.inference_mode()
-    def score(self, text, draws=None, seed=0):
-        """-log p of a text, cut into windows of seq_len tokens (the last may be shorter): nats,
-        nats_stderr, bits_per_byte, bits_stderr, n_tokens, n_bytes.
+    def score(self, text, given="", draws=0, seed=0):
+        """-log p of a text, given another one before it, both cut into windows of seq_len tokens
+        (the last may be shorter): nats, nats_stderr, bits_per_byte, bits_stderr, n_tokens, n_bytes.
 
         A bound, with its standard error over independent draws of noise, each of which masks every
         window twice, as an antithetic pair. gpt: one pass without noise, exact."""
-        Options(draws=draws, seed=seed)  # checks their values
-        is_exact = self.kind == "gpt"
-        check(draws is None or not is_exact, "draws", draws, f"{self.name} needs no noise: drop it")
+        is_exact, T = self.kind == "gpt", self.cfg.seq_len
+        fits = not given or self.kind in ("gpt", "mdlm")
+        check(fits, "given", given, f"{self.name} has no bound of that kind")
         n_draws, n_copies = (1, 1) if is_exact else (draws or DEFAULT_DRAWS, 2)
-        tokens = self.tokenizer.encode(text)
-        check(tokens, "score", text, "the text is empty")
-        gen = torch.Generator().manual_seed(seed)
-        whole = len(tokens) // self.cfg.seq_len * self.cfg.seq_len
+        new, known = self.tokenizer.encode(text), self.tokenizer.encode(given)
+        check(new, "score", text, "the text is empty")
+        tokens, gen = known + new, stream(seed, 0)
         totals = torch.zeros(n_draws, dtype=torch.float64)
-        for part in filter(None, (tokens[:whole], tokens[whole:])):
-            cfg = dataclasses.replace(self.cfg, seq_len=min(len(part), self.cfg.seq_len))
-            x0 = torch.tensor(part).view(-1, cfg.seq_len).repeat_interleave(n_copies, 0)
-            size = self.batch_rows(cfg.seq_len)
+        starts = range(len(known) // T * T, len(tokens), T)
+        for (size, n_given), group in itertools.groupby(
+                starts, lambda at: (min(T, len(tokens) - at), max(0, len(known) - at))):
+            cfg = dataclasses.replace(self.cfg, seq_len=size)
+            x0 = torch.tensor([tokens[at:at + size] for at in group], device=self.device)
+            x0 = x0.repeat_interleave(n_copies, 0)
             for draw in range(n_draws):
-                noise = self.script.draw_noise(cfg, len(x0), gen, bound=True)
-                for rows in torch.arange(len(x0)).split(size):
+                own = dataclasses.replace(cfg, seq_len=size - n_given * (not is_exact))
+                noise = self.script.draw_noise(own, len(x0), gen, bound=True)
+                if n_given and not is_exact:  # the given tokens stay; the network counts them
+                    sigma = -torch.log1p(-noise.level / (size + 1))
+                    score = F.pad(noise.score, (n_given, 0), value=math.inf)
+                    noise = noise._replace(sigma=sigma, score=score)
+                for rows in torch.arange(len(x0)).split(self.batch_rows(size)):
                     piece = self.script.take_rows(noise, rows, self.device)
-                    batch = x0[rows].to(self.device)
                     with self.amp():
-                        nats = self.script.nelbo_fn(self.model, batch, piece, cfg)
-                    totals[draw] += nats.double().sum().cpu() / n_copies
-        nats = totals.mean().item()
-        stderr = totals.std().item() / math.sqrt(n_draws) if n_draws > 1 else 0.0
-        n_bytes = sum(len(self.tokenizer.table[i]) for i in tokens)
+                        nats = self.script.nelbo_fn(self.model, x0[rows], piece, cfg)
+                        if is_exact and n_given:
+                            nats -= self.script.nelbo_fn(self.model, x0[:, :n_given], piece, cfg)
+                    totals[draw] += nats.cpu().double().sum() / n_copies
+        nats, n_bytes = totals.mean().item(), sum(len(self.tokenizer.table[i]) for i in new)
+        stderr = totals.std(correction=n_draws > 1).item() / math.sqrt(n_draws)
         bits = 1 / (math.log(2) * n_bytes)
         return SimpleNamespace(nats=nats, nats_stderr=stderr, bits_per_byte=nats * bits,
-                               bits_stderr=stderr * bits, n_tokens=len(tokens), n_bytes=n_bytes)
+                               bits_stderr=stderr * bits, n_tokens=len(new), n_bytes=n_bytes)
 
 
 # ----------------------------------------------------------------------------- loading
-@contextlib.contextmanager
-def naming(name):
-    """Name the file or flag in whatever goes wrong inside: a checkpoint may hold anything."""
-    try:
-        yield
-    except Exception as e:
-        line = str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
-        raise SampleError(line if line.startswith(str(name)) else f"{name}: {line}") from None
-
-
 def find_checkpoint(name=None):
     """The file behind PATH, a run folder, or hf:OWNER/REPO/FILE, which is downloaded once; without
-    a name, the newest in out/."""
+    a name, the newest in out/, or else the model that comes with the repository."""
     if not name:
-        name = max(Path("out").glob("*/ckpt.pt"), key=os.path.getmtime, default=None)
-        if not name:
-            raise SampleError("out/*/ckpt.pt: no checkpoint here: pass --ckpt=PATH, or train one: "
-                              "python train_mdlm.py --preset=tiny")
-    hub_name = re.fullmatch(r"hf:(?:([\w.-]+/[\w.-]+)/(.+))?.*", str(name))
-    if hub_name is None:
+        name = max(Path("out").glob("*/ckpt.pt"), key=os.path.getmtime, default=SHIPPED[0])
+    if not str(name).startswith("hf:"):
         return Path(name, "ckpt.pt") if os.path.isdir(name) else Path(name)
-    check(hub_name[1], "ckpt", name, "write hf:OWNER/REPO/FILE")
-    try:
+    hub_name = re.fullmatch(r"hf:([^/]+/[^/]+)/(.+)", name)
+    check(hub_name, "ckpt", name, "write hf:OWNER/REPO/FILE")
+    with naming(f"{name}: could not be downloaded"):
         from huggingface_hub import hf_hub_download
-        return Path(hf_hub_download(hub_name[1], hub_name[2]))
-    except Exception as e:  # its errors share no base class across versions
-        reason = str(e).strip().partition("\n")[0]
-        raise SampleError(f"{name}: could not be downloaded: {reason}") from None
+        return Path(hf_hub_download(*hub_name.groups()))
 
 
 def load_script(path):
-    """Import a training script from its file."""
-    path = Path(path)
-    spec = importlib.util.spec_from_file_location(f"sampled_{path.stem}", path)
-    check(spec and path.is_file(), "script", path, "no such Python file")
-    script = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    sys.path[:0] = [str(path.resolve().parent), str(HERE)]  # it imports muon
-    try:
-        with naming(f"--script={path}"):
-            spec.loader.exec_module(script)
-    finally:
-        del sys.path[:2]
-    check(hasattr(script, "nelbo_fn"), "script", path, "not a training script")
+    """Import a training script, or another program, from its file."""
+    with naming(f"--script={path}"):
+        spec = importlib.util.spec_from_file_location(f"sampled_{Path(path).stem}", path)
+        script = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        sys.path += {str(Path(path).resolve().parent), str(HERE)}.difference(sys.path)  # for muon
+        spec.loader.exec_module(script)
     return script
 
 
 def load(path=None, script=None, opts=None, **how):
-    """LM from a checkpoint: PATH, its folder or hf:OWNER/REPO/FILE; None: the newest in out/.
-    script: the file that wrote it, when it is not one of ours. how: weights, device, dtype."""
-    opts, path = opts or Options(**how), find_checkpoint(path)
+    """LM from a checkpoint: PATH, its folder, an artifact of study/golf.py or hf:OWNER/REPO/FILE;
+    None: the newest in out/. script: the file that wrote it, when it is not one of ours. how:
+    weights, device, dtype."""
+    opts, path = opts or make_options(**how), find_checkpoint(path)
     module = load_script(script or HERE / f"{SCRIPTS[0]}.py")
     with naming(path):
-        ckpt = module.load_checkpoint(path)  # the same text in every script
+        read = module.load_checkpoint  # the same text in every script
+        if path.is_file() and path.open("rb").read(2) != b"PK":
+            golf = load_script(HERE / "study/golf.py")
+            read = golf.read if golf.is_artifact(path) else read
+        ckpt = read(path)
         name = ckpt["script"]
-    is_right = name == Path(script).stem if script else name in SCRIPTS
-    check(is_right, "ckpt", path, f"written by {name}.py: pass that file as --script=PATH")
-    return LM(module if script else load_script(HERE / f"{name}.py"), ckpt, path, opts)
+        is_right = name == Path(script).stem if script else name in SCRIPTS
+        check(is_right, "ckpt", path, f"written by {name}.py: pass that file as --script=PATH")
+        return LM(module if script else load_script(HERE / f"{name}.py"), ckpt, path, opts)
+
+
+load_model = load  # as published packages name it
+
+
+def sample(model, prompt="", **how):
+    """Texts from a model of load()."""
+    return model.generate(prompt, **how)
 
 
 # ----------------------------------------------------------------------------- terminal
 FRAME = 0.04  # seconds between two pictures
-MILESTONES = (0.25, 0.5, 0.75)
 STYLES = {"known": "\x1b[1m", "new": "\x1b[32m", "mask": "\x1b[2m", "note": "\x1b[2m"}
 
 
@@ -909,17 +929,16 @@ def styled(text, kind):
 def printable(text):
     """Text that cannot steer a terminal: a model of bytes writes escape codes, too."""
     text = text.replace("\t", "    ").replace("\r\n", "\n")
-    return "".join(c if c in "\n" or c.isprintable() or unicodedata.category(c) == "Zs"
-                   else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode()
+                   for c in text)
 
 
 def show(spans, stream):
     """Print [(text, kind)]; a terminal gets styles, unless it is dumb, and no control codes."""
-    text = "".join(text for text, _ in spans)
-    if is_terminal(stream):
-        text = "".join(styled(printable(text), kind) for text, kind in spans)
-    print(printable(text) if stream.isatty() and not is_terminal(stream) else text, file=stream,
-          flush=True)
+    for text, kind in [*spans, ("\n", None)]:
+        text = printable(text) if stream.isatty() else text
+        stream.write(styled(text, kind) if is_terminal(stream) else text)
+    stream.flush()
 
 
 def note(text):
@@ -933,8 +952,7 @@ def lines_of(spans, width):
     for text, kind in spans:
         run = ""
         for char in printable(text):
-            size = 0 if unicodedata.combining(char) else 1
-            size += unicodedata.east_asian_width(char) in "WF"
+            size = 1 + (unicodedata.east_asian_width(char) in "WF")
             if char == "\n" or cells + size > width:
                 lines[-1] += styled(run, kind)
                 lines.append("")
@@ -958,160 +976,185 @@ def redraw(lines, height, stream, is_last=False):
 
 class Run:
     """A model at work on a canvas. It counts, and shows on stderr how far it is: on a terminal a
-    line, with --watch the text below it; in a file, with --watch, the first sample at a few
-    milestones. For a race it keeps pictures. Its clock stands still while it does all that."""
+    line, with --watch the text below it. For a race or a file it keeps every pass. Its clock stands
+    still while it does that."""
     def __init__(self, lm, opts, is_race=False):
         self.lm, self.opts, self.is_race, self.canvas = lm, opts, is_race, lm.canvas(opts)
-        known, is_known, _ = self.canvas
-        self.is_known, self.has_text = is_known.tolist(), opts.watch and not is_race
-        # Where no mask shows how far it is, the number of passes does.
-        is_uniform = getattr(lm.cfg, "graph", None) == "uniform"
-        self.n_passes = (opts.steps or len(known)) if is_uniform else None
-        row = torch.where(is_known, known, lm.cfg.vocab_size).tolist()
-        self.frames = [(0.0, 0, row)]  # seconds, passes, tokens of a sample
-        self.nfe, self.seconds, self.bits, self.n_new, self.n_done = 0, 0.0, 0.0, 0, 0
-        self.height, self.drawn, self.last, self.due = 0, -math.inf, None, MILESTONES
+        known, is_known, *_, self.lead = self.canvas
+        self.mask_id, self.bos_id = lm.cfg.vocab_size, lm.tokenizer.bos_id
+        rows = torch.where(is_known, known, self.mask_id)[:, self.lead:].tolist()
+        self.starts = [row for row in rows for _ in range(opts.n)]
+        self.done, self.begin = [], None  # samples; and the passes of the first batch
+        self.nfe, self.seconds, self.entropy, self.n_new = 0, 0.0, 0.0, 0
 
-    def rows(self):
-        """Write; yield the tokens of every sample."""
-        known, is_known, _ = self.canvas
-        if self.is_race:  # the end of a document stops none; and some tokens to warm up
-            warm = known, is_known | (torch.arange(len(known)) < len(known) - WARM_UP), {}
-            list(self.lm.batches(warm, self.opts, stops=False))
-        self.since = time.perf_counter()
+    def samples(self):
+        """Write; yield the tokens of every sample. The end of a document stops no race."""
+        self.rest()
         for rows, nfe in self.lm.batches(self.canvas, self.opts, self, not self.is_race):
             self.seconds += time.perf_counter() - self.since
             self.nfe += nfe
-            self.height = redraw([], self.height, sys.stderr)
-            self.last, self.due = None, MILESTONES
-            for row in rows:
-                new = [token for token, old in zip(row, self.is_known, strict=False) if not old]
+            redraw([], self.height, sys.stderr)
+            for start, (row, ended) in zip(self.starts[self.first:], rows, strict=False):
+                start = start[:len(row)]
+                known = [[at, old] for at, old in enumerate(start) if old != self.mask_id]
+                new = [row[at] for at, old in enumerate(start) if old == self.mask_id]
                 # Entropy of the tokens' frequencies, low when a sample repeats itself.
-                shares = torch.tensor(new).bincount() / len(new)
-                self.bits += torch.special.entr(shares).sum().item() / math.log(2)
-                self.n_new, self.n_done = self.n_new + len(new), self.n_done + 1
+                shares = torch.tensor(new).bincount() / max(1, len(new))
+                self.entropy += torch.special.entr(shares).sum().item()
+                self.n_new += len(new)
+                frames = self.frames(len(self.done) - self.first, len(row))
+                record = dict(sample=len(self.done), length=len(row), known=known, nfe=nfe,
+                              seconds=self.seconds - self.begun, frames=frames)
+                self.done.append((row, ended, record))
                 yield row
-            self.since = time.perf_counter()
+            self.begin = self.begin or self.passes
+            self.rest()
+
+    def rest(self):
+        """Before a batch nothing is drawn."""
+        self.height, self.drawn, self.last = 0, -math.inf, None
+        self.passes = [(0, 0.0, self.starts[len(self.done):])]  # number, seconds, tokens
+        self.first, self.begun, self.since = len(self.done), self.seconds, time.perf_counter()
+
+    def frames(self, i, length):
+        """[[pass, milliseconds, [[position, token, or -1: masked again]..]]..] of row i."""
+        frames = []
+        for (_, _, before), (nfe, seconds, rows) in itertools.pairwise(self.passes):
+            pairs = enumerate(zip(before[i][:length], rows[i], strict=False))
+            changes = [[at, -1 if token == self.mask_id else token]
+                       for at, (old, token) in pairs if token != old]
+            frames += [[nfe, round(1000 * seconds, 3), changes]] if changes else []
+        return frames
 
     def __call__(self, tokens, nfe):
-        n_left = int((tokens == self.lm.cfg.vocab_size).sum())  # waits for the device
+        rows = tokens[:, self.lead:].tolist()  # waits for the device
         self.seconds += time.perf_counter() - self.since
-        done = 1 - n_left / (len(tokens) * self.is_known.count(False))
-        done = nfe / self.n_passes if self.n_passes else done
-        is_live, now = is_terminal(sys.stderr), time.monotonic()
-        if self.is_race:
-            self.frames.append((self.seconds, self.nfe + nfe, tokens[0].tolist()))
-        if is_live and (now - self.drawn >= FRAME or done == 1):
-            rows, width = tokens.tolist(), shutil.get_terminal_size().columns
-            lines = [styled(f"{self.lm.name}: {done:4.0%}, {nfe} passes", "note")]
-            for row, before in zip(rows, self.last or rows, strict=True):
-                lines += ["", *lines_of(self.spans(row, before), width)] if self.has_text else []
-            self.height, self.last, self.drawn = redraw(lines, self.height, sys.stderr), rows, now
-        elif not is_live and self.has_text and self.due and self.due[0] <= done < 1:
-            self.due = [share for share in self.due if share > done]
-            row = tokens[0].tolist()
-            show([(f"[{done:.0%} after {nfe} passes] ", None), *self.spans(row, row)], sys.stderr)
+        if self.is_race or self.opts.save:  # else they would fill the memory
+            self.passes.append((nfe, self.seconds - self.begun, rows))
+        if is_terminal(sys.stderr) and time.monotonic() - self.drawn >= FRAME:
+            lines = [styled(f"{self.lm.name}: {nfe} passes", "note")]
+            for texts in zip(rows, self.last or rows, self.starts[self.first:], strict=False):
+                if self.opts.watch and not self.is_race:
+                    width = shutil.get_terminal_size().columns
+                    lines += ["", *lines_of(self.spans(*texts), width)]
+            self.height, self.last = redraw(lines, self.height, sys.stderr), rows
+            self.drawn = time.monotonic()
         self.since = time.perf_counter()
 
-    def spans(self, row, before):
+    def spans(self, row, before, start):
         """[(text, kind)] of a row, without what fills it behind its end."""
-        mask_id, bos_id = self.lm.cfg.vocab_size, self.lm.tokenizer.bos_id
-        n = max((i + 1 for i, token in enumerate(row) if token != bos_id), default=0)
-        kinds = ["mask" if token == mask_id else "known" if is_known
+        n = max((i + 1 for i, token in enumerate(row) if token != self.bos_id), default=0)
+        kinds = ["mask" if token == self.mask_id else "known" if given != self.mask_id
                  else "new" if token != old else None
-                 for token, old, is_known in zip(row, before, self.is_known, strict=True)]
+                 for token, old, given in zip(row, before, start, strict=False)]
         return self.lm.tokenizer.spans(row[:n], kinds[:n])
 
-    def column(self, now, width):
-        """Lines that show how far it was at a time: counters, and a sample."""
-        i = bisect.bisect(self.frames, now, key=lambda frame: frame[0]) - 1
-        _, nfe, row = self.frames[i]
-        before = row if i + 1 == len(self.frames) else self.frames[max(0, i - 1)][2]
-        counters = f"{nfe} passes, {min(now, self.seconds):.1f} s\n\n"
-        spans = [(f"{self.lm.name}\n", "known"), (counters, "note"), *self.spans(row, before)]
-        return lines_of(spans, width)
+def save(path, runs):
+    """Write the samples of runs to a file.
+
+    FILE.jsonl: a line about each run: name, script, parameters, sampler, seed, device, checkpoint
+    (sha256), tokenizer; then a line for each of its samples: i, text, tokens, nfe, ended. FILE.json: every pass, which study/page.py shows:
+
+    {"format": 1, "mask": -1, "tokens": {"id": "its bytes as Latin-1"}, "runs": [{"name", "script",
+    "parameters", "sampler", "seed", "device", "sample", "length", "known": [[position, id]..],
+    "nfe", "seconds", "frames": [[pass, milliseconds, [[position, id]..]]..]}..]}
+
+    A sample begins with its known tokens, all else is masked; every frame says what changed, id -1
+    for what was masked again. Behind the last frame it is the sample."""
+    lines, entries, tokenizer = [], [], runs[0].lm.tokenizer
+    for run in runs:
+        lm = run.lm
+        about = dict(name=lm.path.absolute().parent.name, script=lm.name,
+                     parameters=lm.n_parameters, sampler=lm.describe(run.opts),
+                     seed=run.opts.seed, device=lm.where)
+        sha256 = hashlib.sha256(lm.path.read_bytes()).hexdigest()
+        lines.append({**about, "checkpoint": sha256, "tokenizer": tokenizer.name})
+        for tokens, ended, record in run.done:
+            lines.append(dict(i=record["sample"], text=tokenizer.decode(tokens), tokens=tokens,
+                              nfe=record["nfe"], ended=ended))
+            entries.append(about | record)
+    changes = [x["known"] for x in entries] + [f[2] for x in entries for f in x["frames"]]
+    used = sorted({token for change in changes for _, token in change} - {-1})
+    tokens = {i: tokenizer.shown[i].decode("latin-1") for i in used}
+    if path.endswith(".json"):
+        lines = [dict(format=1, mask=-1, tokens=tokens, runs=entries)]
+    Path(path).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------- race
 WARM_UP = 8  # tokens that a model writes before its clock starts
-MIN_COLUMN = 24  # cells, of a text beside another
 BAR = " │ "  # between the two
 
 
 def replay(runs):
     """Draw the runs side by side in real time; the last picture stays, and is whole."""
     start, now, height = time.monotonic(), 0.0, 0
-    end = max(run.seconds for run in runs)
+    end = max(run.begin[-1][1] for run in runs)
     while now < end:
         now = min(end, time.monotonic() - start)
         step = (shutil.get_terminal_size().columns + len(BAR)) // len(runs)
-        columns = [run.column(now, step - len(BAR)) for run in runs]
+        texts = []
+        for run in runs:
+            i = bisect.bisect([seconds for _, seconds, _ in run.begin], now) - 1
+            (nfe, _, rows), is_done = run.begin[i], i + 1 == len(run.begin)
+            before = rows if is_done else run.begin[max(0, i - 1)][2]
+            counters = f"{nfe} passes, {min(now, run.begin[-1][1]):.1f} s\n\n"
+            texts.append(lines_of(
+                [(f"{run.lm.name}\n", "known"), (counters, "note"),
+                 *run.spans(rows[0], before[0], run.starts[0])], step - len(BAR)))
         bars = ["", *(f"\x1b[{i * step - len(BAR) + 1}G{BAR}" for i in range(1, len(runs)))]
         lines = ["".join(map("".join, zip(bars, cells, strict=True)))
-                 for cells in itertools.zip_longest(*columns, fillvalue="")]
+                 for cells in itertools.zip_longest(*texts, fillvalue="")]
         height = redraw(lines, height, sys.stdout, is_last=now == end)
         time.sleep(FRAME)
     print("\n")
 
 
 def print_race(opts):
-    scripts = [opts.script, *[None] * opts.race.count(","), None]
-    paths = [opts.ckpt, *opts.race.split(",")]
-    lms = [load(path, script, opts) for path, script in zip(paths, scripts, strict=True)]
-    for path, lm in zip(paths, lms, strict=True):
-        is_same = lm.tokenizer.table == lms[0].tokenizer.table
-        check(is_same, "race", path, f"its tokens are not those of {lms[0].name}")
-    none = {name: getattr(Options, name) for name in PASSES}
-    length = min(len(lm.canvas(dataclasses.replace(opts, **none))[0]) for lm in lms)
-    runs = [Run(lm, dataclasses.replace(opts, length=length, **(none if lm.kind == "gpt" else {})),
-                is_race=True) for lm in lms]
+    paths = [opts.ckpt, *opts.race.split(",")] if opts.race != "shipped" else SHIPPED
+    lms = [load(path, opts.script * (not i), opts) for i, path in enumerate(paths)]
+    for lm in lms:
+        fits = lm.tokenizer.table == lms[0].tokenizer.table
+        check(fits, "race", opts.race, "their tokens differ")
+    plain = dataclasses.replace(opts, **{name: getattr(Options, name) for name in PASSES})
+    canvases = [lm.canvas(plain) for lm in lms]
+    length = min(canvas.known.size(1) - canvas.lead for canvas in canvases)
+    runs = [Run(lm, dataclasses.replace(plain if lm.kind == "gpt" else opts, length=length), True)
+            for lm in lms]
     note("\n".join(lm.summary for lm in lms))
     note(f"{opts.n} x {length} tokens, {lms[0].where}, one model after another\n")
-    firsts = [[*run.rows()][0] for run in runs]
-    if is_terminal(sys.stdout) and shutil.get_terminal_size().columns >= MIN_COLUMN * len(lms):
+    for run in runs:
+        run.lm.generate(length=WARM_UP)
+        list(run.samples())
+    if is_terminal(sys.stdout):
         replay(runs)
     else:
-        for lm, row in zip(lms, firsts, strict=True):
-            show([(f"--- {lm.name}\n{lm.tokenizer.decode(row)}\n", None)], sys.stdout)
-    width = max(len(lm.name) for lm in lms)
-    print(f"{'':{width}}  passes  seconds  tokens/s  entropy")
+        for run in runs:
+            text = run.lm.tokenizer.decode(run.done[0][0])
+            show([(f"--- {run.lm.name}\n{text}\n", None)], sys.stdout)
+    print(f"{'':12}  passes  seconds  tokens/s  entropy")
     for run in runs:
-        rate, entropy = run.n_new / run.seconds, run.bits / opts.n
-        print(f"{run.lm.name:{width}}  {run.nfe:6}  {run.seconds:7.2f}  {rate:8.0f}  "
-              f"{entropy:.2f} bits, {run.lm.describe(run.opts)}")
+        print(f"{run.lm.name:12}  {run.nfe:6}  {run.seconds:7.2f}  {run.n_new / run.seconds:8.0f}  "
+              f"{run.entropy / len(run.done):.2f} nats, {run.lm.describe(run.opts)}")
+    if opts.save:
+        save(opts.save, runs)
 
 
 # ----------------------------------------------------------------------------- command line
-def text_of(opts, flag):
-    """(The text of --FLAG or --FLAG_file, what it is); (None, ..) without either."""
-    text, path = getattr(opts, flag), getattr(opts, f"{flag}_file")
-    check(text is None or path is None, f"{flag}_file", path, f"excludes --{flag}: drop one")
-    if flag == "score" and text and os.path.isfile(text):
-        path = text
-    if path is None:
-        is_file = text is not None and FILE_NAME.fullmatch(text)
-        check(not is_file, flag, text, f"no such file; for a text like that, --{flag}_file=PATH")
-        return text, "the text given"
-    try:
-        with open(path, "rb") as file:
-            data = file.read(TEXT_BYTES + 1)
-        text = data.decode(opts.encoding, "replace")
-    except (OSError, LookupError) as e:
-        raise SampleError(f"--{flag}={path}: {e}") from None
-    check(len(data) <= TEXT_BYTES, flag, path, f"over {TEXT_BYTES} bytes: split it")
-    is_text = text.count("\ufffd") <= MAX_REPLACED * len(text)
-    check(is_text, flag, path, f"not {opts.encoding}; if it is GBK: --encoding=gbk")
-    return text, f"file {path}"
+def text_of(text):
+    """A text, or that of a file of this name."""
+    with naming(text):
+        return Path(text).read_text(encoding="utf-8") if os.path.isfile(text) else text
 
 
-def print_score(lm, opts, what):
-    score = lm.score(opts.score, opts.draws, opts.seed)
+def print_score(lm, opts):
+    score = lm.score(text_of(opts.score), text_of(opts.given), opts.draws, opts.seed)
     note(lm.summary)
-    nats, bits = f"= {score.nats:.2f}", f"{score.bits_per_byte:.4f}"
-    noise = "exact"
+    nats, bits, noise = f"= {score.nats:.2f}", f"{score.bits_per_byte:.4f}", "exact"
     if lm.kind != "gpt":
         nats, bits = f"<{nats} +- {score.nats_stderr:.2f}", f"{bits} +- {score.bits_stderr:.4f}"
         noise = f"{opts.draws or DEFAULT_DRAWS} noise draws, seed {opts.seed}"
+    what = f"file {opts.score}" if os.path.isfile(opts.score) else "the text given"
     print(f"-log p {nats} nats, {bits} bits per byte ({what}: {score.n_tokens} tokens, "
           f"{score.n_bytes} bytes; {noise}, {lm.where})")
 
@@ -1119,44 +1162,46 @@ def print_score(lm, opts, what):
 def print_samples(lm, opts):
     run = Run(lm, opts)
     note(lm.summary)
-    for row in run.rows():
-        kinds = ["known" if is_known else None for is_known in run.is_known[:len(row)]]
-        spans = lm.tokenizer.spans(row, kinds)
-        if opts.n > 1:
-            note(f"--- sample {run.n_done} of {opts.n}")
-            spans.append(("\n", None))
-        show(spans, sys.stdout)
+    n = len(run.starts)
+    for row, start in zip(run.samples(), run.starts, strict=True):
+        if n > 1:
+            note(f"--- sample {len(run.done)} of {n}")
+        kinds = ["known" if old != run.mask_id else None for old in start[:len(row)]]
+        show(lm.tokenizer.spans(row, kinds) + [("\n", None)] * (n > 1), sys.stdout)
+    if opts.save:
+        save(opts.save, [run])
     note(f"NFE {run.nfe}, {run.n_new / run.seconds:.0f} tokens/s, {lm.where}, "
-         f"{lm.describe(opts)}, entropy {run.bits / opts.n:.2f} bits")
+         f"{lm.describe(opts)}, entropy {run.entropy / n:.2f} nats")
+
+
+def read_prompts(path):
+    with naming(f"--prompts={path}"):
+        lines = map(json.loads, Path(path).read_text(encoding="utf-8").splitlines())
+        return [line if isinstance(line, str) else line["prompt"] for line in lines]
 
 
 def main(argv):
     try:
         opts = parse_args(argv)
-        (prompt, _), (text, what) = text_of(opts, "prompt"), text_of(opts, "score")
-        opts = dataclasses.replace(opts, prompt=prompt, score=text)
-        modes = [flag for flag in ("infill", "score", "prompt", "race")
-                 if getattr(opts, flag) is not None]
-        if len(modes) > 1 and modes != ["prompt", "race"]:
-            raise SampleError(f"--{modes[0]} and --{modes[1]} exclude each other: drop one")
-        check(opts.draws is None or "score" in modes, "draws", opts.draws, "goes with --score")
-        if opts.race is not None:
+        modes = [flag for flag in ("infill", "score", "prompt", "prompts", "race")
+                 if getattr(opts, flag)]
+        fits = len(modes) < 2 or modes == ["prompt", "race"]
+        check(fits, " and --".join(modes), "..", "exclude each other: drop one")
+        check(opts.score or not opts.given, "given", opts.given, "goes with --score")
+        if opts.prompts:
+            opts = dataclasses.replace(opts, prompts=read_prompts(opts.prompts))
+        if opts.race:
             print_race(opts)
         else:
             lm = load(opts.ckpt, opts.script, opts)
-            if text is None:
-                print_samples(lm, opts)
-            else:
-                print_score(lm, opts, what)
+            print_score(lm, opts) if opts.score else print_samples(lm, opts)
         sys.stdout.flush()
     except (SampleError, OSError, MemoryError, torch.OutOfMemoryError) as e:
-        is_pipe = isinstance(e, BrokenPipeError)  # as in "sample.py | head"
         line = printable(str(e)).replace("\n", " ")
-        if not is_pipe:
-            print(f"sample.py: {line[:500] or 'out of memory'}", file=sys.stderr)
+        print(f"sample.py: {line[:500] or 'out of memory'}", file=sys.stderr)
         if isinstance(e, OSError):  # do not try again at the exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        raise SystemExit(141 if is_pipe else 2) from None
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

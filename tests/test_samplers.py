@@ -134,6 +134,17 @@ def exact(module, toy, seq_len, **names):
     return (toy if module.SCRIPT == "train_mdlm" else LeftToRight(toy, seq_len)), cfg
 
 
+def bare_lm(module, model, cfg):
+    """sample.LM of a denoiser, without a checkpoint."""
+    lm = object.__new__(sample.LM)
+    lm.__dict__.update(
+        model=model, net=model, cfg=cfg, script=module, device=torch.device("cpu"),
+        kind=module.SCRIPT.removeprefix("train_"), amp=contextlib.nullcontext,
+        block_len=getattr(cfg, "block_len", 0), graph=getattr(cfg, "graph", 0),
+        tokenizer=SimpleNamespace(bos_id=-1, table=5 * [b""]))
+    return lm
+
+
 # ----------------------------------------------------------------------------- the joint
 
 
@@ -239,18 +250,58 @@ def test_a_token_whose_beginning_is_known(module):
     toy = Joint(correlated(3, 3))
     names = {"block_len": 3} if module is BLOCK else {}
     model, cfg = exact(module, toy, 3, **names)
-    lm = object.__new__(sample.LM)
-    lm.__dict__.update(
-        model=model, net=model, cfg=cfg, script=module, device=torch.device("cpu"),
-        kind=module.SCRIPT.removeprefix("train_"), amp=contextlib.nullcontext,
-        block_len=3 if module is BLOCK else None, tokenizer=SimpleNamespace(bos_id=-1))
-    canvas = (torch.tensor([2, 0, 0]), torch.tensor([True, False, False]),
-              {1: torch.tensor([True, False, True])})
-    steps = 400 if module is SEDD else None
+    lm = bare_lm(module, model, cfg)
+    canvas = sample.Canvas(
+        torch.tensor([[2, 0, 0]]), torch.tensor([[True, False, False]]),
+        begins=torch.tensor([[0, 1, 0]]), lead=0,
+        allowed=torch.tensor([[True, True, True], [True, False, True]]))
+    steps = 400 if module is SEDD else 0
     opts = sample.Options(n=4000, steps=steps)
-    rows = [row for rows, _ in lm.batches(canvas, opts) for row in rows]
+    rows = [row for rows, _ in lm.batches(canvas, opts) for row, _ in rows]
     law = toy.p * (toy.states[:, 0] == 2) * (toy.states[:, 1] != 1)
     assert_law(toy, SimpleNamespace(tokens=torch.tensor(rows)), law)
+
+
+def check_blocks_of_masked(mdlm):
+    """Blocks of one token, from left to right: the joint; and what leaves the context is forgotten.
+    """
+    toy = Joint(correlated(3, 3), copies=4)
+    out = write(mdlm, *exact(mdlm, toy, 12), n_rows=3000, block_len=1)
+    assert_law(toy, out)
+    assert torch.equal(out.order, torch.arange(1, 13).expand(3000, -1))
+    model, cfg = small_model(mdlm)
+    long, seen = 3 * T, []
+
+    def spy(xt, sigma, rows):
+        seen.append((xt.clone(), sigma, rows))
+        return model(xt, sigma, rows)
+
+    out = write(mdlm, spy, dataclasses.replace(cfg, seq_len=T), torch.zeros(2, long).long(),
+                torch.zeros(2, long).bool(), block_len=L, steps=2)
+    assert [xt.size(1) for xt, *_ in seen] == [T] * len(seen) and len(seen) <= 2 * long // L
+    for xt, sigma, rows in seen:
+        torch.testing.assert_close(sigma, -torch.log1p(-(xt == V).sum(1) / (T + 1)))
+        assert (xt.flatten()[rows] == V).all()
+    assert seen[-1][0][0, :T - L].tolist() in out.tokens[:, long - T:-L].tolist()
+
+
+@pytest.mark.parametrize("refine", ["0.34", "0.67", "0.34:2"])
+def test_the_refined_law(refine):
+    """By enumeration: what is least likely given the rest is drawn anew, given what is kept."""
+    toy = Joint(correlated(2, 3) ** 0.25)
+    lm, states, law = bare_lm(MDLM, *exact(MDLM, toy, 3)), toy.states, toy.p
+    fraction, times = sample.fraction_of(refine)
+    for _ in range(times):
+        keep, nfe = lm.likeliest(states, torch.zeros_like(states).bool(), fraction)
+        same = (states[:, None] == states) | ~keep[:, None]  # (S, S', n)
+        weights = same.all(2) * toy.p  # of S', given what is kept of S
+        law = law @ (weights / weights.sum(1, keepdim=True))
+    canvas = sample.Canvas(torch.zeros(1, 3).long(), torch.zeros(1, 3).bool(),
+                           torch.zeros(1, 3).long(), torch.ones(1, 2).bool(), 0)
+    for seed in (0, 5):
+        opts = sample.Options(n=20_000, refine=refine, seed=seed)
+        rows = [row for rows, _ in lm.batches(canvas, opts) for row, _ in rows]
+        assert_law(toy, SimpleNamespace(tokens=torch.tensor(rows)), law)
 
 
 # ----------------------------------------------------------------------------- numbers
@@ -280,10 +331,22 @@ def check_rare_tokens(mdlm):
     p = torch.tensor([[0.5, 1e-12, 0.5]]).log()
     for u, token in ((0.5 - 1e-12, 0), (0.5, 1), (0.5 + 1e-12, 2), (1 - 2**-53, 2)):
         assert mdlm.draw_tokens(p, torch.tensor([u], dtype=torch.float64)).item() == token
-    bits = (mdlm.uniforms([seeded()], 4000)[0] * 2**53).long()
+    bits = (mdlm.uniforms(sample.row_generators(seeded(), 1), 4000)[0] * 2**53).long()
     for shift in (0, 16, 32, 49):
         counts = torch.bincount(bits >> shift & 15, minlength=16)
         assert abs(chi_square_z(counts, torch.ones(16))) < Z_LIMIT
+
+
+def test_streams_and_rows_differ():
+    """Seeds that agree in 32 bits, the streams of a seed, and 300,000 rows."""
+    seeds = [0, 2**32, 2**62, 2**62 + 2**32]
+    firsts = [sample.uniforms(sample.row_generators(sample.stream(seed, number), 2), 3)
+              for seed in seeds for number in range(3)]
+    assert len(torch.cat(firsts).unique()) == len(seeds) * 3 * 2 * 3
+    words = torch.randint(2**32, (300_000, 4), generator=sample.stream(0, 0))
+    assert len(words.unique(dim=0)) == 300_000
+    gens = sample.row_generators(sample.stream(0, 0), 9000)
+    assert len(sample.uniforms(gens, 1).unique()) == 9000
 
 
 def check_rows(module):
@@ -328,9 +391,10 @@ def check_choose(mdlm):
 
     out = write(mdlm, spy, config(mdlm, 3, 3), known, is_known, steps=4, choose=choose,
                 warp=only_token_1, watch=lambda tokens, nfe: frames.append((tokens, nfe)))
-    assert seen == [4, 4, 0, 4] and out.nfe == 3 and (out.tokens[~is_known] == 1).all()
+    # Wherever there are masks, the network sees the same: it is asked once.
+    assert seen == [4, 4, 0, 4] and out.nfe == 1 and (out.tokens[~is_known] == 1).all()
     assert [int((f == 3).sum()) for f, _ in frames] == [4, 0, 4, 0]
-    assert [n for _, n in frames] == [1, 2, 2, 3]
+    assert [n for _, n in frames] == [1, 1, 1, 1]
     assert all(torch.equal(f[is_known], known[is_known]) for f, _ in frames)
 
 
@@ -366,7 +430,8 @@ def test_watch_sees_every_pass():
         names, seen = {"block_len": 2} if module is BLOCK else {}, []
         write(module, *exact(module, toy, 4, **names), known, is_known, warp=likeliest, **order,
               watch=lambda x, nfe, seen=seen: seen.append((x[0].tolist(), nfe)))
-        expected = [([1, 3, 3], 1), ([1, 0, 3], 2), ([1, 0, 0], 3), ([1, 0, 0], 4)]
+        # The second pass sees what the first saw, and needs no forward pass.
+        expected = [([1, 3, 3], 1), ([1, 0, 3], 1), ([1, 0, 0], 2), ([1, 0, 0], 3)]
         assert seen == (expected if module is BLOCK else [([1, 0, 3], 1), ([1, 0, 0], 2)])
 
 
@@ -575,7 +640,7 @@ def check_passes(sedd):
         calls = []
 
         def spy(xt, sigma, rows, model=model, calls=calls):
-            calls.append((xt, sigma))
+            calls.append((xt.clone(), sigma))
             return model(xt, sigma, rows)
 
         is_known = torch.arange(9000)[None] < 8996
@@ -599,7 +664,7 @@ def check_passes(sedd):
 CHECKS = [
     *((check_ancestral_law, MDLM, steps) for steps in (1, 2, 5)), (check_first_hitting, MDLM),
     (check_many_steps, MDLM), (check_random_order, MDLM), (check_infill, MDLM, None),
-    (check_infill, MDLM, 500), (check_blocks, BLOCK), (check_left_to_right, GPT),
+    (check_infill, MDLM, 500), (check_blocks_of_masked, MDLM), (check_blocks, BLOCK), (check_left_to_right, GPT),
     (check_continues, BLOCK), (check_continues, GPT), (check_unmasking_rate, MDLM, 1024),
     (check_unmasking_rate, MDLM, 4096), (check_rare_tokens, MDLM), (check_choose, MDLM),
     *((check_rows, module) for module in (MDLM, BLOCK, GPT, SEDD)), (check_stop, BLOCK),
@@ -621,59 +686,59 @@ MUTANTS = {  # a changed line makes its oracle fail
     # 50,257 equal tokens and the mask race with fp32 Gumbel noise, as if a categorical were drawn
     # over all of them: the best of the tokens is a uniform number's root on the grid of fp32.
     "the unmasking is a race of fp32 Gumbel noise": (
-        "commit = pick * (steps - i) < 1",
+        "commit = is_mask & (pick * (steps - i) < 1)",
         """grid = 2.0**-24
                 best = ((pick ** (1 / 50257)) / grid).floor() * grid
-                stay = torch.rand(pick.shape, generator=gens[0], dtype=torch.float64)
+                stay = uniforms(gens, L)
                 odds = max(steps - i - 1, 1e-9) * 50257
-                commit = -best.log() * odds < -stay.log()""", (check_unmasking_rate, MDLM, 1024)),
+                commit = is_mask & (-best.log() * odds < -stay.log())""", (check_unmasking_rate, MDLM, 1024)),
     "tokens are drawn with fp32 Gumbel noise": (
         "token = torch.searchsorted(cdf, u.to(cdf.device)[:, None] * total, right=True)[:, 0]",
         """seed = int(u[0] * 2**53)
     noise = torch.rand(cdf.shape, generator=torch.Generator().manual_seed(seed))
     token = (log_probs - (-(noise + 1e-10).log()).log()).argmax(-1)""", (check_rare_tokens, MDLM)),
-    "the CDF is in fp32": ("cdf = log_probs.double()", "cdf = log_probs.float()",
+    "the CDF is in fp32": ("cdf = float64(log_probs)", "cdf = log_probs.float()",
                            (check_rare_tokens, MDLM)),
     "the uniform numbers have 24 bits": (
-        "torch.rand(shape, generator=g, dtype=torch.float64)",
-        "torch.rand(shape, generator=g).double()", (check_rare_tokens, MDLM)),
+        "g.random(shape)", "g.random(shape, dtype=np.float32).astype(float)", (check_rare_tokens, MDLM)),
     "one number decides both whether and what": (
-        "pick, u = numbers[:, 0], numbers[:, -1]", "pick = u = numbers[:, 0]",
+        "pick, u = uniforms(gens, 2, L).unbind(1)", "pick = u = uniforms(gens, 2, L)[:, 0]",
         (check_ancestral_law, MDLM, 5)),
     "every pass commits at the rate of the first": (
-        "commit = pick * (steps - i) < 1", "commit = (pick * steps < 1) | (i == steps - 1)",
+        "commit = is_mask & (pick * (steps - i) < 1)", "commit = is_mask & ((pick * steps < 1) | (i == steps - 1))",
         (check_ancestral_law, MDLM, 5)),
     "first-hitting goes from left to right": (
-        "pick.masked_fill(~is_mask.cpu(), -1).argmax", "is_mask.double().cpu().argmax",
+        "(pick == pick.masked_fill(~is_mask, -1).amax(1, keepdim=True))", "(is_mask.cumsum(1) == 1)",
         (check_first_hitting, MDLM)),
     "rows share their random numbers": (
-        "return [torch.Generator().manual_seed(seed) for seed in seeds]",
-        "return [gen for _ in seeds]", (check_rows, GPT)),
+        "return [np.random.default_rng(row) for row in words]",
+        "return len(words) * [np.random.default_rng(words[0])]", (check_rows, GPT)),
     "random numbers hang on the batch": (
-        "uniforms(gens, n_numbers, L)\n            continue", "pass\n            continue",
-        (check_rows, BLOCK)),
+        "pick, u = uniforms(gens, 2, L).unbind(1)",
+        "pick, u = uniforms(gens, 2, L).unbind(1) if not is_empty else (0, 0)", (check_rows, BLOCK)),
     "the cache keeps the noised block": (
-        "self.length, self.done = 0, length + N - L, self.done + N - L",
-        "self.length, self.done = 0, length + N, self.done + N", (check_cache, BLOCK)),
+        "clean = new[..., :new.size(3) - self.n_noised, :]", "clean = new", (check_cache, BLOCK)),
     "the cache forgets its values": (
-        "buffer[..., length:length + N, :] = torch", "buffer[..., :N, :] = torch",
-        (check_cache, GPT)),
+        "old, new = self.kept.pop(0), torch.stack((k, v))",
+        "old, new = self.kept.pop(0), torch.stack((k, 0 * v))", (check_cache, GPT)),
     "the window is a block short": (
-        "self.window, self.capacity = cfg.seq_len - self.n_noised,",
-        "self.window, self.capacity = cfg.seq_len // 3,", (check_window, BLOCK)),
+        "self.window = cfg.seq_len - self.n_noised", "self.window = cfg.seq_len // 3",
+        (check_window, BLOCK)),
     "the window has no end": (
         "(j > i - cfg.seq_len // L)", "(j > i - 10**6)", (check_window, BLOCK)),
     "stops behind the end of a row count": (
         "ends = (block == stop) & ~fixed[:, here]", "ends = block == stop", (check_stop, BLOCK)),
     "a stop may not come first": ("ends[:, 0] &= start > 0", "pass", (check_stop, GPT)),
     "known tokens are masked again": (
-        "new_mask &= ~fixed[:, here] & (i < passes - 1)", "new_mask &= i < passes - 1",
+        "is_left &= ~fixed[:, here].cpu() & (i < passes - 1)", "is_left &= i < passes - 1",
         (check_choose, MDLM)),
     "the last step is as the others": (
-        "sigmas = [*sigmas.tolist(), 0.0]", "sigmas = [*sigmas.tolist(), sigmas[-1].item() / 2]",
+        "sigmas, rates = [*sigmas.tolist(), 0.0]", "sigmas, rates = [*sigmas.tolist(), sigmas[-1] / 2]",
         UNIFORM),
-    "the last step leaves masks": (" | is_last)", ")", (check_unnormalised_score, SEDD)),
-    "euler does not denoise": ("if is_euler and not is_last", "if is_euler", (*UNIFORM[:-1], True)),
+    "the last step leaves masks": (
+        " & (i < passes - 1)\n", "\n", (check_unnormalised_score, SEDD)),
+    "euler does not denoise": (
+        "if is_euler and i < passes - 1", "if is_euler", (*UNIFORM[:-1], True)),
     "tweedie without the forward kernel": (
         "(F.one_hot(current, N) * math.exp(-delta) - math.expm1(-delta) / N)",
         "F.one_hot(current, N).add(1)", UNIFORM),
@@ -684,12 +749,13 @@ MUTANTS = {  # a changed line makes its oracle fail
         "stay = 1 + law.gather(-1, current[:, None]) - law", "stay = 1 - law",
         (check_few_steps, SEDD, "uniform", "geometric", True)),
     "masks fall at the rate of the step's end": (
-        "share / math.expm1(sigma)", "share / math.expm1(sigmas[i + 1] + 0.1)",
+        "share / math.expm1(sigmas[step])", "share / math.expm1(sigmas[step + 1] + 0.1)",
         (check_few_steps, SEDD, "absorb", "loglinear", False)),
     "sampling starts from one token": (
         "(uniforms(gens, T) * V).long()", "(uniforms(gens, T) * 0).long()", (check_passes, SEDD)),
     "known tokens are noise, too": (
-        "if is_absorb else ~is_known", "if is_absorb else torch.ones_like(is_known)",
+        "rows = (~is_known).flatten().nonzero()[:, 0]\n    passes",
+        "rows = torch.arange(is_known.numel())\n    passes",
         (check_score_infill, SEDD, "uniform")),
     "the warp acts on noisy tokens": (
         "clean = (1 + growth) * score - growth * score.mean(-1, keepdim=True)", "clean = score",
