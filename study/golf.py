@@ -17,9 +17,8 @@ The file: magic, compression (z: zlib, x: lzma), then compressed: uint32 length 
 the header, all fp8 bytes, an int8 exponent for each row, all fp16 numbers, in the model's order.
 Reading unpacks nothing beyond a bound, checks every shape against the model and runs no code.
 """
-import contextlib
+import argparse
 import dataclasses
-import difflib
 import hashlib
 import json
 import lzma
@@ -31,7 +30,6 @@ import sys
 import zlib
 from collections import defaultdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
@@ -56,32 +54,26 @@ def require(condition, message):
         raise UserError(message)
 
 
-def parse_flags(argv, doc, **defaults):
-    """['--name=value', ..] -> SimpleNamespace(name=value, ..), typed as the defaults are."""
-    given = {}
-    for arg in argv:
-        if arg in ("--help", "-h"):
-            print(doc)
-            raise SystemExit(0)
-        name, _, text = arg.removeprefix("--").partition("=")
-        near = (difflib.get_close_matches(name, defaults, 1) or ["help"])[0]
-        is_known = arg.startswith("--") and name in defaults
-        require(is_known, f"unknown flag {arg}: did you mean --{near}?")
-        try:
-            given[name] = type(defaults[name])(text)
-        except ValueError:
-            raise UserError(f"{arg}: a number expected") from None
-    return SimpleNamespace(**defaults | given)
+class Parser(argparse.ArgumentParser):
+    """A mistake is one line, help is the docstring."""
+    def error(self, message):
+        print(f"{self.prog}: {' '.join(message.split())}", file=sys.stderr)
+        raise SystemExit(2)
+
+    def format_help(self):
+        return self.description
 
 
-@contextlib.contextmanager
-def in_one_line(program):
-    """A user's mistake ends in one line and exit status 2."""
+def run_cli(program, main, argv, doc, **defaults):
+    """Call main(flags): --name=value, typed as the defaults are, and files; -o is --out."""
+    parser = Parser(program, description=doc, allow_abbrev=False)
+    parser.add_argument("files", nargs="*")
+    for name, value in defaults.items():
+        parser.add_argument(f"--{name}", *["-o"] * (name == "out"), default=value, type=type(value))
     try:
-        yield
+        main(parser.parse_args(argv))
     except (OSError, ValueError) as e:
-        print(f"{program}: {' '.join(str(e).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        parser.error(str(e))
 
 
 # ----------------------------------------------------------------------------- fp8
@@ -221,31 +213,28 @@ def read(path, script=None):
 
 
 # ----------------------------------------------------------------------------- figures
-def kind_of(name):
-    """layers.3.up.weight -> up: the group of a parameter in the table."""
-    return re.sub(r"layers\.\d+\.|\.weight$", "", name)
-
-
-def print_errors(before, after):
+def print_errors(weights, scale):
     """A table of what rounding does to each kind of matrix."""
     groups = defaultdict(list)
-    for name, x in before.items():
+    for name, x in weights.items():
         if x.ndim > 1:
-            groups[kind_of(name)].append(name)
-    print(f"{'':8} {'weights':>10} {'rms error':>9} {'largest':>9} {'to zero':>8} {'subnormal':>9}")
-    for kind, names in groups.items():
-        x, y = (torch.cat([w[n].float().flatten() for n in names]) for w in (before, after))
-        stored = torch.cat([(after[n].flatten(1) / torch.exp2(row_exponents(
-            before[n].float().flatten(1), "row")[:, None])).flatten() for n in names])
-        error = ((x - y).square().mean() / x.square().mean().clamp(min=1e-38)).sqrt()
-        flushed = ((x != 0) & (y == 0)).float().mean()
-        small = ((stored != 0) & (stored.abs() < FP8_MIN_NORMAL)).float().mean()
-        print(f"{kind:8} {x.numel():10,} {error:9.2%} {x.abs().max():9.3g} {flushed:8.3%} "
+            x = x.cpu().float().flatten(1)
+            exponents = row_exponents(x, scale)
+            code = to_fp8(x, exponents)
+            kind = re.sub(r"layers\.\d+\.|\.weight$", "", name)
+            groups[kind].append([y.flatten() for y in (x, from_fp8(code, exponents), code.float())])
+    print("          weights rms error   largest  to zero subnormal")
+    for kind, parts in groups.items():
+        x, y, code = map(torch.cat, zip(*parts, strict=True))
+        error = ((x - y).norm() / x.norm().clamp(min=1e-30)).item()
+        flushed = ((x != 0) & (code == 0)).double().mean()
+        small = ((code != 0) & (code.abs() < FP8_MIN_NORMAL)).double().mean()
+        print(f"{kind:6} {len(x):10,} {error:9.2%} {x.abs().max():9.3g} {flushed:8.3%} "
               f"{small:9.3%}")
 
 
 def bound(ckpt, module, flags):
-    """-> (line, nats of every window, tokens of a window): the script's own evaluation."""
+    """-> (line, nats per token of every window), by the script's own evaluation."""
     given = dict(data=flags.data, val_tokens=flags.val_tokens, val_draws=flags.val_draws)
     model, cfg = module.build_model(ckpt)
     cfg = dataclasses.replace(cfg, eval_only=True, **{k: v for k, v in given.items() if v})
@@ -258,38 +247,41 @@ def bound(ckpt, module, flags):
             lambda x0, noise: module.nelbo_fn(model, x0, noise, cfg), cfg, val,
             torch.tensor(meta["byte_length"]), device, 0, 1)
     line += f" tokens:{result['tokens']} draws:{cfg.val_draws} {str(dtype)[6:]} on {device.type}"
-    return line, nats, cfg.seq_len
+    return line, nats / cfg.seq_len
 
 
 def print_bounds(artifact, ckpt, module, flags):
     """The bound of an artifact, and how far it is from the checkpoint's on the same noise."""
-    line, after, seq_len = bound(artifact, module, flags)
-    if ckpt:
-        first, before, _ = bound(ckpt, module, flags)
-        pairs = (after - before).view(-1, 2).mean(1) / seq_len
-        print(f"before: {first}")
-        print(f"after:  {line}")
-        print(f"difference: {pairs.mean():+.5f}+-{pairs.std() / len(pairs) ** 0.5:.5f} nats per "
-              "token, same windows and noise")
-    else:
+    line, after = bound(artifact, module, flags)
+    if not ckpt:
         print(line)
+        return
+    first, before = bound(ckpt, module, flags)
+    pairs = (after - before).view(-1, 2).mean(1)
+    print(f"before: {first}\nafter:  {line}\ndifference: {pairs.mean():+.5f}+-"
+          f"{pairs.std() / len(pairs) ** 0.5:.5f} nats per token, same windows and noise")
+
+
+def open_checkpoint(name, script=None):
+    """-> (its path, what is in it, the module of the script that wrote it)"""
+    import sample
+
+    path = sample.find_checkpoint(name)
+    ckpt = sample.load_script(ROOT / "train_mdlm.py").load_checkpoint(path)
+    script = Path(script or ROOT / f"{ckpt['script']}.py")
+    fits = script.is_file() and script.stem == ckpt["script"]
+    require(fits, f"{path}: written by {ckpt['script']}.py: pass it as --script=FILE")
+    return path, ckpt, sample.load_script(script)
 
 
 def pack(flags):
-    import sample
-
-    path = sample.find_checkpoint(flags.pack)
-    module = sample.load_script(flags.script or ROOT / "train_mdlm.py")
-    ckpt = module.load_checkpoint(path)
-    script = Path(flags.script or ROOT / f"{ckpt['script']}.py")
-    require(script.is_file(), f"{path}: written by {script.name}: pass it as --script=FILE")
-    module = sample.load_script(script)
+    path, ckpt, module = open_checkpoint(flags.pack, flags.script)
     require(flags.scale in ("row", "tensor", "none"), f"--scale={flags.scale}: row, tensor or none")
     out = Path(flags.out or path.with_suffix(".golf"))
     raw = encode(ckpt, flags.scale)
     files = compress(raw)
     sizes = {codec: len(data) for codec, data in files.items()}
-    code = sum(os.path.getsize(p) for p in (script, ROOT / "muon.py"))
+    code = sum(os.path.getsize(p) for p in (module.__file__, ROOT / "muon.py"))
     best = min(sizes, key=sizes.get)
     total, n = sizes[best] + code, sum(x.numel() for x in ckpt["model"].values())
     print(f"{path}: {'average' if ckpt['ema'] else 'last weights'} of step {ckpt['step']}, {n:,} "
@@ -299,31 +291,32 @@ def pack(flags):
     require(total < flags.limit, f"{total:,} bytes: --limit={flags.limit} asks for fewer")
     out.write_bytes(files[best])
     artifact = read(out, flags.script)
-    print_errors(ckpt["ema"] or ckpt["model"], artifact["model"])
+    print_errors(ckpt["ema"] or ckpt["model"], flags.scale)
     print(f"{out}: written, sha256 {hashlib.sha256(files[best]).hexdigest()}")
     return artifact, ckpt, module
 
 
 @torch.no_grad()
-def main(argv):
-    with in_one_line("golf.py"):
-        flags = parse_flags(argv, __doc__, pack="", eval="", against="", script="", out="",
-                            scale="row", limit=LIMIT, data="", val_tokens=0, val_draws=0,
-                            device="auto")
-        import sample
+def pack_or_evaluate(flags):
+    import sample
 
-        require(bool(flags.pack) != bool(flags.eval), "one of --pack=CKPT and --eval=FILE")
-        if flags.pack:
-            artifact, ckpt, module = pack(flags)
-            folder = flags.data or ckpt["config"]["data"]
-            if not any(os.path.isdir(p) for p in (folder, os.path.join("data", folder))):
-                print(f"no bound: no folder data/{folder} here")
-                return
-        else:
-            artifact = read(flags.eval, flags.script)
-            module = sample.load_script(flags.script or ROOT / f"{artifact['script']}.py")
-            ckpt = flags.against and module.load_checkpoint(sample.find_checkpoint(flags.against))
-        print_bounds(artifact, ckpt, module, flags)
+    require(bool(flags.pack) != bool(flags.eval), "one of --pack=CKPT and --eval=FILE")
+    if flags.pack:
+        artifact, ckpt, module = pack(flags)
+        folder = flags.data or ckpt["config"]["data"]
+        if not any(os.path.isdir(p) for p in (folder, os.path.join("data", folder))):
+            print(f"no bound: no folder data/{folder} here")
+            return
+    else:
+        artifact = read(flags.eval, flags.script)
+        module = sample.load_script(flags.script or ROOT / f"{artifact['script']}.py")
+        ckpt = flags.against and open_checkpoint(flags.against, flags.script)[1]
+    print_bounds(artifact, ckpt, module, flags)
+
+
+def main(argv):
+    run_cli("golf.py", pack_or_evaluate, argv, __doc__, pack="", eval="", against="", script="",
+            out="", scale="row", limit=LIMIT, data="", val_tokens=0, val_draws=0, device="auto")
 
 
 if __name__ == "__main__":

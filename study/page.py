@@ -23,44 +23,25 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from study.golf import in_one_line, parse_flags, require  # noqa: E402
+from study.golf import UserError, require, run_cli  # noqa: E402
 
 FORMAT, MASK, MAX_BYTES = 1, -1, 300_000
-NUMBERS = ("parameters", "seed", "sample", "length", "nfe", "seconds")  # of a run
 
 
 # ----------------------------------------------------------------------------- recordings
-def check_run(run, tokens):
-    """Raise whatever is wrong with a run."""
-    ids = {int(i) for i in tokens} | {MASK}
-    for word in tokens.values():
-        word.encode("latin-1")
-    require(all(isinstance(run[key], str) for key in ("name", "script", "sampler")), "its names")
-    require(all(math.isfinite(run[key]) for key in NUMBERS), "its numbers")
-    require(0 < run["length"] < 10**6 and run["seconds"] > 0, "its length or seconds")
-    before = 0
-    for done, milliseconds, changes in [[0, 0, run["known"]], *run["frames"]]:
-        require(type(done) is int and before <= milliseconds < 1e9, "the times of its frames")
-        before = milliseconds
-        for position, token in changes:
-            is_in = type(position) is int and 0 <= position < run["length"] and token in ids
-            require(is_in, f"[{position}, {token}]: no such position or token")
-
-
 def load(path):
-    """A recording, checked."""
-    try:
-        with open(path, encoding="utf-8") as f:
+    """A recording; UserError if it is none."""
+    with open(path, encoding="utf-8") as f:
+        try:
             race = json.load(f)
-        require(race["format"] == FORMAT and race["mask"] == MASK, "another format")
-        require(race["runs"], "no run in it")
-        for run in race["runs"]:
-            check_run(run, race["tokens"])
-        return race
-    except OSError:
-        raise
-    except Exception as e:  # a file may hold anything
-        require(False, f"{path}: no recording of sample.py ({type(e).__name__}: {e})")
+            require((race["format"], race["mask"]) == (FORMAT, MASK), "another format")
+            require(race["runs"], "no run in it")
+            for run in race["runs"]:  # a picture takes all that there is
+                svg(race | {"runs": [run]})
+            return race
+        except Exception as e:  # a file may hold anything
+            line = f"{path}: not a recording of sample.py ({type(e).__name__}: {e})"
+            raise UserError(line) from None
 
 
 def replay(run):
@@ -84,7 +65,7 @@ def letters(row, tokens):
 def page(races, titles):
     """-> HTML. "<" is escaped, so that no text ends the element that it stands in."""
     data = [race | {"title": title} for race, title in zip(races, titles, strict=True)]
-    data = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    data = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     return template.replace("null</script>", data + "</script>")
 
@@ -94,16 +75,6 @@ WIDTH, MARGIN, CELL, LINE = 860, 24, 7.8, 19  # pixels
 COLUMNS = 2  # runs side by side
 SHORTEST, HOLD, FADE = 5.0, 3.0, 0.5  # seconds: of the slowest run, of the end, of a new token
 TICKS = 80  # moments that the slowest run is cut into
-STYLE = """
-svg{--card:#fff;--ink:#1d1f24;--soft:#6b7078;--mask:#cfccc5;--new:#0a8f55;--line:#e4e1db;--accent:#3b5bdb}
-@media(prefers-color-scheme:dark){
-svg{--card:#1c1f25;--ink:#e8e6e1;--soft:#9aa0ab;--mask:#4a4f59;--new:#6ee7a8;--line:#333740;--accent:#8ea6ff}}
-text{font:13px ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;
-fill:var(--ink);white-space:pre}
-.c{fill:var(--card);stroke:var(--line)}
-.h{font:600 15px system-ui,sans-serif}.s{font:12px system-ui,sans-serif;fill:var(--soft)}
-.k{font-weight:700}.m{fill:var(--mask)}.l{fill:var(--line)}.b{fill:var(--accent)}
-"""
 
 
 def wrap(texts, width):
@@ -212,37 +183,34 @@ def svg(race):
                       "infinite}")
     speed = "in real time" if slow == 1 else f"at 1/{slow} of real speed"
     bottom = 96 + height + 18
-    still = "@media(prefers-reduced-motion:reduce){*{animation:none!important}}"
+    style = Path(__file__).with_name("race.css").read_text(encoding="utf-8")
     return "\n".join((
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {bottom + 14}" role="img">',
         f"<title>Text appearing, {speed}</title>",
-        f"<style>{STYLE}", *frames, still, "</style>",
+        "<style>", *frames, style, "</style>",
         f'<rect class="c" x=".5" y=".5" width="{WIDTH - 1}" height="{bottom + 13}" rx="10"/>',
         *parts, f'<text class="s" x="{MARGIN}" y="{bottom}">{speed}</text></svg>', ""))
 
 
+def write(flags):
+    require(flags.files and (flags.out or flags.svg), "RECORDING.json .. -o FOLDER, or --svg=FILE")
+    races, written = [load(path) for path in flags.files], {}
+    if flags.svg:
+        written[Path(flags.svg)] = svg(races[0])
+    if flags.out:
+        titles = [Path(path).stem for path in flags.files]
+        written[Path(flags.out, "index.html")] = page(races, titles)
+    for path, text in written.items():
+        size = len(text.encode())
+        require(size < MAX_BYTES, f"{path}: {size:,} bytes, {MAX_BYTES:,} at most: record fewer "
+                "runs, tokens or passes")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        print(f"{path}: {size:,} bytes")
+
+
 def main(argv):
-    with in_one_line("page.py"):
-        if "-o" in argv[:-1]:
-            at = argv.index("-o")
-            argv = [*argv[:at], f"--out={argv[at + 1]}", *argv[at + 2:]]
-        files = [arg for arg in argv if not arg.startswith("-")]
-        flags = parse_flags([arg for arg in argv if arg.startswith("-")], __doc__, out="", svg="")
-        require(files and (flags.out or flags.svg), "RECORDING.json .. -o FOLDER, or --svg=FILE")
-        races = [load(path) for path in files]
-        written = {}
-        if flags.svg:
-            written[Path(flags.svg)] = svg(races[0])
-        if flags.out:
-            titles = [Path(path).stem for path in files]
-            written[Path(flags.out, "index.html")] = page(races, titles)
-        for path, text in written.items():
-            size = len(text.encode())
-            require(size < MAX_BYTES, f"{path}: {size:,} bytes, {MAX_BYTES:,} at most: record "
-                    "fewer runs, tokens or passes")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-            print(f"{path}: {size:,} bytes")
+    run_cli("page.py", write, argv, __doc__, out="", svg="")
 
 
 if __name__ == "__main__":
