@@ -36,6 +36,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import sample  # noqa: E402
+
 MAGIC = b"nanodlm-golf-1\n"
 LIMIT = 16_000_000  # bytes, of the artifacts of the parameter golf
 MAX_INFLATION = 8  # unpacked bytes, by those of the limit or of the file, whichever is larger
@@ -101,23 +103,18 @@ def from_fp8(x, exponents):
 def encode(ckpt, scale="row"):
     """A checkpoint -> the bytes of an artifact before compression."""
     weights = ckpt["ema"] or ckpt["model"]
-    fp8, exponents, fp16, tensors = [], [], [], []
+    fp8, exponents, fp16 = bytearray(), bytearray(), bytearray()
     for name, x in weights.items():
         require(x.is_floating_point(), f"{name}: {x.dtype} cannot be packed")
-        tensors.append([name, list(x.shape)])
         x = x.detach().cpu().float()
         if x.ndim < 2:
-            fp16.append(x.to(torch.float16).view(-1))
-            require(fp16[-1].isfinite().all(), f"{name}: numbers too large for fp16")
+            fp16 += x.half().numpy().tobytes()
+            require(x.half().isfinite().all(), f"{name}: numbers too large for fp16")
         else:
-            x = x.flatten(1)
-            exponents.append(row_exponents(x, scale))
-            fp8.append(to_fp8(x, exponents[-1]).view(torch.uint8).flatten())
-    parts = [torch.cat(x).numpy().tobytes() for x in (
-        [torch.empty(0, dtype=torch.uint8), *fp8],
-        [torch.empty(0, dtype=torch.int8), *(e.to(torch.int8) for e in exponents)],
-        [torch.empty(0, dtype=torch.float16), *fp16])]
-    payload = b"".join(parts)
+            e = row_exponents(x.flatten(1), scale)
+            fp8 += to_fp8(x.flatten(1), e).view(torch.uint8).numpy().tobytes()
+            exponents += e.to(torch.int8).numpy().tobytes()
+    payload, tensors = bytes(fp8 + exponents + fp16), [[k, [*x.shape]] for k, x in weights.items()]
     head = {key: ckpt[key] for key in KEPT} | dict(
         weights="ema" if ckpt["ema"] else "raw", scale=scale, tensors=tensors,
         sha256=hashlib.sha256(payload).hexdigest())
@@ -155,15 +152,12 @@ def decode(raw):
     is_sane = all(type(n) is int and n > 0 for shape in shapes.values() for n in shape)
     require(is_sane and len(shapes) == len(head["tensors"]), "its shapes make no sense")
     matrices = [shape for shape in shapes.values() if len(shape) > 1]
-    vectors = [shape for shape in shapes.values() if len(shape) < 2]
-    sizes = [sum(map(math.prod, matrices)), sum(shape[0] for shape in matrices),
-             2 * sum(map(math.prod, vectors))]
+    n_small = sum(math.prod(shape) for shape in shapes.values() if len(shape) < 2)
+    sizes = [sum(map(math.prod, matrices)), sum(shape[0] for shape in matrices), 2 * n_small]
     require(sum(sizes) == len(payload), f"{len(payload)} bytes for {sum(sizes)} bytes of weights")
-    buffer = torch.frombuffer(bytearray(payload or b"\0"), dtype=torch.uint8)[:len(payload)]
-    fp8, exponents, fp16 = buffer.split(sizes)
+    fp8, exponents, fp16 = torch.frombuffer(bytearray(payload), dtype=torch.uint8).split(sizes)
     fp8, exponents = fp8.view(torch.float8_e4m3fn), exponents.view(torch.int8).int()
-    fp16 = fp16.clone().view(torch.float16)
-    model = {}
+    fp16, model = fp16.clone().view(torch.float16), {}
     for name, shape in shapes.items():
         n = math.prod(shape)
         if len(shape) < 2:
@@ -189,6 +183,8 @@ def check_shapes(ckpt, module):
 
 def is_artifact(path):
     """Does a file begin as an artifact does?"""
+    if not os.path.isfile(path):
+        return False
     with open(path, "rb") as f:
         return f.read(len(MAGIC)) == MAGIC
 
@@ -198,8 +194,6 @@ def read(path, script=None):
 
     script: the file that wrote it, if it is not one of the repository. UserError names the file in
     whatever is wrong with it."""
-    import sample
-
     try:
         require(is_artifact(path), "not an artifact of study/golf.py")
         data = Path(path).read_bytes()
@@ -264,8 +258,6 @@ def print_bounds(artifact, ckpt, module, flags):
 
 def open_checkpoint(name, script=None):
     """-> (its path, what is in it, the module of the script that wrote it)"""
-    import sample
-
     path = sample.find_checkpoint(name)
     ckpt = sample.load_script(ROOT / "train_mdlm.py").load_checkpoint(path)
     script = Path(script or ROOT / f"{ckpt['script']}.py")
@@ -298,15 +290,9 @@ def pack(flags):
 
 @torch.no_grad()
 def pack_or_evaluate(flags):
-    import sample
-
     require(bool(flags.pack) != bool(flags.eval), "one of --pack=CKPT and --eval=FILE")
     if flags.pack:
         artifact, ckpt, module = pack(flags)
-        folder = flags.data or ckpt["config"]["data"]
-        if not any(os.path.isdir(p) for p in (folder, os.path.join("data", folder))):
-            print(f"no bound: no folder data/{folder} here")
-            return
     else:
         artifact = read(flags.eval, flags.script)
         module = sample.load_script(flags.script or ROOT / f"{artifact['script']}.py")
