@@ -182,6 +182,7 @@ def svg(race):
         frames.append(f"@keyframes {name}{{{shown}}}.{name}{{animation:{name} {total:.2f}s linear "
                       "infinite}")
     speed = "in real time" if slow == 1 else f"at 1/{slow} of real speed"
+    where = html.escape(runs[0].get("device", ""))
     bottom = 96 + height + 18
     style = Path(__file__).with_name("race.css").read_text(encoding="utf-8")
     return "\n".join((
@@ -189,7 +190,7 @@ def svg(race):
         f"<title>Text appearing, {speed}</title>",
         "<style>", *frames, style, "</style>",
         f'<rect class="c" x=".5" y=".5" width="{WIDTH - 1}" height="{bottom + 13}" rx="10"/>',
-        *parts, f'<text class="s" x="{MARGIN}" y="{bottom}">{speed}</text></svg>', ""))
+        *parts, f'<text class="s" x="{MARGIN}" y="{bottom}">{speed} {where}</text></svg>', ""))
 
 
 def write(flags):

@@ -95,7 +95,8 @@ def test_the_page_in_a_browser(tmp_path):
     browser = Browser(tmp_path / "profile")
     try:
         browser.call("Page.navigate", url=f"file://{tmp_path / 'index.html'}")
-        browser.wait_for("document.readyState === 'complete' && clock >= end")  # it plays by itself
+        browser.wait_for("document.readyState === 'complete'")
+        browser.wait_for("$('speed').value = 2, clock >= end")  # it plays by itself
         texts = "[...document.querySelectorAll('#race .text:not(.ghost)'), $('sample')]"
         assert browser.value(f"{texts}.map(e => e.textContent)") == 3 * [TEXT]
         for key, code in (("ArrowLeft", 37), ("Home", 36), (" ", 32)):
