@@ -26,6 +26,8 @@ sys.path.insert(0, str(ROOT))
 from study.golf import UserError, require, run_cli  # noqa: E402
 
 FORMAT, MASK, MAX_BYTES = 1, -1, 300_000
+LABELS = {"train_mdlm": "masked diffusion", "train_block": "block diffusion",
+          "train_sedd": "score entropy diffusion", "gpt": "autoregressive"}
 
 
 # ----------------------------------------------------------------------------- recordings
@@ -65,6 +67,7 @@ def letters(row, tokens):
 def page(races, titles):
     """-> HTML. "<" is escaped, so that no text ends the element that it stands in."""
     data = [race | {"title": title} for race, title in zip(races, titles, strict=True)]
+    data = {"labels": LABELS, "files": data}
     data = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     return template.replace("null</script>", data + "</script>")
@@ -161,8 +164,9 @@ def svg(race):
         x = MARGIN + i * (width + MARGIN)
         text, tall = draw_run(run, race["tokens"], x, 96, int(width / CELL), timing)
         height, end = max(height, tall), share(run["frames"][-1][1])
+        label = f"{LABELS.get(run['script'], run['script'])}, {run['sampler']}"
         parts.append(
-            f'<text class="h" x="{x:.4g}" y="34">{html.escape(run["name"])}</text>'
+            f'<text class="h" x="{x:.4g}" y="34">{html.escape(label)}</text>'
             f'<text class="s" x="{x:.4g}" y="53">{facts(run)}</text>'
             f'<rect class="l" x="{x:.4g}" y="64" width="{width:.4g}" height="3" rx="1.5"/>'
             f'<rect class="b" x="{x:.4g}" y="64" width="{width:.4g}" height="3" rx="1.5" style="'

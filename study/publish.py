@@ -1,9 +1,9 @@
 """A trained model as a folder of the Hugging Face hub: weights, settings, tokenizer, model card.
 
-    python study/publish.py --ckpt=out/train_mdlm --repo=OWNER/NAME --dry_run=1     writes hub/NAME
-    python study/publish.py --ckpt=out/train_mdlm --repo=OWNER/NAME                 and uploads it
-
-    python sample.py --ckpt=hf:OWNER/NAME                                           then reads it
+    python study/publish.py --ckpt=out/train_mdlm --repo=OWNER/NAME      writes out/hub/NAME and
+                                                                         uploads it
+    python study/publish.py .. --dry_run=1                               writes it only
+    python sample.py --ckpt=hf:OWNER/NAME/ckpt.pt                        reads it
 
 ckpt.pt holds the weights alone (the averaged ones, where there are some), config.json the settings
 of the run, tokenizer.json its tokens for the tokenizers library. README.md is filled from the
@@ -106,7 +106,7 @@ def write_folder(flags, folder):
 def publish(flags):
     require(flags.repo.count("/") == 1 and all(flags.repo.split("/")),
             f"--repo={flags.repo}: write OWNER/NAME")
-    folder = Path(flags.out or f"hub/{flags.repo.split('/')[1]}")
+    folder = Path(flags.out or f"out/hub/{flags.repo.split('/')[1]}")
     write_folder(flags, folder)
     print(f"{folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
     if flags.dry_run:

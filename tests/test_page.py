@@ -42,7 +42,7 @@ def test_the_files_hold_the_recording(tmp_path):
     assert done.status == 0, done.err
     text = (tmp_path / "index.html").read_text()
     data, = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text)
-    assert json.loads(data) == [race | {"title": "race"}]
+    assert json.loads(data)["files"] == [race | {"title": "race"}]
     assert not re.search(r"(src|href)=.(?!data:)|https?:|@import|innerHTML", text)
     shown = [e for e in ElementTree.parse(picture).iter() if e.tag.endswith("text")]
     cells = {(float(e.get("y")), float(x)): c for e in shown[2:-1] for x, c in zip(
