@@ -2,6 +2,7 @@
 import itertools
 import json
 import math
+import types
 
 import pytest
 import runs
@@ -11,7 +12,7 @@ from test_golf import make_checkpoint
 from toys import _grid
 
 import sample
-from study import likelihood
+from study import judge, likelihood, mauve
 
 SCRIPTS = {name: sample.load_script(runs.ROOT / f"{name}.py") for name in sample.SCRIPTS}
 KINDS = {"train_mdlm": "mdlm", "train_block": "block", "train_sedd": "sedd", "gpt": "gpt"}
@@ -126,3 +127,117 @@ def test_likelihood_from_a_checkpoint(tmp_path):
     assert gap[-1]["cumulative"] == pytest.approx(own - other, abs=1e-5)
     runs.assert_refused(call(likelihood, *common, "--orders=best"), "--orders=best", "margin")
     runs.assert_refused(call(likelihood, *common, "--windows=5"), "--windows=5")
+
+
+# ----------------------------------------------------------------------------- judge
+BYTES = sample.Tokenizer({"tokenizer": "byte", "bos_id": 0}, 256)
+CHAIN = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.5, 0.1, 0.4]], dtype=torch.float64)
+LAW = torch.linalg.matrix_power(CHAIN, 99)[0]  # of a letter: a, b or c
+
+
+def bigram_judge(context=64):
+    """The exact judge of letters drawn from CHAIN."""
+    table = torch.full((257, 256), 1e-30, dtype=torch.float64)
+    table[97:100, 97:100], table[256, 97:100] = CHAIN, LAW
+    return judge.Judge("bigram", lambda text: list(text.encode()), [1] * 256, [256], context,
+                       lambda x: (table.log()[x], torch.nn.functional.one_hot(x, 257).double()))
+
+
+def letters(n, length, seed=0):
+    gen = torch.Generator().manual_seed(seed)
+    rows = [LAW.multinomial(n, True, generator=gen)]
+    for _ in range(length - 1):
+        rows.append(CHAIN[rows[-1]].multinomial(1, generator=gen)[:, 0])
+    return (97 + torch.stack(rows, 1)).tolist()
+
+
+def test_an_exact_judge_finds_the_entropy_rate():
+    entropy = -(LAW * LAW.log()).sum().item()
+    rate = -(LAW @ (CHAIN * CHAIN.log())).sum().item()
+    rows = [(row, [False] * 40) for row in letters(500, 40)]
+    figures, features = judge.measure(bigram_judge(), BYTES, rows)
+    nats, error = figures["nats_per_judge_token"]
+    assert abs(nats - (entropy + 39 * rate) / 40) < 4 * error < 0.04
+    assert figures["gen_ppl"][0] == pytest.approx(math.exp(nats))
+    assert figures["bits_per_byte"][0] == pytest.approx(nats / math.log(2))
+    assert features.argmax(1).tolist() == [row[-1] for row, _ in rows]
+    # A text longer than the context is read in windows, and the first token can be left out.
+    windowed, _ = judge.measure(bigram_judge(context=9), BYTES, rows)
+    assert windowed["gen_ppl"] == pytest.approx(figures["gen_ppl"])
+    later, _ = judge.measure(bigram_judge(), BYTES, rows, no_start=True)
+    assert later["judge_tokens"] == 500 * 39 and later["gen_ppl"][0] < figures["gen_ppl"][0]
+    # A sharper sampler: lower perplexity and lower entropy together.
+    dull, _ = judge.measure(bigram_judge(), BYTES, [([97] * 40, [False] * 40)] * 2)
+    assert dull["gen_ppl"][0] < figures["gen_ppl"][0] and dull["entropy"] == (0, 0)
+
+
+def test_prompts_and_what_begins_documents_are_not_scored():
+    row, known = judge.trim([0, *b"abcab", 0, *b"ccc"], [True] * 3 + [False] * 7, 9, 0, cut=True)
+    assert bytes(row) == b"abcab" and known == [True] * 2 + [False] * 3
+    row, _ = judge.trim([0, *b"abcab", 0, *b"ccc"], [False] * 10, 8, 0, cut=False)
+    assert bytes(row) == b"abcabcc"
+    figures, _ = judge.measure(bigram_judge(), BYTES, [(list(b"abcab"), known)] * 2)
+    want = -sum(CHAIN["abc".index(a), "abc".index(b)].log().item() for a, b in ("bc", "ca", "ab"))
+    assert figures["tokens"] == figures["judge_tokens"] == 6
+    assert figures["nats_per_judge_token"][0] == pytest.approx(want / 3)
+
+
+def test_diversity_and_retokenizing():
+    assert judge.entropy([5, 5, 5]) == 0 and judge.entropy([3, 1, 2]) == pytest.approx(math.log(3))
+    assert judge.distinct([1, 2, 1, 2], 2) == 2 / 3 and judge.distinct([1], 2) == 0
+    assert judge.repeated([1, 2, 3, 4, 9, 1, 2, 3, 4]) == 4 / 9
+    own = types.SimpleNamespace(table=[b"", b"a", b"b", b"ab"], spans=lambda tokens, kinds: [
+        (own.table[token].decode(), kind) for token, kind in zip(tokens, kinds, strict=True)])
+    joined = bigram_judge()._replace(
+        encode=lambda text: [3] * (len(text) // 2), sizes=[0, 1, 1, 2], table=own.table,
+        forward=lambda x: (torch.zeros(*x.shape, 4), torch.zeros(*x.shape, 1)))
+    rows = [([3, 1, 2, 3], [False] * 4), ([3, 3, 3, 1, 2], [False] * 5)]
+    assert judge.measure(joined, own, rows)[0]["retokenized"] == 2 / 7
+
+
+def test_mauve_is_an_area(monkeypatch):
+    p, q = torch.tensor([3.0, 5, 2]), torch.tensor([1.0, 4, 5])
+    assert mauve.area(p, p) == pytest.approx(1) and mauve.area(p, q) < 0.9
+    assert mauve.area(p, q) == pytest.approx(mauve.area(q, p))
+    one, other = torch.tensor([1.0, 0]), torch.tensor([0.0, 1])
+    assert mauve.area(one, other) == pytest.approx(0.0041, abs=5e-5)
+    gen = torch.Generator().manual_seed(0)
+    a, b, far = torch.randn(3, 200, 8, generator=gen) + 3 * torch.tensor([0, 0, 1])[:, None, None]
+    assert mauve.mauve(a, b)["mauve"][0] > 0.8 and mauve.mauve(a, far)["mauve"][0] < 0.1
+    assert mauve.mauve(a, b)["k"] == 20
+    monkeypatch.setattr(mauve, "POINTS", 20_001)
+    assert mauve.area(one, other) == pytest.approx(1 / 252, abs=1e-5)
+
+
+def test_judging_files(tmp_path):
+    data, path = make_data(tmp_path), tmp_path / "mine.jsonl"
+    make_checkpoint(tmp_path / "gpt.pt", "gpt", data=str(data))
+    about = dict(script="train_mdlm", sampler="random", seed=0, tokenizer="byte", checkpoint="")
+    lines = [dict(tokens=[97] * 30, known=[[0, 97]], nfe=30)] * 8
+    path.write_text("\n".join(map(json.dumps, [about, *lines])))
+    flags = (path, f"--reference={data}", f"--judge={tmp_path}/gpt.pt", "--device=cpu")
+    out = call(judge, *flags, "--mauve=1", f"--out={tmp_path}/judge.json")
+    real, mine = table_of(out)
+    assert "real text" in real["text"] and mine["n"] == "8" and "*" in mine["gen ppl"]
+    assert "trained on this text" in out.out and "do not quote" in out.out
+    assert json.loads((tmp_path / "judge.json").read_text())["rows"][1]["tokens"] == 8 * 29
+    runs.assert_refused(call(judge, *flags[:2], "--judge=no.pt"), "no.pt", "No such")
+    path.write_text(json.dumps(dict(about, tokenizer="gpt2")) + "\n" + json.dumps(lines[0]))
+    runs.assert_refused(call(judge, *flags), "mine", "gpt2")
+
+
+def test_gpt2_as_judge():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_layer=1, n_embd=16, n_head=2, n_positions=32))
+    flags = types.SimpleNamespace(device="cpu", no_start=0)
+    try:
+        gpt2 = judge.gpt2_judge("gpt2", flags, model)
+    except OSError:  # requests' errors are
+        pytest.skip("the vocabulary of GPT-2 is not at hand")
+    tokens = gpt2.encode("To be or not to be")
+    with torch.no_grad():
+        law = model.eval()(torch.tensor([[50256, *tokens]])).logits[0].log_softmax(-1)
+    nats, _ = judge.read(gpt2, [tokens])
+    assert nats[0] == pytest.approx([-law[i, t].item() for i, t in enumerate(tokens)], abs=1e-5)
