@@ -31,7 +31,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,18 +60,17 @@ class Judge(NamedTuple):
     """A causal model that reads text."""
     name: str
     encode: Callable  # text -> tokens
-    sizes: Sequence  # bytes of every token
+    table: list  # bytes of every token
     start: list  # tokens in front of a text
     context: int  # tokens that it reads at once
     forward: Callable  # x (B, S) -> logits (B, S, V), features (B, S, D)
-    table: list | None = None  # bytes of every token of a checkpoint of gpt.py
     sha256: str = ""
     data: str = ""  # what it was trained on
 
 
-def gpt_judge(path, flags):
+def gpt_judge(path, device, dtype):
     """A checkpoint of gpt.py; its features are what its head reads."""
-    lm = sample.load(path, None, device=flags.device, dtype=flags.dtype)
+    lm = sample.load(path, None, device=device, dtype=dtype)
     require(lm.kind == "gpt", f"--judge={path}: {lm.name} is not causal: take a gpt.py checkpoint")
     kept = []
     lm.model.layers[-1].register_forward_hook(lambda layer, inputs, h: kept.append(h))
@@ -82,12 +81,11 @@ def gpt_judge(path, flags):
         h = kept.pop().float()
         return logits, F.rms_norm(h, (h.size(-1),))
 
-    table = lm.tokenizer.table
-    return Judge(Path(path).name, lm.tokenizer.encode, list(map(len, table)), [lm.cfg.vocab_size],
-                 lm.cfg.seq_len, forward, table, digest(lm.path), Path(lm.cfg.data).name)
+    return Judge(Path(path).name, lm.tokenizer.encode, lm.tokenizer.table, [lm.cfg.vocab_size],
+                 lm.cfg.seq_len, forward, digest(lm.path), Path(lm.cfg.data).name)
 
 
-def gpt2_judge(name, flags, model=None):
+def gpt2_judge(name, device, dtype, no_start=False, model=None):
     """GPT-2 of transformers: the name of a model of the hub, or its folder."""
     try:
         import tiktoken
@@ -96,7 +94,7 @@ def gpt2_judge(name, flags, model=None):
         raise ValueError(f"--judge={name}: needs transformers: pip install transformers; or take a "
                          "checkpoint of gpt.py") from None
     words = tiktoken.get_encoding("gpt2")
-    device = SCRIPT.pick_device(flags.device, 0)
+    device, _ = SCRIPT.pick_device(device, dtype, 0)
     with sample.naming(f"--judge={name}"):
         model = (model or GPT2LMHeadModel.from_pretrained(name)).to(device).eval()
 
@@ -104,9 +102,15 @@ def gpt2_judge(name, flags, model=None):
         out = model(x.to(device), output_hidden_states=True)
         return out.logits.float(), out.hidden_states[-1].float()
 
-    sizes = [len(words.decode_single_token_bytes(i)) for i in range(words.n_vocab)]
-    start = [] if flags.no_start else [words.eot_token]
-    return Judge(name, words.encode_ordinary, sizes, start, model.config.n_positions, forward)
+    table = [words.decode_single_token_bytes(i) for i in range(words.eot_token)] + [b""]
+    start = [] if no_start else [words.eot_token]
+    return Judge(name, words.encode_ordinary, table, start, model.config.n_positions, forward)
+
+
+def load_judge(name, device, dtype, no_start=False):
+    if name in GPT2 or os.path.exists(os.path.join(name, "config.json")):
+        return gpt2_judge(name, device, dtype, no_start)
+    return gpt_judge(name, device, dtype)
 
 
 @torch.no_grad()
@@ -195,7 +199,7 @@ def measure(judge, tokenizer, rows, no_start=False):
         parts = tokenizer.spans(tokens, known)
         given = np.concatenate([np.full(len(text.encode()), is_known) for text, is_known in parts])
         texts.append(judge.encode("".join(text for text, _ in parts)))
-        sizes.append(np.array([judge.sizes[token] for token in texts[-1]]))
+        sizes.append(np.array([len(judge.table[token]) for token in texts[-1]]))
         end = sizes[-1].cumsum()
         scored.append(~np.maximum.reduceat(given, end - sizes[-1]))  # nothing in it was given
         scored[-1][:no_start] = False
@@ -232,7 +236,7 @@ def read_samples(path):
         about, *lines = map(json.loads, Path(path).read_text(encoding="utf-8").splitlines())
         rows = []
         for line in lines:
-            given = {at for at, _ in line["known"]}
+            given = {at for at, _ in line.get("known", ())}
             rows.append((line["tokens"], [at in given for at in range(len(line["tokens"]))]))
         return about, rows, float(np.mean([line["nfe"] for line in lines]))
     except (KeyError, TypeError, ValueError) as e:
@@ -264,26 +268,24 @@ def print_table(rows, real):
 def run(flags):
     require(flags.files, "name the samples: FILE.jsonl..")
     require(flags.reference, "--reference=DATA: a prepared folder of real text")
-    is_gpt2 = flags.judge in GPT2 or os.path.exists(os.path.join(flags.judge, "config.json"))
-    judge = (gpt2_judge if is_gpt2 else gpt_judge)(flags.judge, flags)
-    folder = flags.reference if os.path.isdir(flags.reference) else f"data/{flags.reference}"
-    meta = SCRIPT.load_meta(folder)
-    tokenizer = sample.Tokenizer(meta, meta["vocab_size"])
+    judge = load_judge(flags.judge, flags.device, flags.dtype, flags.no_start)
     files = [(Path(path).stem, *read_samples(path)) for path in flags.files]
+    length = flags.length or min(max(len(tokens) for tokens, _ in rows) for _, _, rows, _ in files)
+    cfg = SCRIPT.Config(data=flags.reference, split=flags.split, seq_len=length, eval_only=True)
+    _, windows, meta = SCRIPT.open_data(cfg)
+    tokenizer = sample.Tokenizer(meta, meta["vocab_size"])
     for name, about, _, _ in files:
         require(about["tokenizer"] == tokenizer.name, f"{name}: {about['tokenizer']} tokens, but "
-                f"{folder} has {tokenizer.name} tokens")
-    length = flags.length or min(max(len(tokens) for tokens, _ in rows) for _, _, rows, _ in files)
-    n = max(len(rows) for _, _, rows, _ in files)
-    windows = SCRIPT.Windows(folder, flags.split, length)
+                f"{cfg.data} has {tokenizer.name} tokens")
+    n, text = max(len(rows) for _, _, rows, _ in files), Path(cfg.data).name
     need = n * (1 + flags.mauve)  # the second half is what texts are compared with
-    require(len(windows) >= need, f"--reference={folder}: {len(windows)} windows of {length} tokens"
-            f" in {flags.split}, {need} needed")
+    require(len(windows) >= need, f"--reference={cfg.data}: {need} windows of {length} tokens are "
+            f"needed, {flags.split} has {len(windows)}")
     fits = not flags.mauve or all(len(rows) == n for _, _, rows, _ in files)
     require(fits and n > 1, f"{' '.join(flags.files)}: two samples or more, the same number in all")
     real = windows.read(range(need), meta["vocab_size"]).tolist()
     real = [(row, [False] * length) for row in real]
-    name = f"real text, {Path(folder).name} {flags.split}"
+    name = f"real text, {text} {flags.split}"
     sets = [("", {}, real[n:], None)] * flags.mauve + [(name, {}, real[:n], None)]
     out, other = [], None
     for name, about, rows, nfe in sets + files:
@@ -297,7 +299,7 @@ def run(flags):
         figures |= mauve(features, other, flags.seed) if flags.mauve else {}
         is_judge = " (the judge itself)" * (about.get("checkpoint") == judge.sha256)
         out.append(dict(text=name + is_judge, nfe=nfe, short=n_short, about=about, **figures))
-    is_known = ", trained on this text" * (judge.data == Path(folder).name)
+    is_known = ", trained on this text" * (judge.data == text)
     first = "first token not scored" if flags.no_start else "all tokens scored"
     cut = ", cut at the end of a document" * flags.cut
     short = ", ".join(str(row["short"]) for row in out)

@@ -104,7 +104,8 @@ def make_rule(order, shape, gen, threshold=None, pace="even"):
 
 
 def decoder_nats(lm, x0, order, steps=None, threshold=None, pace="even", seed=0):
-    """x0 (N, T) -> nats (N, T), passes (N, T), each a mean over the K orders of random:K"""
+    """x0 (N, T) -> nats (N, T), which pass revealed each token (N, T), how many there were (N,);
+    each a mean over the K orders of random:K"""
     order, _, count = order.partition(":")
     parts, gen = [], torch.Generator().manual_seed(seed)
     for _ in range(int(count or 1)):
@@ -114,7 +115,8 @@ def decoder_nats(lm, x0, order, steps=None, threshold=None, pace="even", seed=0)
             with lm.amp():
                 found.append(chain_rule(lm.net, lm.cfg, lm.kind, x0[rows].to(lm.device), choose,
                                         u[rows], steps, is_blind))
-        parts.append([torch.cat(x) for x in zip(*found, strict=True)])
+        nats, when = (torch.cat(x) for x in zip(*found, strict=True))
+        parts.append((nats, when, when.amax(1)))
     return [torch.stack(x).double().mean(0) for x in zip(*parts, strict=True)]
 
 
@@ -137,7 +139,7 @@ def nelbo(lm, x0, draws):
     for draw in range(draws):
         gen = torch.Generator().manual_seed(lm.script.derive_seed(NELBO_SEED, draw))
         noise = lm.script.draw_noise(lm.cfg, len(x0), gen, bound=True)
-        for rows in torch.arange(len(x0)).split(lm.batch_rows(x0.size(1))):
+        for rows in torch.arange(len(x0)).split(2 * -(-lm.batch_rows(x0.size(1)) // 2)):  # pairs
             piece = lm.script.take_rows(noise, rows, lm.device)
             with lm.amp():
                 nats = lm.script.nelbo_fn(lm.model, x0[rows].to(lm.device), piece, lm.cfg)
@@ -173,7 +175,7 @@ def read_windows(lm, flags):
     """-> x0 (N, T), bytes (N, T) of its tokens, the name of the data"""
     cfg = dataclasses.replace(lm.cfg, data=flags.data or lm.cfg.data, split=flags.split,
                               eval_only=True, init_from="")
-    _, windows, meta = lm.script.open_data(cfg, None)
+    _, windows, meta = lm.script.open_data(cfg)
     is_same = sample.Tokenizer(meta, cfg.vocab_size).table == lm.tokenizer.table
     require(is_same, f"--data={cfg.data}: its tokens are not those of {flags.ckpt}")
     n, T = flags.windows, cfg.seq_len
@@ -262,14 +264,15 @@ def run(flags):
     for order, steps, threshold in todo:
         if lm.kind == "gpt":
             nats, when = causal_nats(lm, x0), torch.arange(1.0, T + 1).expand(N, T)
+            nfe = when[:, -1]
         else:
-            nats, when = decoder_nats(lm, x0, order, steps, threshold, flags.pace, flags.seed)
+            nats, when, nfe = decoder_nats(lm, x0, order, steps, threshold, flags.pace, flags.seed)
         name = f"{order} {steps or ''}{threshold or ''}".strip()
         arrays |= {f"{name} nats": nats.float().numpy(), f"{name} pass": when.float().numpy()}
         mean = nats.mean(1)
         base = mean if base is None and order == "l2r" else base
         rows.append(dict(
-            order=order, steps=steps, threshold=threshold, nfe=when.amax(1).mean().item(),
+            order=order, steps=steps, threshold=threshold, nfe=nfe.mean().item(),
             nats=mean_and_error(mean), bpb=nats.sum().item() / bits,
             minus_nelbo=None if bound is None else mean_and_error(mean - bound),
             minus_l2r=None if base is None else mean_and_error(mean - base)))

@@ -4,6 +4,7 @@ import json
 import math
 import types
 
+import numpy as np
 import pytest
 import runs
 import torch
@@ -12,7 +13,7 @@ from test_golf import make_checkpoint
 from toys import _grid
 
 import sample
-from study import judge, likelihood, mauve
+from study import entropy, judge, likelihood, mauve
 
 SCRIPTS = {name: sample.load_script(runs.ROOT / f"{name}.py") for name in sample.SCRIPTS}
 KINDS = {"train_mdlm": "mdlm", "train_block": "block", "train_sedd": "sedd", "gpt": "gpt"}
@@ -118,6 +119,7 @@ def test_likelihood_from_a_checkpoint(tmp_path):
     rows = {row["order"]: row for row in json.loads((tmp_path / "a.json").read_text())["rows"]}
     assert out.status == 0 and rows.keys() == {"NELBO", "l2r", "random:2", "confidence"}, out.err
     assert "32.0" in out.out and rows["l2r"]["nfe"] == 32 and rows["l2r"]["minus_l2r"] == [0, 0]
+    assert rows["random:2"]["nfe"] == rows["confidence"]["nfe"] == 32
     mean, error = rows["random:2"]["minus_nelbo"]
     assert abs(mean) < 4 * error
     gap = json.loads((tmp_path / "a.json").read_text())["gap"]
@@ -139,7 +141,7 @@ def bigram_judge(context=64):
     """The exact judge of letters drawn from CHAIN."""
     table = torch.full((257, 256), 1e-30, dtype=torch.float64)
     table[97:100, 97:100], table[256, 97:100] = CHAIN, LAW
-    return judge.Judge("bigram", lambda text: list(text.encode()), [1] * 256, [256], context,
+    return judge.Judge("bigram", lambda text: list(text.encode()), BYTES.table, [256], context,
                        lambda x: (table.log()[x], torch.nn.functional.one_hot(x, 257).double()))
 
 
@@ -189,7 +191,7 @@ def test_diversity_and_retokenizing():
     own = types.SimpleNamespace(table=[b"", b"a", b"b", b"ab"], spans=lambda tokens, kinds: [
         (own.table[token].decode(), kind) for token, kind in zip(tokens, kinds, strict=True)])
     joined = bigram_judge()._replace(
-        encode=lambda text: [3] * (len(text) // 2), sizes=[0, 1, 1, 2], table=own.table,
+        encode=lambda text: [3] * (len(text) // 2), table=own.table,
         forward=lambda x: (torch.zeros(*x.shape, 4), torch.zeros(*x.shape, 1)))
     rows = [([3, 1, 2, 3], [False] * 4), ([3, 3, 3, 1, 2], [False] * 5)]
     assert judge.measure(joined, own, rows)[0]["retokenized"] == 2 / 7
@@ -221,7 +223,7 @@ def test_judging_files(tmp_path):
     assert "real text" in real["text"] and mine["n"] == "8" and "*" in mine["gen ppl"]
     assert "trained on this text" in out.out and "do not quote" in out.out
     assert json.loads((tmp_path / "judge.json").read_text())["rows"][1]["tokens"] == 8 * 29
-    runs.assert_refused(call(judge, *flags[:2], "--judge=no.pt"), "no.pt", "No such")
+    runs.assert_refused(call(judge, *flags[:2], "--judge=no.pt"), "no.pt")
     path.write_text(json.dumps(dict(about, tokenizer="gpt2")) + "\n" + json.dumps(lines[0]))
     runs.assert_refused(call(judge, *flags), "mine", "gpt2")
 
@@ -231,9 +233,8 @@ def test_gpt2_as_judge():
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(n_layer=1, n_embd=16, n_head=2, n_positions=32))
-    flags = types.SimpleNamespace(device="cpu", no_start=0)
     try:
-        gpt2 = judge.gpt2_judge("gpt2", flags, model)
+        gpt2 = judge.gpt2_judge("gpt2", "cpu", "fp32", model=model)
     except OSError:  # requests' errors are
         pytest.skip("the vocabulary of GPT-2 is not at hand")
     tokens = gpt2.encode("To be or not to be")
@@ -241,3 +242,40 @@ def test_gpt2_as_judge():
         law = model.eval()(torch.tensor([[50256, *tokens]])).logits[0].log_softmax(-1)
     nats, _ = judge.read(gpt2, [tokens])
     assert nats[0] == pytest.approx([-law[i, t].item() for i, t in enumerate(tokens)], abs=1e-5)
+
+
+# ----------------------------------------------------------------------------- entropy masking
+def test_entropy_of_tokens_in_closed_form():
+    """H_v: the entropy of what may follow u, over the letters u that come before v."""
+    text = torch.tensor(letters(3000, 30))
+    total, count = entropy.add_up(bigram_judge(), text.split(500), 256, "entropy")
+    row = -(CHAIN * CHAIN.log()).sum(1)
+    want = (LAW * row) @ CHAIN / LAW
+    first = -(LAW * LAW.log()).sum()
+    want = (29 * want + first) / 30  # the first letter of a row has only the start before it
+    found = (total / count)[97:100]
+    assert torch.allclose(found, want, atol=0.01) and count.sum() == text.numel()
+    surprise, _ = entropy.add_up(bigram_judge(), [text], 256, "surprisal")
+    assert surprise.sum().item() == pytest.approx(total.sum().item(), rel=0.01)
+
+
+def test_the_mean_masked_share_is_that_of_uniform_masking():
+    """Also where clamps bite, and with tokens that hardly occur."""
+    count = torch.tensor([900.0, 90, 9, 1, 0]).double()
+    total = count * torch.tensor([0.1, 3.0, 0.5, 9.0, 0.0]).double()
+    unit, tilts = entropy.in_units(total, count, min_count=5)
+    assert unit[3] == unit[4] == 1
+    assert (count * (2 - unit).clamp(0.5, 1.5)).sum() / count.sum() == pytest.approx(1, abs=1e-6)
+    assert tilts["by text"] == pytest.approx(1, abs=1e-6) and tilts["by vocabulary"] > 1.2
+
+
+def test_entropy_file(tmp_path):
+    data = make_data(tmp_path)
+    make_checkpoint(tmp_path / "gpt.pt", "gpt", data=str(data))
+    flags = (f"--judge={tmp_path}/gpt.pt", f"--data={data}", "--device=cpu")
+    out = call(entropy, *flags, "--tokens=1000", f"--out={tmp_path}/h.npy")
+    assert out.status == 0 and "by vocabulary" in out.out, out.err
+    assert np.load(tmp_path / "h.npy").shape == (256,)
+    about = json.loads((tmp_path / "h.json").read_text())
+    assert about["tokens"] == 992 and about["mean_tilt"]["by text"] == pytest.approx(1)
+    runs.assert_refused(call(entropy, *flags, "--what=x"), "--what=x", "surprisal")
