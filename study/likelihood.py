@@ -12,8 +12,9 @@ one. This is exact, needs no samples and no judge, and holds for several tokens 
 likelihood only because the rule sees revealed tokens alone: a rule that looks at the true token
 sums to more than 1 over all texts (a test).
 
-Each rule is a decoder of its own, not a tighter bound of one model. The NELBO is the mean over
-random orders with one token a pass, which is the row "random" (a test, too).
+Each rule is a decoder of its own, not a tighter bound of one model. What the NELBO is the mean of
+are random orders with one token a pass, the row "random" (a test, too); with train_sedd only under
+--normalized=1, since its NELBO also pays for scores that do not sum to 1.
 
     --orders     l2r, r2l, random[:K] (the mean over K orders) and any order of sample.py that ranks
                  (confidence, entropy, margin..); of gpt.py only l2r. train_block: inside each block
@@ -189,7 +190,8 @@ def read_windows(lm, flags):
                 begins, end = [*begins, at], at + T
         begins = torch.tensor(begins[:n // 2 * 2][:len(begins) // 2 * 2], dtype=torch.long)
         x0 = text[begins[:, None] + torch.arange(T)]
-    require(len(x0) >= 4, f"--data={cfg.data}: {len(x0)} windows of {T} tokens in {flags.split}")
+    require(len(x0) >= 4, f"--data={cfg.data}: {flags.split} has {len(x0)} windows of {T} tokens "
+            f"for --start={flags.start}, four are needed")
     return x0, torch.tensor(meta["byte_length"])[x0], cfg.data
 
 
