@@ -1,0 +1,316 @@
+"""The exact likelihood of a decoder, by order and number of passes; and where it lags behind AR.
+
+    python study/likelihood.py --ckpt=out/train_mdlm --orders=l2r,r2l,confidence,entropy,random:4
+    python study/likelihood.py --ckpt=out/train_mdlm --orders=l2r,confidence --steps=8,32 \\
+        --threshold=.5,.9
+    python study/likelihood.py --ckpt=out/train_mdlm --orders=l2r --against=out/gpt
+
+A decoder begins with masks. In each pass its rule picks positions, and their tokens are drawn
+independently of each other. So the probability that it writes a given text is a product over
+passes, of the true tokens at the positions that the rule picks when the text so far is the true
+one. This is exact, needs no samples and no judge, and holds for several tokens a pass. It is a
+likelihood only because the rule sees revealed tokens alone: a rule that looks at the true token
+sums to more than 1 over all texts (a test).
+
+Each rule is a decoder of its own, not a tighter bound of one model. What the NELBO is the mean of
+are random orders with one token a pass, the row "random" (a test, too); with train_sedd only under
+--normalized=1, since its NELBO also pays for scores that do not sum to 1.
+
+    --orders     l2r, r2l, random[:K] (the mean over K orders) and any order of sample.py that ranks
+                 (confidence, entropy, margin..); of gpt.py only l2r. train_block: inside each block
+    --steps      passes, of train_block in each block, with commas; without it one token a pass
+    --threshold  instead of them: one token a pass, and all whose top probability is above it
+    --pace       even (default), cosine or cosine2, of the tokens over the steps
+    --windows    how many, the first of --split (val) of --data (the run's); 64
+    --start      anywhere (default: windows as evaluation cuts them) or document: windows that begin
+                 at the beginning of a document
+    --against    a checkpoint of gpt.py: nats per token minus its own, by position in the window
+    --draws      of the noise of the NELBO; 8
+    --out        FILE.json for all figures; FILE.npz beside it for nats and passes by position
+    --script, --device, --dtype (fp32), --seed
+
+Another dtype or device rounds otherwise, which can change an order and so the figure slightly.
+Standard errors are over pairs of neighbouring windows, of differences on the same windows.
+"""
+import dataclasses
+import hashlib
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import sample  # noqa: E402
+from study.golf import require, run_cli  # noqa: E402
+
+BLIND = ("l2r", "r2l", "random")  # orders that do not look at the network's answers
+NELBO_SEED = 20240520
+
+
+@torch.no_grad()
+def chain_rule(model, cfg, kind, x0, choose, u, steps=None, is_blind=False):
+    """-log p of x0 (B, T) for the decoder whose rule is choose (sample.ordered), in `steps` passes
+    for every block; None: as many as it has tokens. u (B, T): random numbers of the rule. is_blind:
+    the rule does not look at log-probabilities.
+    -> nats (B, T) float64; which pass of its row revealed each token, (B, T), from 1 on"""
+    (B, T), mask_id = x0.shape, cfg.vocab_size
+    L = cfg.block_len if kind == "block" else T
+    reader = sample.Reader(model, cfg, kind, L)
+    tokens = torch.full_like(x0, mask_id)
+    nats, when = torch.zeros(B, T, dtype=torch.float64), torch.zeros(B, T, dtype=torch.long)
+    n_passes = torch.zeros(B, 1, dtype=torch.long)
+    for start in range(0, T, L):
+        here = slice(start, start + L)
+        for i in range(steps or L):
+            is_mask = tokens[:, here] == mask_id  # (B, L)
+            if not is_mask.any():
+                break
+            state = dict(step=i, steps=steps, u=u[:, here])
+            if is_blind:  # the head has to answer for what is revealed alone
+                no_answers = torch.zeros(int(is_mask.sum()), 1)
+                is_left = choose(no_answers, is_mask, **state)
+                rows = (is_mask & ~is_left).flatten().nonzero()[:, 0]
+                log_p = reader.read(tokens, start, rows).log_softmax(-1)  # (R, V)
+            else:
+                rows = is_mask.flatten().nonzero()[:, 0]
+                log_p = reader.read(tokens, start, rows).log_softmax(-1)
+                is_left = choose(log_p, is_mask, **state)
+                is_picked = ~is_left.flatten()[rows]
+                rows, log_p = rows[is_picked], log_p[is_picked]
+            true = x0[:, here].flatten()[rows]
+            is_new = (is_mask & ~is_left).cpu()
+            nats[:, here][is_new] = -log_p.gather(1, true[:, None])[:, 0].cpu().double()
+            n_passes += is_mask.any(1, keepdim=True).cpu()
+            when[:, here][is_new] = n_passes.expand(-1, L)[is_new]
+            tokens[:, here] = torch.where(is_left, mask_id, x0[:, here])
+    return nats, when
+
+
+def make_rule(order, shape, gen, threshold=None, pace="even"):
+    """An order -> (choose, u (N, T) float64), as sample.py would use it. l2r and r2l are its random
+    order with numbers that are not random."""
+    u = torch.rand(shape, generator=gen, dtype=torch.float64)
+    if order in ("l2r", "r2l"):
+        u = torch.arange(shape[1], dtype=torch.float64).expand(shape) / shape[1]
+        u = 1 - u if order == "l2r" else u
+    name = "random" if order in BLIND else order
+    return sample.ordered(name, threshold, pace), u
+
+
+def decoder_nats(lm, x0, order, steps=None, threshold=None, pace="even", seed=0):
+    """x0 (N, T) -> nats (N, T), which pass revealed each token (N, T), how many there were (N,);
+    each a mean over the K orders of random:K"""
+    order, _, count = order.partition(":")
+    parts, gen = [], torch.Generator().manual_seed(seed)
+    for _ in range(int(count or 1)):
+        choose, u = make_rule(order, x0.shape, gen, threshold, pace)
+        is_blind, found = order in BLIND and threshold is None, []
+        for rows in torch.arange(len(x0)).split(lm.batch_rows(x0.size(1))):
+            with lm.amp():
+                found.append(chain_rule(lm.net, lm.cfg, lm.kind, x0[rows].to(lm.device), choose,
+                                        u[rows], steps, is_blind))
+        nats, when = (torch.cat(x) for x in zip(*found, strict=True))
+        parts.append((nats, when, when.amax(1)))
+    return [torch.stack(x).double().mean(0) for x in zip(*parts, strict=True)]
+
+
+@torch.no_grad()
+def causal_nats(lm, x0):
+    """gpt.py: x0 (N, T) -> nats (N, T)"""
+    found = []
+    for x in x0.split(lm.batch_rows(x0.size(1))):
+        x = x.to(lm.device)
+        with lm.amp():
+            logits = lm.model(F.pad(x[:, :-1], (1, 0), value=lm.cfg.vocab_size))  # (B, T, V)
+        found.append(F.cross_entropy(logits.mT, x, reduction="none").cpu().double())
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def nelbo(lm, x0, draws):
+    """x0 (N, T) -> nats per token (N,), a mean over draws of the noise that evaluation uses"""
+    total = torch.zeros(len(x0), dtype=torch.float64)
+    for draw in range(draws):
+        gen = torch.Generator().manual_seed(lm.script.derive_seed(NELBO_SEED, draw))
+        noise = lm.script.draw_noise(lm.cfg, len(x0), gen, bound=True)
+        for rows in torch.arange(len(x0)).split(2 * -(-lm.batch_rows(x0.size(1)) // 2)):  # pairs
+            piece = lm.script.take_rows(noise, rows, lm.device)
+            with lm.amp():
+                nats = lm.script.nelbo_fn(lm.model, x0[rows].to(lm.device), piece, lm.cfg)
+            total[rows] += nats.cpu().double() / draws
+    return total / x0.size(1)
+
+
+def mean_and_error(x):
+    """(N,) float64 -> mean and its standard error over pairs of neighbours"""
+    pairs = x.view(-1, 2).mean(1)
+    return x.mean().item(), pairs.std().item() / len(pairs) ** 0.5
+
+
+def prefix_gap(difference, n_bytes):
+    """difference (N, T) in nats and bytes (N, T) of the tokens -> [{first, last (position),
+    gap, se (nats per token inside the bin), bpb, cumulative (up to last), tail (from first on)}],
+    bins 0, 1, 2-3, 4-7.."""
+    T, rows, first = difference.size(1), [], 0
+    while first < T:
+        last = min(T, 2 * first or 1)
+        local = difference[:, first:last]
+        gap, se = mean_and_error(local.mean(1))
+        bits, size = local.sum().item() / math.log(2), int(n_bytes[:, first:last].sum())
+        rows.append(dict(first=first, last=last - 1, gap=gap, se=se,
+                         bpb=bits / size if size else None,
+                         cumulative=difference[:, :last].mean().item(),
+                         tail=difference[:, first:].mean().item()))
+        first = last
+    return rows
+
+
+def read_windows(lm, flags):
+    """-> x0 (N, T), bytes (N, T) of its tokens, the name of the data"""
+    cfg = dataclasses.replace(lm.cfg, data=flags.data or lm.cfg.data, split=flags.split,
+                              eval_only=True, init_from="")
+    _, windows, meta = lm.script.open_data(cfg)
+    is_same = sample.Tokenizer(meta, cfg.vocab_size).table == lm.tokenizer.table
+    require(is_same, f"--data={cfg.data}: its tokens are not those of {flags.ckpt}")
+    n, T = flags.windows, cfg.seq_len
+    require(n % 2 == 0 and n >= 4, f"--windows={n}: an even number of four or more")
+    if flags.start == "anywhere":
+        x0 = windows.read(range(min(n, len(windows) // 2 * 2)), cfg.vocab_size)
+    else:
+        text, begins, end = windows.read(range(len(windows)), cfg.vocab_size).flatten(), [], 0
+        for at in (text == meta["bos_id"]).nonzero()[:, 0].tolist():
+            if end <= at <= len(text) - T:
+                begins, end = [*begins, at], at + T
+        begins = torch.tensor(begins[:n // 2 * 2][:len(begins) // 2 * 2], dtype=torch.long)
+        x0 = text[begins[:, None] + torch.arange(T)]
+    require(len(x0) >= 4, f"--data={cfg.data}: {flags.split} has {len(x0)} windows of {T} tokens "
+            f"for --start={flags.start}, four are needed")
+    return x0, torch.tensor(meta["byte_length"])[x0], cfg.data
+
+
+def settings(flags, lm):
+    """[(order, steps or None, threshold or None)], checked"""
+    orders = [name for name in flags.orders.split(",") if name]
+    known = ("l2r",) if lm.kind == "gpt" else (*BLIND[:2], *sample.RANKS)
+    for order in orders:
+        name, _, count = order.partition(":")
+        fits = name in known and (not count or name == "random" and count.isdecimal())
+        require(fits, f"--orders={order}: {lm.name} has {', '.join(known)}; random takes :K")
+    require(lm.graph != "uniform", f"--ckpt={flags.ckpt}: nothing is masked under --graph=uniform")
+    try:
+        steps = [int(x) for x in flags.steps.split(",") if x]
+        thresholds = [float(x) for x in flags.threshold.split(",") if x]
+    except ValueError:
+        raise ValueError(f"--steps={flags.steps} --threshold={flags.threshold}: numbers, with "
+                         "commas") from None
+    ways = [(n, None) for n in steps] + [(None, x) for x in thresholds]
+    return [(order, *way) for order in orders for way in ways or [(None, None)]]
+
+
+def say_estimate(lm, x0, todo):
+    """Print how long it will take, from one pass of one batch."""
+    T, size = x0.size(1), lm.batch_rows(x0.size(1))
+    x = x0[:size].to(lm.device)
+    empty, rows = torch.full_like(x, lm.cfg.vocab_size), torch.arange(x.numel(), device=x.device)
+    L = lm.block_len or T
+    start = time.perf_counter()
+    with torch.no_grad(), lm.amp():
+        sample.Reader(lm.net, lm.cfg, lm.kind, L).read(empty, 0, rows[:len(x) * L])
+    seconds = (time.perf_counter() - start) * -(-len(x0) // size)
+    n_passes = sum(int(order.partition(":")[2] or 1) * min(T, T // L * (steps or L))
+                   for order, steps, _ in todo)
+    print(f"{n_passes} passes over {len(x0)} windows of {T} tokens: {n_passes * seconds:.0f} s or "
+          "less", file=sys.stderr)
+
+
+def print_table(rows, head):
+    print("| " + " | ".join(head) + " |\n|" + " --- |" * len(head))
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+
+
+def shown(pair):
+    return "" if pair is None else f"{pair[0]:.4f} ± {pair[1]:.4f}"
+
+
+def run(flags):
+    require(not flags.files, f"{' '.join(flags.files)}: name the checkpoint with --ckpt=PATH")
+    how = dict(device=flags.device, dtype=flags.dtype)
+    lm = sample.load(flags.ckpt, flags.script or None, **how)
+    todo = settings(flags, lm)
+    x0, n_bytes, data = read_windows(lm, flags)
+    N, T = x0.shape
+    other = flags.against and sample.load(flags.against, **how)
+    if other:
+        fits = other.kind == "gpt" and other.tokenizer.table == lm.tokenizer.table
+        require(fits and other.cfg.seq_len >= T, f"--against={flags.against}: not a checkpoint of "
+                f"gpt.py with the same tokens and a context of {T}")
+        fits = ("l2r", None, None) in todo
+        require(fits, "--against: needs --orders=l2r, without --steps and --threshold")
+    print(f"{lm.summary}\n{N} windows of {T} tokens of {data} ({flags.split}), begin: "
+          f"{flags.start}, {lm.where}", file=sys.stderr)
+    bound = None if lm.kind == "gpt" else nelbo(lm, x0, flags.draws)
+    rows, arrays, base, bits = [], {}, None, math.log(2) * int(n_bytes.sum())
+    if bound is not None:
+        say_estimate(lm, x0, todo)
+        arrays["nelbo"] = bound.numpy()
+        rows.append(dict(order="NELBO", steps=None, threshold=None, nfe=None,
+                         nats=mean_and_error(bound), bpb=bound.sum().item() * T / bits))
+    for order, steps, threshold in todo:
+        if lm.kind == "gpt":
+            nats, when = causal_nats(lm, x0), torch.arange(1.0, T + 1).expand(N, T)
+            nfe = when[:, -1]
+        else:
+            nats, when, nfe = decoder_nats(lm, x0, order, steps, threshold, flags.pace, flags.seed)
+        name = f"{order} {steps or ''}{threshold or ''}".strip()
+        arrays |= {f"{name} nats": nats.float().numpy(), f"{name} pass": when.float().numpy()}
+        mean = nats.mean(1)
+        base = mean if base is None and order == "l2r" else base
+        rows.append(dict(
+            order=order, steps=steps, threshold=threshold, nfe=nfe.mean().item(),
+            nats=mean_and_error(mean), bpb=nats.sum().item() / bits,
+            minus_nelbo=None if bound is None else mean_and_error(mean - bound),
+            minus_l2r=None if base is None else mean_and_error(mean - base)))
+    table = []
+    for row in rows:
+        nfe = f"{row['nfe']:.1f}" if row["nfe"] else ""
+        table.append([row["order"], str(row["steps"] or ""), str(row["threshold"] or ""), nfe,
+                      shown(row["nats"]), f"{row['bpb']:.4f}", shown(row.get("minus_nelbo")),
+                      shown(row.get("minus_l2r"))])
+    print_table(table, ["order", "steps", "threshold", "NFE a window", "nats per token",
+                        "bits per byte", "minus NELBO", "minus l2r"])
+    gap = None
+    if other:
+        arrays["against nats"] = causal_nats(other, x0).float().numpy()
+        difference = torch.from_numpy(arrays["l2r nats"] - arrays["against nats"]).double()
+        gap = prefix_gap(difference, n_bytes)
+        print(f"\nl2r minus {flags.against}, nats per token:\n")
+        print_table([[f"{g['first']}-{g['last']}", f"{g['gap']:+.4f} ± {g['se']:.4f}",
+                      "" if g["bpb"] is None else f"{g['bpb']:+.4f}", f"{g['cumulative']:+.4f}",
+                      f"{g['tail']:+.4f}"] for g in gap],
+                    ["positions", "gap here", "bits per byte", "up to here", "from here on"])
+    if flags.out:
+        with open(lm.path, "rb") as f:
+            sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+        about = dict(vars(flags), checkpoint=sha256, script=lm.name, data=data, windows=N,
+                     seq_len=T, where=lm.where, torch=torch.__version__)
+        path = Path(flags.out)
+        path.write_text(json.dumps(dict(about=about, rows=rows, gap=gap), indent=1) + "\n")
+        np.savez_compressed(path.with_suffix(".npz"), **arrays)
+
+
+def main(argv):
+    run_cli("likelihood.py", run, argv, __doc__, ckpt="", script="", orders="l2r,confidence,random",
+            steps="", threshold="", pace="even", windows=64, data="", split="val", start="anywhere",
+            against="", draws=8, seed=0, out="", device="auto", dtype="fp32")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
