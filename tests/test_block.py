@@ -361,6 +361,24 @@ def test_flex_attention_is_traced_in_one_piece():
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_flex_attention_stays_off_cpus():
+    """Compiled for a CPU it is wrong where v is sliced from a wider tensor inside of the graph. When
+    this fails, that has been mended, and use_flex may let it in."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def attend(qkv):
+        q, k, v = (x.unflatten(2, (2, -1)).transpose(1, 2) for x in qkv.chunk(3, -1))
+        return flex_attention(q.contiguous(), k.contiguous(), v)
+
+    with mock.patch.object(torch.compiler, "is_compiling", lambda: True):
+        assert not train_block.use_flex(torch.device("cpu"))
+    torch._dynamo.reset()
+    qkv = torch.randn(2, 64, 96, generator=seeded())
+    with torch.no_grad():
+        error = torch.compile(attend, dynamic=False)(qkv) - attend(qkv)
+    assert error.abs().max() > 0.1
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 def test_flex_attention_on_a_gpu():
     """Compiled to a kernel, it equals the dense mask: outputs and gradients."""
