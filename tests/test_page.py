@@ -9,6 +9,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from test_golf import call, make_checkpoint
 
+import prepare_data
 import sample
 from study import page, publish
 
@@ -100,7 +101,7 @@ def test_the_folder_for_the_hub(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     ckpt, out = make_checkpoint(tmp_path / "ckpt.pt", "train_mdlm", n_layer=1), tmp_path / "hub"
     words = [b"", *(bytes([i]) for i in range(1, 256)), b" t", b"he", b" the", b"in", b"ing"]
-    meta = ckpt["meta"] | {"tokenizer": "bpe:261", "pattern": sample.PATTERNS[-1],
+    meta = ckpt["meta"] | {"tokenizer": "bpe:261", "pattern": prepare_data.GPT2_PATTERN,
                            "token_bytes": [word.decode("latin-1") for word in words]}
     theirs = tokenizers.Tokenizer.from_str(json.dumps(publish.tokenizer_json(meta)))
     for text in ("the thing, in the tin: hé hething", " then\n\nthinging  the"):

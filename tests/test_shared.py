@@ -24,13 +24,13 @@ DOCSTRING = re.compile(r'(""".*?"""\n)', re.S)
 # Lines, and Python tokens without comments and line ends, at the most.
 LIMITS = {
     "train_mdlm.py": (960, 8500),
-    "gpt.py": (870, 7420),
+    "gpt.py": (880, 7650),
     "train_sedd.py": (992, 8900),
     "train_block.py": (1046, 9320),
-    "sample.py": (1170, 11_600),
-    "prepare_data.py": (890, 7600),
+    "sample.py": (1212, 11_800),
+    "prepare_data.py": (745, 6600),
 }
-TESTS_LINES = 7750
+TESTS_LINES = 9000
 FUNCTION_LINES, MAIN_LINES = 90, 190
 NO_TOKEN = (token.NEWLINE, tokenize.NL, tokenize.COMMENT, tokenize.ENCODING, token.INDENT,
             token.DEDENT, token.ENDMARKER)
