@@ -614,8 +614,13 @@ def derive_seed(*path):
     return int(np.random.SeedSequence(path).generate_state(1, np.uint64)[0] >> 1)
 
 
+def send(x, device):
+    """A copy on the device, for which the host does not wait."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
 def take_rows(noise, rows, device):
-    return type(noise)(*(x[rows].to(device, non_blocking=True) for x in noise))
+    return type(noise)(*(send(x[rows], device) for x in noise))
 
 
 @torch.no_grad()
@@ -753,9 +758,9 @@ def read_batch(cfg, train, step, rank, world, device):
     gen = torch.Generator().manual_seed(derive_seed(cfg.seed, step))
     noise, batch = draw_noise(cfg, n_rows, gen), []
     for rows in torch.arange(n_rows).chunk(world)[rank].split(cfg.micro_batch):
-        places = [divmod(step * n_rows + int(row), n) for row in rows]  # (epoch, its i-th window)
+        places = [divmod(step * n_rows + row, n) for row in rows.tolist()]  # (epoch, i-th window)
         windows = [permutation(cfg.seed, e, n)[i] if cfg.shuffle else i for e, i in places]
-        x0 = train.read(windows, cfg.vocab_size).to(device)
+        x0 = send(train.read(windows, cfg.vocab_size), device)
         batch.append((x0, take_rows(noise, rows, device)))
     return batch
 
@@ -901,8 +906,8 @@ def main(argv):
             dist.all_reduce(flat_grad)
             dist.all_reduce(total)
         flat_grad /= world
-        grad_norm = float(flat_grad.norm())
-        loss, stopped = total.tolist()
+        # The only time in a step that the host waits for the GPU.
+        loss, stopped, grad_norm = torch.cat((total, flat_grad.norm()[None])).tolist()
         if stopped:
             continue
         set_rates(optimizers, step, cfg)
