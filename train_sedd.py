@@ -595,7 +595,6 @@ def nelbo_fn(model, x0, noise, cfg):
 
 
 # ----------------------------------------------------------------------------- optimizer
-ALIGN = 64  # elements, so that the gradient of every parameter starts on a cache line
 GROUPS = {  # what each group of parameters is called in Model
     "hidden": r"layers\.\d+\.(q|k|v|o|gate|up|down)\.weight",  # by Muon, everything else by AdamW
     "embed": r"embed\.weight",
@@ -697,15 +696,13 @@ def evaluate(nelbo, cfg, windows, token_length, device, rank, world, stop=()):
 
 
 # ----------------------------------------------------------------------------- checkpoints
-CKPT_FORMAT = 3
-
-
 def load_checkpoint(path):
-    """What save_checkpoint has written. Only tensors and plain values are read, never code."""
+    """What save_checkpoint has written, or a run folder. Tensors and plain values, never code."""
+    path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
     require(os.path.isfile(path), f"{path}: no such checkpoint")
     with reading(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        require(state["format"] == CKPT_FORMAT, f"{path}: of another version: train it again")
+        require(state["format"] == 3, f"{path}: of another version: train it again")
     return state
 
 
@@ -853,8 +850,9 @@ def main(argv):
         if world > 1:
             dist.destroy_process_group()
         raise SystemExit(0 if done else 130)
-    # Every .grad is a view of one flat buffer: one all-reduce, one norm, one memset a step.
-    sizes = [-(-p.numel() // ALIGN) * ALIGN for p in params]
+    # Every .grad is a view of one flat buffer: one all-reduce, one norm, one memset a step. Each
+    # starts on a cache line, so its size is rounded up to 64 elements.
+    sizes = [-(-p.numel() // 64) * 64 for p in params]
     flat_grad = torch.zeros(sum(sizes), device=device)
     for p, part in zip(params, flat_grad.split(sizes), strict=True):
         p.grad = part[:p.numel()].view_as(p)
@@ -910,7 +908,7 @@ def main(argv):
                     f"are not finite; {path} stays as it was; try a lower --lr")
             try:
                 save_checkpoint(path, dict(
-                    format=CKPT_FORMAT, script=SCRIPT, config=dataclasses.asdict(cfg), meta=meta,
+                    format=3, script=SCRIPT, config=dataclasses.asdict(cfg), meta=meta,
                     model=weights, optimizers=[o.state_dict() for o in optimizers], step=step,
                     ema=weights | dict(zip(names, average, strict=True)) if average else None,
                     seconds=seconds))

@@ -29,7 +29,7 @@ def make_checkpoint(path, name, **settings):
     meta = {"tokenizer": "byte", "vocab_size": 256, "bos_id": 0, "pattern": None,
             "token_bytes": [bytes([i] if i else []).decode("latin-1") for i in range(256)],
             "byte_length": [0] + 255 * [1]}
-    ckpt = {"format": module.CKPT_FORMAT, "script": name, "config": dataclasses.asdict(cfg),
+    ckpt = {"format": 3, "script": name, "config": dataclasses.asdict(cfg),
             "meta": meta, "model": model.state_dict(), "ema": None, "optimizers": [], "step": 7}
     module.save_checkpoint(str(path), ckpt)
     return ckpt
