@@ -21,7 +21,7 @@ T, MASK = 64, 256  # tokens in a row; a token is a byte, 0 to 255, and the mask 
 WIDTH, HEADS = 96, 4
 parser = argparse.ArgumentParser()
 parser.add_argument("--data", type=Path, default="data/shakespeare/tinyshakespeare.txt")
-parser.add_argument("--steps", type=int, default=500)
+parser.add_argument("--steps", type=int, default=800)
 args = parser.parse_args()
 files = [args.data] if args.data.exists() else sorted(Path(argparse.__file__).parent.glob("*.py"))
 text = torch.tensor(list(b"".join(file.read_bytes() for file in files)[:2_000_000]))

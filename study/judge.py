@@ -21,10 +21,12 @@ better text.
                 disjoint halves of it. Quote none below n = 2,000
 
 All samples and real text are cut to --length tokens (0: the longest of the shortest file) and at
-the end of a document (--cut=0 goes on behind it); what becomes shorter than half is counted. No
-sample is left out or drawn again. Prompts and tokens that begin a document are not scored. The
-judge begins with its own start, so that the first token counts; --no_start=1 leaves that out, as
-most papers do. --reference is a prepared folder with the tokens of the samples; --split=val.
+the end of a document (--cut=0 goes on behind it). What becomes shorter than half is counted, and
+nothing is drawn again; a sample is left out only if no token remains. Prompts, which a file lists
+as known, and tokens that begin a document are not scored. The judge begins with its own start, so
+that the first token counts; --no_start=1 leaves that out, as most papers do. --reference is a
+prepared folder with the tokens of the samples; --split=val. Its texts are beginnings of documents,
+as samples are by default; --start=anywhere: any windows, as of sample.py --start=anywhere.
 """
 import hashlib
 import json
@@ -44,6 +46,7 @@ sys.path.insert(0, str(ROOT))
 
 import sample  # noqa: E402
 from study.golf import require, run_cli  # noqa: E402
+from study.likelihood import STARTS, print_table, take_windows  # noqa: E402
 from study.mauve import C, mauve  # noqa: E402
 
 SCRIPT = sample.load_script(ROOT / "train_mdlm.py")  # reads data, like every script
@@ -247,20 +250,22 @@ def pair(value, digits=3, star=""):
     return "" if value is None else f"{value[0]:.{digits}f}{star} ± {value[1]:.{digits}f}"
 
 
-def print_table(rows, real):
-    head = ["text", "n", "NFE", "tokens", "gen ppl", "bits/byte", "entropy", "distinct-1..4",
-            "repeated", "retokenized", *["mauve", "mauve star"] * ("mauve" in rows[0])]
-    print("\n| " + " | ".join(head) + " |\n|" + " --- |" * len(head))
+def print_rows(rows):
+    """The first one is real text."""
+    table, least = [], rows[0]["entropy"][0] - LOW_ENTROPY
     for row in rows:
-        star = "*" * (row["entropy"][0] < real["entropy"][0] - LOW_ENTROPY)
-        cells = [row["text"], str(row["n"]), f"{row['nfe']:g}" if row["nfe"] else "",
-                 str(row["tokens"]), pair(row["gen_ppl"], 2, star), pair(row["bits_per_byte"]),
-                 pair(row["entropy"]), " ".join(f"{row[f'distinct_{n}']:.3f}" for n in range(1, 5)),
-                 f"{row['repeated']:.3f}",
-                 "" if row["retokenized"] is None else f"{row['retokenized']:.3f}",
-                 *[pair(row[key]) for key in ("mauve", "mauve_star") if key in row]]
-        print("| " + " | ".join(cells) + " |")
-    if any(row["entropy"][0] < real["entropy"][0] - LOW_ENTROPY for row in rows):
+        share = row["retokenized"]
+        table.append([
+            row["text"], str(row["n"]), f"{row['nfe']:g}" if row["nfe"] else "", str(row["tokens"]),
+            pair(row["gen_ppl"], 2, "*" * (row["entropy"][0] < least)), pair(row["bits_per_byte"]),
+            pair(row["entropy"]), " ".join(f"{row[f'distinct_{n}']:.3f}" for n in range(1, 5)),
+            f"{row['repeated']:.3f}", "" if share is None else f"{share:.3f}",
+            *[pair(row[key]) for key in ("mauve", "mauve_star") if key in row]])
+    head = ["text", "n", "NFE", "tokens", "gen ppl", "bits/byte", "entropy", "distinct-1..4",
+            "repeated", "retokenized", "mauve", "mauve star"]
+    print()
+    print_table(table, head[:len(table[0])])
+    if any(row["entropy"][0] < least for row in rows):
         print("\n\\* entropy more than .15 nats below real text: lower perplexity at lower entropy "
               "is no better text")
 
@@ -271,7 +276,10 @@ def run(flags):
     judge = load_judge(flags.judge, flags.device, flags.dtype, flags.no_start)
     files = [(Path(path).stem, *read_samples(path)) for path in flags.files]
     length = flags.length or min(max(len(tokens) for tokens, _ in rows) for _, _, rows, _ in files)
-    cfg = SCRIPT.Config(data=flags.reference, split=flags.split, seq_len=length, eval_only=True)
+    require(flags.start in STARTS, f"--start={flags.start}: there are {', '.join(STARTS)}")
+    # What begins a document is not scored.
+    cfg = SCRIPT.Config(data=flags.reference, split=flags.split, eval_only=True,
+                        seq_len=length + (flags.start == "document"))
     _, windows, meta = SCRIPT.open_data(cfg)
     tokenizer = sample.Tokenizer(meta, meta["vocab_size"])
     for name, about, _, _ in files:
@@ -279,12 +287,12 @@ def run(flags):
                 f"{cfg.data} has {tokenizer.name} tokens")
     n, text = max(len(rows) for _, _, rows, _ in files), Path(cfg.data).name
     need = n * (1 + flags.mauve)  # the second half is what texts are compared with
-    require(len(windows) >= need, f"--reference={cfg.data}: {need} windows of {length} tokens are "
-            f"needed, {flags.split} has {len(windows)}")
+    real = take_windows(windows, meta, need, flags.start).tolist()
+    require(len(real) == need, f"--reference={cfg.data}: {need} windows of {length} tokens are "
+            f"needed, {flags.split} has {len(real)} for --start={flags.start}")
     fits = not flags.mauve or all(len(rows) == n for _, _, rows, _ in files)
     require(fits and n > 1, f"{' '.join(flags.files)}: two samples or more, the same number in all")
-    real = windows.read(range(need), meta["vocab_size"]).tolist()
-    real = [(row, [False] * length) for row in real]
+    real = [(row, [False] * len(row)) for row in real]
     name = f"real text, {text} {flags.split}"
     sets = [("", {}, real[n:], None)] * flags.mauve + [(name, {}, real[:n], None)]
     out, other = [], None
@@ -311,7 +319,7 @@ def run(flags):
     if flags.mauve:
         print(f"mauve[{judge.name}], n = {n}, k = {out[0]['k']}, c = {C}; of real text: the "
               f"ceiling{f'; do not quote it, n is below {QUOTABLE}' * (n < QUOTABLE)}")
-    print_table(out, out[0])
+    print_rows(out)
     if flags.out:
         about = dict(vars(flags), judge_sha256=judge.sha256, length=length)
         Path(flags.out).write_text(json.dumps(dict(about=about, rows=out), indent=1) + "\n")
@@ -319,7 +327,8 @@ def run(flags):
 
 def main(argv):
     run_cli("judge.py", run, argv, __doc__, reference="", judge="gpt2-large", length=0, cut=1,
-            split="val", mauve=0, no_start=0, seed=0, device="auto", dtype="fp32", out="")
+            split="val", start="document", mauve=0, no_start=0, seed=0, device="auto",
+            dtype="fp32", out="")
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ import sample  # noqa: E402
 from study.golf import require, run_cli  # noqa: E402
 
 BLIND = ("l2r", "r2l", "random")  # orders that do not look at the network's answers
+STARTS = "document", "anywhere"
 NELBO_SEED = 20240520
 
 
@@ -172,26 +173,32 @@ def prefix_gap(difference, n_bytes):
     return rows
 
 
+def take_windows(windows, meta, n, start):
+    """The first n windows (.., T) of a split, or fewer if it has no more: as evaluation cuts them
+    (anywhere), or those that begin with a document, without overlap."""
+    if start == "anywhere":
+        return windows.read(range(min(n, len(windows))), meta["vocab_size"])
+    rows, T = [], windows.shards[0].shape[1]
+    for shard in windows.shards:
+        text, end = shard.reshape(-1), 0
+        for at in np.flatnonzero(text == meta["bos_id"]):
+            if end <= at <= len(text) - T and len(rows) < n:
+                rows, end = [*rows, text[at:at + T].astype(np.int64)], at + T
+    return torch.from_numpy(np.array(rows, np.int64).reshape(-1, T))
+
+
 def read_windows(lm, flags):
     """-> x0 (N, T), bytes (N, T) of its tokens, the name of the data"""
+    require(flags.start in STARTS, f"--start={flags.start}: there are {', '.join(STARTS)}")
     cfg = dataclasses.replace(lm.cfg, data=flags.data or lm.cfg.data, split=flags.split,
                               eval_only=True, init_from="")
     _, windows, meta = lm.script.open_data(cfg)
     is_same = sample.Tokenizer(meta, cfg.vocab_size).table == lm.tokenizer.table
     require(is_same, f"--data={cfg.data}: its tokens are not those of {flags.ckpt}")
-    n, T = flags.windows, cfg.seq_len
-    require(n % 2 == 0 and n >= 4, f"--windows={n}: an even number of four or more")
-    if flags.start == "anywhere":
-        x0 = windows.read(range(min(n, len(windows) // 2 * 2)), cfg.vocab_size)
-    else:
-        text, begins, end = windows.read(range(len(windows)), cfg.vocab_size).flatten(), [], 0
-        for at in (text == meta["bos_id"]).nonzero()[:, 0].tolist():
-            if end <= at <= len(text) - T:
-                begins, end = [*begins, at], at + T
-        begins = torch.tensor(begins[:n // 2 * 2][:len(begins) // 2 * 2], dtype=torch.long)
-        x0 = text[begins[:, None] + torch.arange(T)]
-    require(len(x0) >= 4, f"--data={cfg.data}: {flags.split} has {len(x0)} windows of {T} tokens "
-            f"for --start={flags.start}, four are needed")
+    x0 = take_windows(windows, meta, flags.windows, flags.start)
+    x0 = x0[:len(x0) // 2 * 2]
+    require(len(x0) >= 4, f"--windows={flags.windows}: four or more are needed; {flags.split} of "
+            f"{cfg.data} has {len(x0)} for --start={flags.start}")
     return x0, torch.tensor(meta["byte_length"])[x0], cfg.data
 
 
