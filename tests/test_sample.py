@@ -611,7 +611,8 @@ BAD_FLAGS = {
         ("--lenght=3", "did you mean --length?"), ("prompt", "--prompt"), ("--length", "value"),
         ("--n=two", "--n=two"), ("--n=0", "--n=0"), ("--seed=-1", "--seed=-1"),
         ("--temperature=nan", "--temperature=nan"), ("--top_k=-1", "--top_k=-1"),
-        ("--top_p=1.5", "--top_p=1.5"), ("--threshold=2", "--threshold"), ("--refine=2", "--refine"),
+        ("--top_p=1.5", "--top_p=1.5"), ("--threshold=2", "--threshold"),
+        ("--refine=2", "--refine"),
         ("--order=confidense", "confidence"), ("--order=first_hitting --steps=5", "--steps=5"),
         ("--order=ancestral --threshold=0.5", "--threshold=0.5"), ("--remask=lop", "loop"),
         ("--remask=cap:2", "--remask=cap:2"), ("--remask=cap --order=margin", "--remask=cap"),
@@ -620,8 +621,8 @@ BAD_FLAGS = {
         ("--prompt=abcdef --length=6", "--length=6"), ("--infill=defx", "___"),
         ("--infill=a___b --prompt=c", "--prompt"), ("--infill=a___b --blank=2,3", "--blank=2,3"),
         ("--infill=a___b --blank=x", "--blank=x"), ("--infill=a___b --blank=0", "--blank=0"),
-        ("--infill=a___b --blank=60", "62 tokens"), 
-        ("--score=", "--score"), ("--given=a", "--score"),
+        ("--infill=a___b --blank=60", "62 tokens"), ("--score=", "--score"),
+        ("--given=a", "--score"),
         ("--order=euler", "--order=euler: train_mdlm has")],
     "gpt": [("--order=random", "--order"), ("--steps=8", "--steps"), ("--refine=0.5", "--refine"),
             ("--infill=a___b", "--infill")],
@@ -714,10 +715,10 @@ def test_files_and_what_looks_like_them(ckpts, lms, tmp_path):
     ckpt = f"--ckpt={ckpts['gpt']}"
     nats = f"= {lms['gpt'].score(text).nats:.2f} nats"
     result = run(ckpt, f"--score={tmp_path / 'a.txt'}")
-    assert nats in result.out and "a.txt: 40 tokens, 40 bytes; exact" in result.out
+    assert nats in result.out and "(40 tokens, 40 bytes; exact" in result.out
     result = run(ckpt, "--score=a few words", f"--given={tmp_path / 'a.txt'}")
     nats = lms["gpt"].score("a few words", given=text).nats
-    assert f"= {nats:.2f} nats" in result.out and "the text given: 11 tokens" in result.out
+    assert f"= {nats:.2f} nats" in result.out and "(11 tokens" in result.out
     assert_refused(run(ckpt, f"--score={tmp_path / 'gbk.txt'}"), "gbk.txt")
     (tmp_path / "p.jsonl").write_text('"a"\n{"text": 3}\n')
     assert_refused(run(ckpt, f"--prompts={tmp_path / 'p.jsonl'}"), "--prompts=")
