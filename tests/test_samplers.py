@@ -662,8 +662,9 @@ CHECKS = [
     *((check_ancestral_law, MDLM, steps) for steps in (1, 2, 5)), (check_first_hitting, MDLM),
     (check_many_steps, MDLM), (check_random_order, MDLM), (check_infill, MDLM, None),
     (check_infill, MDLM, 500), (check_blocks_of_masked, MDLM), (check_blocks, BLOCK),
-    (check_left_to_right, GPT), (check_continues, BLOCK), (check_continues, GPT), (check_unmasking_rate, MDLM, 1024),
-    (check_unmasking_rate, MDLM, 4096), (check_rare_tokens, MDLM), (check_choose, MDLM),
+    (check_left_to_right, GPT), (check_continues, BLOCK), (check_continues, GPT),
+    *((check_unmasking_rate, MDLM, steps) for steps in (1024, 4096)),
+    (check_rare_tokens, MDLM), (check_choose, MDLM),
     *((check_rows, module) for module in (MDLM, BLOCK, GPT, SEDD)), (check_stop, BLOCK),
     (check_stop, GPT), (check_cache, BLOCK), (check_cache, GPT), (check_window, BLOCK),
     *((check, SEDD, *how) for check in (check_few_steps, check_many_score_steps)
@@ -715,7 +716,8 @@ MUTANTS = {  # a changed line makes its oracle fail
         "return len(words) * [np.random.default_rng(words[0])]", (check_rows, GPT)),
     "random numbers hang on the batch": (
         "pick, u = uniforms(gens, 2, L).unbind(1)",
-        "pick, u = uniforms(gens, 2, L).unbind(1) if not is_empty else (0, 0)", (check_rows, BLOCK)),
+        "pick, u = uniforms(gens, 2, L).unbind(1) if not is_empty else (0, 0)",
+        (check_rows, BLOCK)),
     "the cache keeps the noised block": (
         "clean = new[..., :new.size(3) - self.n_noised, :]", "clean = new", (check_cache, BLOCK)),
     "the cache forgets its values": (
