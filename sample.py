@@ -203,19 +203,15 @@ class Tokenizer:
         self.table[self.bos_id] = b""
         self.shown = [*self.table, "░".encode()]
         self.shown[self.bos_id] = END
-        self.encoding = None
+        # Text -> tokens. Where they are bytes, NUL begins a document.
+        self.encode = lambda text: list(text.encode(errors="replace"))
         if self.name != "byte":
             import tiktoken
 
-            self.encoding = tiktoken.Encoding(
+            encoding = tiktoken.Encoding(
                 self.name, pat_str=meta["pattern"], special_tokens={END.decode(): self.bos_id},
                 mergeable_ranks={word: i for i, word in enumerate(self.table) if word})
-
-    def encode(self, text):
-        """Tokens of a text. A NUL byte begins a document where tokens are bytes."""
-        if self.encoding is not None:
-            return self.encoding.encode_ordinary(text)
-        return list(text.encode(errors="replace"))
+            self.encode = encoding.encode_ordinary
 
     def split_space(self, text, is_single):
         """A text with more to follow -> (what is known, which tokens (V,) may be next, or None): a
@@ -235,7 +231,7 @@ class Tokenizer:
         return [("".join(text for text, _ in run), kind) for kind, run in runs]
 
     def decode(self, tokens):
-        return "".join(text for text, _ in self.spans(tokens, [None] * len(tokens)))
+        return b"".join(self.shown[token] for token in tokens).decode(errors="replace")
 
 
 # ----------------------------------------------------------------------------- networks
@@ -281,8 +277,7 @@ class Reader:
 
     def read_gpt(self, tokens, start, rows):
         S, done, device = start + 1, self.done, tokens.device
-        # (B, S), the start first
-        x = F.pad(tokens[:, :start], (1, 0), value=self.cfg.vocab_size)
+        x = F.pad(tokens[:, :start], (1, 0), value=self.cfg.vocab_size)  # (B, S), the start first
         if not self.is_cached:
             return self.model(x, (rows + 1) * S - 1).log_softmax(-1)
         new = torch.arange(done, S, device=device)
@@ -1015,6 +1010,7 @@ class Run:
                  for token, old, given in zip(row, before, start, strict=False)]
         return self.lm.tokenizer.spans(row, kinds)
 
+
 def save(path, runs):
     """Write the samples of runs. FILE.jsonl: a line about each run, from name to device as below,
     checkpoint (sha256), tokenizer; and one a sample: i, text, tokens, nfe, ended. FILE.json:
@@ -1078,8 +1074,7 @@ def print_race(opts):
     for lm in lms:
         check(lm.tokenizer.table == lms[0].tokenizer.table, "race", lm.path, "it has other tokens")
     plain = dataclasses.replace(opts, **{name: getattr(Options, name) for name in PASSES})
-    canvases = [lm.canvas(plain) for lm in lms]
-    length = min(canvas.known.size(1) - canvas.lead for canvas in canvases)
+    length = min(x.known.size(1) - x.lead for x in (lm.canvas(plain) for lm in lms))
     runs = [Run(lm, dataclasses.replace(plain if lm.kind == "gpt" else opts, length=length), True)
             for lm in lms]
     note("\n".join(lm.summary for lm in lms))
@@ -1136,7 +1131,7 @@ def print_samples(lm, opts):
 def read_prompts(path):
     with naming(f"--prompts={path}"):
         lines = map(json.loads, Path(path).read_text(encoding="utf-8").splitlines())
-        return [line if isinstance(line, str) else line["prompt"] for line in lines]
+        return [line["prompt"] if isinstance(line, dict) else line for line in lines]
 
 
 def main(argv):
