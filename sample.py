@@ -15,7 +15,7 @@ becomes the beginning of what is written, as GPT-2's words begin with theirs. Sa
 tables go to stdout, all else to stderr. Nothing in a checkpoint is run. From Python:
 
     lm = sample.load("out/demo/ckpt.pt")
-    texts = lm.generate(["def ", "class "], n=4, stop=["\n\n"])  # texts.tokens, .ended, .nfe
+    texts = lm.generate(["def ", "class "], n=4, stop=["return"])  # texts.tokens, .ended, .nfe
     lm.infill("def ___(x):", blank=8)
     lm.score("some text", given="what comes before it").bits_per_byte
 """
@@ -91,7 +91,7 @@ class Options:
     temperature: float = 1.0  # below 1 sharper; 0 takes the likeliest token
     top_k: int = 0  # draw from that many likeliest tokens
     top_p: float = 1.0  # draw from the likeliest tokens that together reach this
-    # of the token that crosses top_p; ReMDM's and BD3-LM's programs: exclusive
+    # Whether the token that crosses top_p counts; in the programs of ReMDM and BD3-LM it does not.
     nucleus: Literal["inclusive", "exclusive"] = "inclusive"
     # ReMDM, masks some tokens again: loop (ETA .02), cap (.008), rescale (.015) or conf (1).
     remask: str = ""  # NAME or NAME:ETA

@@ -192,6 +192,19 @@ def test_a_number_of_steps_is_spread_evenly_over_each_row(order, free, steps):
     assert out.nfe == min(steps, max(free))
 
 
+@pytest.mark.parametrize(("pace", "share"), [
+    ("cosine", lambda x: 1 - math.cos(math.pi * x / 2)),
+    ("cosine2", lambda x: math.sin(math.pi * x / 2) ** 2)])
+def test_paces(pace, share):
+    """After pass i of 8 at least that share is fixed, and hardly more."""
+    fixed = [0]
+    fill(Noisy(), 1, sample.ordered("confidence", pace=pace), 8, T=48, V=7,
+         watch=lambda tokens, nfe: fixed.append((tokens != 7).sum().item()))
+    for i, n in enumerate(fixed):
+        assert -1e-6 < n - 48 * share(i / 8) < 3
+    assert fixed[-1] == 48 and all(b > a for a, b in itertools.pairwise(fixed))
+
+
 @pytest.mark.parametrize("order", RANKED)
 def test_thresholds(order):
     assert fill(Noisy(), 4, sample.ordered(order, 1.0), None, T=12, V=7).nfe == 12
@@ -539,6 +552,15 @@ def test_the_newest_checkpoint(ckpts, tmp_path, monkeypatch):
         os.utime(tmp_path / "out" / name / "ckpt.pt", (10**9 - age, 10**9 - age))
     assert sample.load(device="cpu").summary.startswith("out/a/ckpt.pt")
     assert "out/b" in sample.load("out/b", device="cpu").summary
+
+
+@pytest.mark.skipif(not sample.SHIPPED[0].exists(), reason="no model comes with this copy")
+def test_without_a_checkpoint_the_shipped_model_writes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run("--length=9", "--steps=3", "--device=cpu")
+    assert result.status == 0 and "models/mdlm.golf: train_mdlm" in result.err and result.out
+    lm = sample.load(sample.SHIPPED[0], device="cpu")
+    assert lm.generate(length=9, steps=3) == [result.out[:-1]]
 
 
 FORKS = {  # script, edit
