@@ -937,7 +937,7 @@ def redraw(lines, height, stream, is_last=False):
 
 
 class Run:
-    """A model at work on a canvas. It counts, with --watch it shows the text on a terminal, for a
+    """A model at work on a canvas. It counts, with --watch it shows the text as it appears, for a
     race or a file it keeps every pass. Its clock stands still while it does that."""
     def __init__(self, lm, opts, is_race=False):
         self.lm, self.opts, self.is_race, self.canvas = lm, opts, is_race, lm.canvas(opts)
@@ -974,7 +974,7 @@ class Run:
 
     def rest(self):
         """Before a batch nothing is drawn."""
-        self.height, self.drawn, self.last = 0, -math.inf, None
+        self.height, self.drawn, self.last, self.due = 0, -math.inf, None, 0.25
         self.passes = [(0, 0.0, self.starts[len(self.done):])]  # number, seconds, tokens
         self.first, self.begun, self.since = len(self.done), self.seconds, time.perf_counter()
 
@@ -1001,6 +1001,13 @@ class Run:
                 lines += ["", *lines_of(spans, width)]
             self.height, self.last = redraw(lines, self.height, sys.stderr), rows
             self.drawn = time.monotonic()
+        elif self.opts.watch and not (self.is_race or self.is_live):  # a file: after each quarter
+            row, start = rows[0], self.starts[self.first]
+            done = 1 - row.count(self.mask_id) / start.count(self.mask_id)
+            if self.due <= done < 1:
+                self.due = (math.floor(4 * done) + 1) / 4
+                spans = self.spans(row, row, start)
+                show([(f"[{done:.0%} after {nfe} passes] ", None), *spans], sys.stderr)
         self.since = time.perf_counter()
 
     def spans(self, row, before, start):

@@ -672,8 +672,10 @@ def test_stdout_is_the_text(ckpts, lms):
     assert (status, out) == (0, text + "\n") and "\x1b" not in err
     assert re.search(r"NFE 17, \d+ tokens/s, float32 on cpu, entropy \(mode-seeking\), ent", err)
     assert re.search(r"entropy \d\.\d\d nats\n$", err)
-    _, out, err = run(*argv, "--n=2", "--steps=17")
+    _, out, err = run(*argv, "--n=2", "--watch", "--steps=17")
     both = lms["mdlm"].generate("de ", length=20, seed=3, n=2, steps=17)
+    marks = re.findall(r"^\[(\d+)% after \d+ passes\] de ", err, re.M)
+    assert len(marks) == 3 and "░" in err
     assert out == "".join(f"{text}\n\n" for text in both) and "--- sample 2 of 2" in err
 
 
