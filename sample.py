@@ -1,28 +1,21 @@
 """Sample from a checkpoint: generate, infill, watch, score; race one against another.
 
     python sample.py                                         newest checkpoint in out/
-    python sample.py --prompt="def " --n=4 --length=256
+    python sample.py --prompt="def " --n=4 --length=256      tokens of a sample, prompt included
     python sample.py --infill="def ___(self):" --blank=8     ___ is a blank of 8 tokens
     python sample.py --order=confidence --threshold=0.9 --watch
     python sample.py --steps=128 --remask=loop
     python sample.py --score=FILE --given=FILE               bound on -log p of a text
     python sample.py --ckpt=out/demo --race=out/gpt --steps=64
 
-Without a checkpoint in out/, the models that come with the repository write.
-
-gpt.py writes from left to right, one token a pass, and scores exactly; it takes no --infill and no
-flag about passes. train_block.py writes block after block, any length; the flags about passes act
-inside each block, and it takes no --infill and no --refine. Both stop at the end of a document.
-train_sedd.py draws all tokens anew in each pass; it takes no --threshold, --remask or --refine.
-
-A space before a blank or at the end of a prompt becomes the beginning of what is written, as
-GPT-2's words begin with theirs. Samples, scores and tables go to stdout, all else to stderr.
-Nothing in a checkpoint is run. From Python:
+Without a checkpoint in out/, the models that come with the repository write. gpt.py writes from
+left to right, train_block.py block after block, at any length; both stop at the end of a document.
+train_sedd.py draws all tokens anew in each pass. A space before a blank or at the end of a prompt
+becomes the beginning of what is written, as GPT-2's words begin with theirs. Samples, scores and
+tables go to stdout, all else to stderr. Nothing in a checkpoint is run. From Python:
 
     lm = sample.load("out/demo/ckpt.pt")
-    texts = lm.generate("def ", n=4, length=256, steps=64, order="confidence", threshold=0.9)
-    texts.tokens, texts.ended, texts.nfe
-    lm.generate(["def ", "class "], stop=["\\n\\n"])
+    texts = lm.generate(["def ", "class "], n=4, stop=["return"])  # texts.tokens, .ended, .nfe
     lm.infill("def ___(x):", blank=8)
     lm.score("some text", given="what comes before it").bits_per_byte
 """
@@ -51,8 +44,8 @@ from types import SimpleNamespace
 from typing import Literal, NamedTuple, get_args
 
 if __name__ == "__main__":  # Ctrl-C and "| head" end it without a traceback, while torch loads too
-    for name in {"SIGINT", "SIGPIPE"} & {*dir(signal)}:
-        signal.signal(getattr(signal, name), signal.SIG_DFL)
+    for number in (signal.SIGINT, getattr(signal, "SIGPIPE", signal.SIGINT)):
+        signal.signal(number, signal.SIG_DFL)
 
 import numpy as np
 import torch
@@ -72,52 +65,41 @@ BLANK = re.compile(r"(?<!\\)_{3,}")  # \_ is an underscore
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Every flag, --name=value."""
-    # which model
     ckpt: str = ""  # checkpoint, its run folder, artifact, or hf:OWNER/REPO/FILE; empty: the newest
     script: str = ""  # training script that wrote it, when that is an edited one
     weights: Literal["ema", "raw"] = "ema"  # averaged, where there are some, or those of the end
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: as trained, where the machine is fast
-    # what to write
     prompt: str = ""  # text to continue
     prompts: str = ""  # .jsonl file of several, a text or {"prompt": text} a line
-    # Without a prompt: the beginning of a document, or of any window of the corpus.
-    start: Literal["document", "anywhere"] = "document"
+    start: Literal["document", "anywhere"] = "document"  # where a text without a prompt begins
     infill: str = ""  # text with blanks: each run of three or more underscores; \_ is none
     blank: str = "16"  # tokens in a blank, for all of them or one by one: N[,N..]
     n: int = 1  # samples, of every prompt
-    # Tokens in a sample, prompt included. 0: 256 new ones, up to the context; an infill ends with
-    # its text, and goes on up to a given length.
-    length: int = 0
+    length: int = 0  # tokens in a sample; 0: 256 new ones, up to the context, or those of --infill
     stop: str = ""  # a sample ends before this text; from Python also a list of texts
     seed: int = 0  # the same seed gives the same samples, however many there are
-    # How. Exact: first_hitting (the default: a random token a pass) and, for many steps, ancestral
-    # (the default with --steps) and random. Mode-seeking, so not samples of the model's law:
-    # confidence (the default with --threshold), confidence_weighted (positions drawn with such
-    # weights), entropy, margin. train_sedd has tweedie and euler.
-    order: Literal["", "first_hitting", "ancestral", "random", "confidence", "confidence_weighted",
-                   "entropy", "margin", "tweedie", "euler"] = ""
+    # Exact: first_hitting (default: a random token a pass) and, for many steps, ancestral (default
+    # with --steps), random. Mode-seeking, not samples of the model's law: confidence (default with
+    # --threshold), confidence_weighted (draws positions), entropy, margin. SEDD: tweedie, euler
+    order: str = ""
     steps: int = 0  # passes, or passes in each block; 0: one a token
     pace: Literal["even", "cosine", "cosine2"] = "even"  # of the orders that rank, over the passes
-    # train_mdlm in blocks of so many tokens from left to right, as LLaDA writes, no exact sampler:
-    # then the length has no limit, and what leaves the context is forgotten.
+    # train_mdlm in blocks from left to right, as LLaDA, and of any length. No exact sampler.
     block_length: int = 0
-    threshold: float | None = None  # fix every token whose top probability exceeds this, too
+    threshold: float = 0.0  # fix every token whose top probability exceeds this, too; 0: off
     temperature: float = 1.0  # below 1 sharper; 0 takes the likeliest token
     top_k: int = 0  # draw from that many likeliest tokens
     top_p: float = 1.0  # draw from the likeliest tokens that together reach this
-    # The token that crosses top_p counts, or it does not, as in ReMDM's and BD3-LM's programs.
+    # Whether the token that crosses top_p counts; in the programs of ReMDM and BD3-LM it does not.
     nucleus: Literal["inclusive", "exclusive"] = "inclusive"
-    # ReMDM, masking some tokens again to mend errors: loop (ETA .02), cap (.008), rescale (.015) or
-    # conf (1).
+    # ReMDM, masks some tokens again: loop (ETA .02), cap (.008), rescale (.015) or conf (1).
     remask: str = ""  # NAME or NAME:ETA
-    # At the end, mask a fraction F, the least likely, and predict it anew; N times.
-    refine: str = ""  # F or F:N
+    refine: str = ""  # F or F:N: at the end, predict a fraction F, the least likely, anew; N times
     watch: bool = False  # show the text appearing
     save: str = ""  # FILE.json: every pass, for study/page.py; another FILE: samples, JSON lines
-    # Checkpoints, with commas, that write as much as --ckpt, one after the other; a terminal then
-    # shows all side by side in real time. gpt ignores flags about passes, all the end of documents.
-    # --race alone: the two models that come with the repository.
+    # Checkpoints, with commas, that write as much as --ckpt; a terminal then shows all side by side
+    # in real time. gpt ignores flags about passes. --race alone: the models of the repository.
     race: str = ""
     score: str = ""  # text, or a file of UTF-8: its bound in nats and bits per byte; gpt: exact
     given: str = ""  # text or file that comes before the one scored
@@ -135,18 +117,18 @@ class Options:
             text = getattr(self, flag)
             with naming(f"--{flag}={text}"):
                 parse(text)
-        is_plain = self.order in ("", "ancestral") and self.threshold is None
-        fits = self.order != "first_hitting" or not self.steps
-        check(fits, "steps", self.steps, "first_hitting fixes one token a pass: drop it")
-        fits = self.threshold is None or self.order in ("", *RANKS)
-        check(fits, "threshold", self.threshold, f"goes with --order={'|'.join(RANKS)}")
+        check(self.order != "first_hitting" or not self.steps, "steps", self.steps,
+              "first_hitting fixes one token a pass: drop it")
+        check(not self.threshold or self.order in ("", *RANKS), "threshold", self.threshold,
+              f"goes with --order={'|'.join(RANKS)}")
+        is_plain = self.order in ("", "ancestral") and not self.threshold
         check(is_plain or not self.remask, "remask", self.remask, "has an order of its own")
 
     @property
     def order_name(self):
         """The order in use, without train_sedd's."""
         by_steps = "ancestral" if self.remask or self.steps else "first_hitting"
-        return self.order or (by_steps if self.threshold is None else "confidence")
+        return self.order or ("confidence" if self.threshold else by_steps)
 
 
 class SampleError(ValueError):
@@ -182,8 +164,7 @@ def fraction_of(text):
     return float(fraction), int(count or 1)
 
 
-# Names of published packages.
-ALIASES = dict(seq_len="length", confidence_threshold="threshold")
+ALIASES = dict(seq_len="length", confidence_threshold="threshold")  # of published packages
 
 
 def make_options(**how):
@@ -203,13 +184,10 @@ def parse_args(argv):
             print(__doc__, inspect.getsource(Options).partition("\n    def ")[0], sep="\n")
             raise SystemExit(0)
         name, _, text = arg.removeprefix("--").partition("=")
-        if not arg.startswith("--"):
-            raise SampleError(f"unknown flag {arg}: did you mean --prompt?")
         kind = type(getattr(Options, name, ""))
         text = text or "shipped" * (name == "race")
         check(text or kind is bool, name, text, "needs a value")
         with naming(arg):
-            kind = float if name == "threshold" else kind
             given[name] = text != "0" if kind is bool else kind(text)
     return make_options(**given)
 
@@ -225,19 +203,15 @@ class Tokenizer:
         self.table[self.bos_id] = b""
         self.shown = [*self.table, "░".encode()]
         self.shown[self.bos_id] = END
-        self.encoding = None
+        # Text -> tokens. Where they are bytes, NUL begins a document.
+        self.encode = lambda text: list(text.encode(errors="replace"))
         if self.name != "byte":
             import tiktoken
 
-            self.encoding = tiktoken.Encoding(
+            encoding = tiktoken.Encoding(
                 self.name, pat_str=meta["pattern"], special_tokens={END.decode(): self.bos_id},
                 mergeable_ranks={word: i for i, word in enumerate(self.table) if word})
-
-    def encode(self, text):
-        """Tokens of a text. A NUL byte begins a document where tokens are bytes."""
-        if self.encoding is not None:
-            return self.encoding.encode_ordinary(text)
-        return list(text.encode(errors="replace"))
+            self.encode = encoding.encode_ordinary
 
     def split_space(self, text, is_single):
         """A text with more to follow -> (what is known, which tokens (V,) may be next, or None): a
@@ -257,7 +231,7 @@ class Tokenizer:
         return [("".join(text for text, _ in run), kind) for kind, run in runs]
 
     def decode(self, tokens):
-        return "".join(text for text, _ in self.spans(tokens, [None] * len(tokens)))
+        return b"".join(self.shown[token] for token in tokens).decode(errors="replace")
 
 
 # ----------------------------------------------------------------------------- networks
@@ -265,9 +239,9 @@ class Reader:
     """The network of one run of fill_blocks: log p of masked tokens. read(tokens (B, S), start,
     rows): at flat positions rows (R,) of the block (B, L) at start -> (R, V).
 
-    It is the attention of Trunk.predict, which keeps keys and values. With train_block the first L
-    positions of a pass are the noised block, which is not kept; of the others, as many as fit into
-    the context are seen. A model without predict computes all anew every time."""
+    It is the attention of Trunk.predict, which keeps keys and values, but of train_block's noised
+    block, the first L positions of a pass. As many are seen as fit into the context. A model
+    without predict computes all anew."""
     def __init__(self, model, cfg, kind, block_len):
         self.model, self.cfg, self.L = model, cfg, block_len
         self.read, self.is_cached = getattr(self, f"read_{kind}"), hasattr(model, "predict")
@@ -284,8 +258,7 @@ class Reader:
         clean = new[..., :new.size(3) - self.n_noised, :]
         self.kept.append(clean[..., max(0, clean.size(3) - self.window):, :])
         mask = None if self.mask is None else self.mask[..., :q.size(2), :]
-        is_grouped = q.size(1) != k.size(1)
-        return F.scaled_dot_product_attention(q, *new, mask, enable_gqa=is_grouped)
+        return F.scaled_dot_product_attention(q, *new, mask, enable_gqa=q.size(1) != k.size(1))
 
     def read_mdlm(self, tokens, start, rows):
         """Reads what is within seq_len of the beginning or, behind that, of the block's end, in the
@@ -304,8 +277,7 @@ class Reader:
 
     def read_gpt(self, tokens, start, rows):
         S, done, device = start + 1, self.done, tokens.device
-        # (B, S), the start first
-        x = F.pad(tokens[:, :start], (1, 0), value=self.cfg.vocab_size)
+        x = F.pad(tokens[:, :start], (1, 0), value=self.cfg.vocab_size)  # (B, S), the start first
         if not self.is_cached:
             return self.model(x, (rows + 1) * S - 1).log_softmax(-1)
         new = torch.arange(done, S, device=device)
@@ -343,10 +315,9 @@ def noise_of(tokens, cfg):
 
 
 # ----------------------------------------------------------------------------- samplers
-# All take known (B, T) int64 and is_known (B, T) bool -> tokens (B, T), length (B,) of every row,
-# number of forward passes. gen (CPU) seeds a generator for each row, so that rows do not depend on
-# their batch. warp changes the log-probabilities that tokens are drawn from; watch(tokens (B, T),
-# nfe) sees every pass.
+# They take known (B, T) int64 and is_known (B, T) bool -> tokens (B, T), length (B,) of each row,
+# number of forward passes. gen (CPU) seeds a generator a row, so that rows do not depend on their
+# batch. warp changes the log-probabilities drawn from; watch(tokens (B, T), nfe) sees every pass.
 def stream(seed, number):
     """One of several generators of a seed. torch keeps 32 bits of what seeds its own."""
     seed, = np.random.SeedSequence(seed, spawn_key=(number,)).generate_state(1).tolist()
@@ -384,15 +355,13 @@ def draw_tokens(log_probs, u):
 def fill_blocks(model, cfg, known, is_known, *, kind, gen, steps=None, choose=None, warp=None,
                 watch=None, stop=None, block_len=None, begins=None, allowed=None):
     """Fill in the unknown positions, block after block: those of train_block, or (kind mdlm) the
-    whole row or block_len tokens, or (gpt) one token.
-
-    steps=N: ancestral sampling on N equal steps of t (arXiv 2406.07524, eq. 6 with SUBS), each
-    masked token drawn with probability (t - s) / t. steps=None: first-hitting (arXiv 2409.02908),
-    one uniformly random token a row and pass: as ancestral for N -> inf. choose (see orders, below)
-    replaces both. stop=ID: a row ends where that token stands in a finished block, unless it is its
-    first or known; it is not counted in the length, and the row is filled up with it. Where begins
-    (B, T) is not 0, a token is known in part, one of allowed[begins] (.., V): it is drawn first of
-    its block, so that the others follow the conditional given it."""
+    whole row or block_len tokens, or (gpt) one token. steps=N: ancestral
+    sampling on N equal steps of t (arXiv 2406.07524, eq. 6 with SUBS), each masked token drawn with
+    probability (t - s) / t. steps=None: first-hitting (arXiv 2409.02908), one uniformly random
+    token a row and pass: as ancestral for N -> inf. choose (see orders, below) replaces both.
+    stop=ID: a row ends where that token stands in a finished block, unless it is its first or
+    known; it is not counted in the length, and the row is filled up with it. Where begins (B, T) is
+    not 0, one of allowed[begins] (.., V) is drawn before the rest, which follow given it."""
     (B, T), mask_id, device = known.shape, cfg.vocab_size, known.device
     L = cfg.block_len if kind == "block" else 1 if kind == "gpt" else block_len or T
     gens, passes, nfe = row_generators(gen, B), steps or L, 0
@@ -419,7 +388,7 @@ def fill_blocks(model, cfg, known, is_known, *, kind, gen, steps=None, choose=No
             elif choose is not None:
                 commit = is_mask  # chosen from below
             elif not steps:
-                commit = is_mask & (pick == pick.masked_fill(~is_mask, -1).amax(1, keepdim=True))
+                commit = is_mask & (pick == pick.masked_fill(~is_mask, -1).amax(1, True))
             else:
                 commit = is_mask & (pick * (steps - i) < 1)
             rows = commit.flatten().nonzero()[:, 0].to(device)
@@ -611,7 +580,7 @@ def make_warp(temperature=1.0, top_k=0, top_p=1.0, nucleus="inclusive"):
 
 
 # ----------------------------------------------------------------------------- model
-PASSES = ("order", "steps", "threshold", "pace", "remask", "refine", "block_length")  # of diffusion alone
+PASSES = ("order", "steps", "threshold", "pace", "remask", "refine", "block_length")  # of diffusion
 MASK_ORDERS, SCORE_ORDERS = ("first_hitting", "ancestral", *RANKS), ("tweedie", "euler")
 WAYS = {  # the flags that a kind of model cannot take, and its orders
     "mdlm": ((), MASK_ORDERS),
@@ -629,8 +598,7 @@ class Canvas(NamedTuple):
 
 
 class Samples(list):
-    """Texts; tokens: their lists of ids; ended: did each end before its length; nfe: forward passes
-    in all."""
+    """Texts; with tokens, lists of ids; ended, whether before their length; nfe, forward passes."""
 
 
 def build_model(script, ckpt, weights="ema"):
@@ -644,7 +612,7 @@ def build_model(script, ckpt, weights="ema"):
 class LM:
     """A trained model with its tokenizer. Made by load()."""
     def __init__(self, script, ckpt, path, opts):
-        self.script, self.name, self.path = script, ckpt["script"], Path(path)
+        self.script, self.name, self.path = script, ckpt["script"], path
         self.model, self.cfg = build_model(script, ckpt, opts.weights)
         self.tokenizer = Tokenizer(ckpt["meta"], self.cfg.vocab_size)
         self.block_len, self.graph = (getattr(self.cfg, x, 0) for x in ("block_len", "graph"))
@@ -662,17 +630,16 @@ class LM:
             if isinstance(part, torch.nn.Linear):  # as autocast does in every pass
                 part.to(self.dtype)
         self.where = f"{str(self.dtype).removeprefix('torch.')} on {self.device.type}"
-        averaged = opts.weights if ckpt["ema"] else "raw"
         self.n_parameters = sum(p.numel() for p in self.model.parameters())
         self.summary = (
-            f"{path}: {self.name}, {self.n_parameters / 1e6:.2f}M parameters, {averaged} weights "
-            f"of step {ckpt['step']}, {self.tokenizer.name} tokens, context {self.cfg.seq_len}"
-            + ", no cache" * is_fork)
+            f"{path}: {self.name}, {self.n_parameters / 1e6:.2f}M parameters, "
+            f"{opts.weights if ckpt['ema'] else 'raw'} weights of step {ckpt['step']}, "
+            f"{self.tokenizer.name} tokens, context {self.cfg.seq_len}" + ", no cache" * is_fork)
 
     def batch_rows(self, length):
         """How many rows of that many tokens to run at once."""
-        numbers = length * max(self.cfg.vocab_size, self.cfg.n_head * length)
-        return max(1, BATCH_NUMBERS // numbers)
+        a_token = max(self.cfg.vocab_size, self.cfg.n_head * length)
+        return max(1, BATCH_NUMBERS // (length * a_token))
 
     def check_able(self, opts):
         """Refuse what this kind of model cannot do."""
@@ -681,13 +648,13 @@ class LM:
             value = getattr(opts, name)
             check(value == getattr(Options, name), name, value,
                   f"{self.name} cannot do that: take a checkpoint of train_mdlm")
-        fits = opts.order in ("", *orders)
-        check(fits, "order", opts.order, f"{self.name} has {', '.join(orders)}")
+        check(opts.order in ("", *orders), "order", opts.order,
+              f"{self.name} has {', '.join(orders)}")
 
     def describe(self, opts):
         """How it writes, in words, with what its samples are not."""
         words = f"remask {opts.remask}" if opts.remask else opts.order_name
-        is_exact = opts.order_name not in RANKS or (opts.order, opts.threshold) == ("random", None)
+        is_exact = opts.order_name not in RANKS or (opts.order, opts.threshold) == ("random", 0)
         words = words if is_exact else f"{words} (mode-seeking)"
         length = self.block_len or opts.block_length
         words += f" in blocks of {length}" if length else ""
@@ -701,8 +668,8 @@ class LM:
             texts = [text.replace(r"\_", "_") for text in BLANK.split(opts.infill)]
             n_blanks, blanks = len(texts) - 1, numbers(opts.blank)
             blanks = blanks if len(blanks) > 1 else blanks * n_blanks
-            fits = len(blanks) == n_blanks > 0
-            check(fits, "blank", opts.blank, f"the text has {n_blanks} blanks, written as ___")
+            check(len(blanks) == n_blanks > 0, "blank", opts.blank,
+                  f"the text has {n_blanks} blanks, written as ___")
             parts = [[*zip(texts, [*blanks, 0], strict=True)]]
         else:
             parts = [[(text, 1)] for text in opts.prompts or [opts.prompt]]
@@ -722,19 +689,18 @@ class LM:
         limit = math.inf if self.block_len or opts.block_length else self.cfg.seq_len
         T = n if opts.infill else max(n, min(limit, n - 1 + DEFAULT_LENGTH))
         T = opts.length + len(lead) if opts.length else T
-        fits = n <= T <= limit
-        check(fits, "length", T - len(lead), f"the text takes {n} tokens, the context {limit}")
+        check(n <= T <= limit, "length", T - len(lead),
+              f"the text takes {n} tokens, the context {limit}")
         rows = torch.tensor([row + [-1] * (T - len(row)) for row in rows])
-        begins = (-1 - rows).clamp(min=0)
-        return Canvas(rows.clamp(min=0), rows >= 0, begins, torch.stack(allowed), len(lead))
+        return Canvas(rows.clamp(min=0), rows >= 0, (-1 - rows).clamp(min=0),
+                      torch.stack(allowed), len(lead))
 
     @torch.inference_mode()
     def batches(self, canvas, opts, watch=None, stops=True):
         """Fill each row of the canvas n times; yield ([(tokens, whether it ended)], number of
         forward passes) of as many as fit in a batch. watch(tokens (B, T), nfe) sees every pass.
-        stops: at the end of a document, where the model writes in order, and at --stop.
-
-        Sample i depends on (seed, i) alone."""
+        stops: at the end of a document, where the model writes in order, and at --stop. Sample i
+        depends on (seed, i) alone."""
         warp = make_warp(opts.temperature, opts.top_k, opts.top_p, opts.nucleus)
         (P, T), (fraction, n_refine) = canvas.known.shape, fraction_of(opts.refine)
         gens = [stream(opts.seed, i) for i in range(1 + n_refine)]
@@ -754,7 +720,7 @@ class LM:
                     tokens, _, n = self.fill(tokens, keep, gen, look, *same)
                     nfe += n
             rows = []
-            for row, n, known in zip(tokens.tolist(), length.tolist(), given.tolist(), strict=True):
+            for row, n, known in zip(*(x.tolist() for x in (tokens, length, given)), strict=True):
                 n = self.find_stop(row[:n], known, opts.stop if stops else "")
                 rows.append((row[canvas.lead:n], n < T))
             yield rows, nfe
@@ -768,7 +734,7 @@ class LM:
         if opts.order_name == "ancestral":
             steps = steps or self.block_len or opts.block_length or known.size(1)
         if opts.order_name in RANKS:
-            how["choose"] = ordered(opts.order_name, opts.threshold, opts.pace)
+            how["choose"] = ordered(opts.order_name, opts.threshold or None, opts.pace)
         elif opts.remask:
             how["choose"] = remasking(opts.remask)
         if stops and self.kind != "mdlm":
@@ -781,14 +747,13 @@ class LM:
         begin = [*known, False].index(False)
         words = [self.tokenizer.table[token] for token in row[begin:]]
         stops = [stop] if isinstance(stop, str) else stop
-        cut = min([b"".join(words).find(x.encode()) % 2**62 for x in stops if x], default=2**62)
+        far = 2**62  # where find() puts what is not there, by the remainder of -1
+        cut = min([b"".join(words).find(x.encode()) % far for x in stops if x], default=far)
         return begin + bisect.bisect([*itertools.accumulate(map(len, words))], cut)
 
     def likeliest(self, tokens, is_known, fraction):
-        """What to keep (B, T) when a fraction is predicted anew, and the passes spent.
-
-        Two passes score every token: every second one is masked, then the others, so that each is
-        judged with its neighbours in sight."""
+        """What to keep (B, T) when a fraction is predicted anew, and the passes spent: one in which
+        every second token is masked and scored, one for the others, their neighbours in sight."""
         is_free = ~is_known
         score = torch.full(tokens.shape, math.inf, device=tokens.device)
         parity = is_free.cumsum(1) % 2
@@ -805,8 +770,8 @@ class LM:
     def generate(self, prompt="", **how):
         """n texts of `length` tokens that begin with the prompt, or with each of a list of prompts;
         `how`: the flags' names -> Samples"""
-        name = "prompt" if isinstance(prompt, str) else "prompts"
-        return self.samples(make_options(**{name: prompt}, **how))
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        return self.samples(make_options(prompts=prompts, **how))
 
     def infill(self, text, blank=16, **how):
         """n versions of a text, its blanks (___) filled with `blank` tokens, an int or a list."""
@@ -825,11 +790,11 @@ class LM:
         """-log p of a text, given another one before it, both cut into windows of seq_len tokens
         (the last may be shorter): nats, nats_stderr, bits_per_byte, bits_stderr, n_tokens, n_bytes.
 
-        A bound, with its standard error over independent draws of noise, each of which masks every
-        window twice, as an antithetic pair. gpt: one pass without noise, exact."""
+        A bound, with its error over draws of noise, which mask each window twice, as an antithetic
+        pair. gpt: exact."""
         is_exact, T = self.kind == "gpt", self.cfg.seq_len
-        fits = not given or self.kind in ("gpt", "mdlm")
-        check(fits, "given", given, f"{self.name} has no bound of that kind")
+        check(not given or self.kind in ("gpt", "mdlm"), "given", given,
+              f"{self.name} has no bound of that kind")
         n_draws, n_copies = (1, 1) if is_exact else (draws or DEFAULT_DRAWS, 2)
         new, known = self.tokenizer.encode(text), self.tokenizer.encode(given)
         check(new, "score", text, "the text is empty")
@@ -864,8 +829,7 @@ class LM:
 
 # ----------------------------------------------------------------------------- loading
 def find_checkpoint(name=None):
-    """The file behind PATH, a run folder, or hf:OWNER/REPO/FILE, which is downloaded once; without
-    a name, the newest in out/, or else the model that comes with the repository."""
+    """The file behind what --ckpt says; without it the newest in out/, or else a shipped model."""
     if not name:
         name = max(Path("out").glob("*/ckpt.pt"), key=os.path.getmtime, default=SHIPPED[0])
     if not str(name).startswith("hf:"):
@@ -882,14 +846,12 @@ def load_script(path):
     with naming(f"--script={path}"):
         spec = importlib.util.spec_from_file_location(f"sampled_{Path(path).stem}", path)
         script = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-        sys.path += {str(Path(path).resolve().parent), str(HERE)}.difference(sys.path)  # for muon
         spec.loader.exec_module(script)
     return script
 
 
 def load(path=None, script=None, opts=None, **how):
-    """LM from a checkpoint: PATH, its folder, an artifact of study/golf.py or hf:OWNER/REPO/FILE;
-    None: the newest in out/. script: the file that wrote it, when it is not one of ours. how:
+    """LM from what --ckpt takes. script: the file that wrote it, when it is not one of ours. how:
     weights, device, dtype."""
     opts, path = opts or make_options(**how), find_checkpoint(path)
     module = load_script(script or HERE / f"{SCRIPTS[0]}.py")
@@ -900,8 +862,8 @@ def load(path=None, script=None, opts=None, **how):
             read = golf.read if golf.is_artifact(path) else read
         ckpt = read(path)
         name = ckpt["script"]
-        is_right = name == Path(script).stem if script else name in SCRIPTS
-        check(is_right, "ckpt", path, f"written by {name}.py: pass that file as --script=PATH")
+        check(name in ((Path(script).stem,) if script else SCRIPTS), "ckpt", path,
+              f"written by {name}.py: pass that file as --script=PATH")
         return LM(module if script else load_script(HERE / f"{name}.py"), ckpt, path, opts)
 
 
@@ -975,13 +937,13 @@ def redraw(lines, height, stream, is_last=False):
 
 
 class Run:
-    """A model at work on a canvas. It counts, and shows on stderr how far it is: on a terminal a
-    line, with --watch the text below it. For a race or a file it keeps every pass. Its clock stands
-    still while it does that."""
+    """A model at work on a canvas. It counts, with --watch it shows the text as it appears, for a
+    race or a file it keeps every pass. Its clock stands still while it does that."""
     def __init__(self, lm, opts, is_race=False):
         self.lm, self.opts, self.is_race, self.canvas = lm, opts, is_race, lm.canvas(opts)
         known, is_known, *_, self.lead = self.canvas
-        self.mask_id, self.bos_id = lm.cfg.vocab_size, lm.tokenizer.bos_id
+        self.is_live = opts.watch and not is_race and is_terminal(sys.stderr)
+        self.mask_id = lm.cfg.vocab_size
         rows = torch.where(is_known, known, self.mask_id)[:, self.lead:].tolist()
         self.starts = [row for row in rows for _ in range(opts.n)]
         self.done, self.begin = [], None  # samples; and the passes of the first batch
@@ -1003,16 +965,16 @@ class Run:
                 self.entropy += torch.special.entr(shares).sum().item()
                 self.n_new += len(new)
                 frames = self.frames(len(self.done) - self.first, len(row))
-                record = dict(sample=len(self.done), length=len(row), known=known, nfe=nfe,
-                              seconds=self.seconds - self.begun, frames=frames)
-                self.done.append((row, ended, record))
+                self.done.append((row, ended, dict(
+                    sample=len(self.done), length=len(row), known=known, nfe=nfe,
+                    seconds=self.seconds - self.begun, frames=frames)))
                 yield row
             self.begin = self.begin or self.passes
             self.rest()
 
     def rest(self):
         """Before a batch nothing is drawn."""
-        self.height, self.drawn, self.last = 0, -math.inf, None
+        self.height, self.drawn, self.last, self.due = 0, -math.inf, None, 0.25
         self.passes = [(0, 0.0, self.starts[len(self.done):])]  # number, seconds, tokens
         self.first, self.begun, self.since = len(self.done), self.seconds, time.perf_counter()
 
@@ -1031,42 +993,47 @@ class Run:
         self.seconds += time.perf_counter() - self.since
         if self.is_race or self.opts.save:  # else they would fill the memory
             self.passes.append((nfe, self.seconds - self.begun, rows))
-        if is_terminal(sys.stderr) and time.monotonic() - self.drawn >= FRAME:
-            lines = [styled(f"{self.lm.name}: {nfe} passes", "note")]
-            for texts in zip(rows, self.last or rows, self.starts[self.first:], strict=False):
-                if self.opts.watch and not self.is_race:
-                    width = shutil.get_terminal_size().columns
-                    lines += ["", *lines_of(self.spans(*texts), width)]
+        if self.is_live and time.monotonic() - self.drawn >= FRAME:
+            lines, width = [styled(f"{nfe} passes", "note")], shutil.get_terminal_size().columns
+            for row, *more in zip(rows, self.last or rows, self.starts[self.first:], strict=False):
+                ends = [i + 1 for i, token in enumerate(row) if token != self.lm.tokenizer.bos_id]
+                spans = self.spans(row[:max(ends, default=0)], *more)  # without what fills it up
+                lines += ["", *lines_of(spans, width)]
             self.height, self.last = redraw(lines, self.height, sys.stderr), rows
             self.drawn = time.monotonic()
+        elif self.opts.watch and not (self.is_race or self.is_live):  # a file: after each quarter
+            row, start = rows[0], self.starts[self.first]
+            done = 1 - row.count(self.mask_id) / start.count(self.mask_id)
+            if self.due <= done < 1:
+                self.due = (math.floor(4 * done) + 1) / 4
+                spans = self.spans(row, row, start)
+                show([(f"[{done:.0%} after {nfe} passes] ", None), *spans], sys.stderr)
         self.since = time.perf_counter()
 
     def spans(self, row, before, start):
-        """[(text, kind)] of a row, without what fills it behind its end."""
-        n = max((i + 1 for i, token in enumerate(row) if token != self.bos_id), default=0)
+        """[(text, kind)] of a row"""
         kinds = ["mask" if token == self.mask_id else "known" if given != self.mask_id
                  else "new" if token != old else None
                  for token, old, given in zip(row, before, start, strict=False)]
-        return self.lm.tokenizer.spans(row[:n], kinds[:n])
+        return self.lm.tokenizer.spans(row, kinds)
+
 
 def save(path, runs):
-    """Write the samples of runs to a file.
-
-    FILE.jsonl: a line about each run: name, script, parameters, sampler, seed, device, checkpoint
-    (sha256), tokenizer; then a line for each of its samples: i, text, tokens, nfe, ended. FILE.json: every pass, which study/page.py shows:
+    """Write the samples of runs. FILE.jsonl: a line about each run, from name to device as below,
+    checkpoint (sha256), tokenizer; and one a sample: i, text, tokens, nfe, ended. FILE.json:
 
     {"format": 1, "mask": -1, "tokens": {"id": "its bytes as Latin-1"}, "runs": [{"name", "script",
     "parameters", "sampler", "seed", "device", "sample", "length", "known": [[position, id]..],
     "nfe", "seconds", "frames": [[pass, milliseconds, [[position, id]..]]..]}..]}
 
-    A sample begins with its known tokens, all else is masked; every frame says what changed, id -1
-    for what was masked again. Behind the last frame it is the sample."""
+    Known tokens alone are there first. A frame says what a pass changed, id -1: masked again. After
+    the last one stands the sample."""
     lines, entries, tokenizer = [], [], runs[0].lm.tokenizer
     for run in runs:
         lm = run.lm
-        about = dict(name=lm.path.absolute().parent.name, script=lm.name,
-                     parameters=lm.n_parameters, sampler=lm.describe(run.opts),
-                     seed=run.opts.seed, device=lm.where)
+        name = lm.path.stem if lm.path.stem != "ckpt" else lm.path.absolute().parent.name
+        about = dict(name=name, script=lm.name, parameters=lm.n_parameters,
+                     sampler=lm.describe(run.opts), seed=run.opts.seed, device=lm.where)
         sha256 = hashlib.sha256(lm.path.read_bytes()).hexdigest()
         lines.append({**about, "checkpoint": sha256, "tokenizer": tokenizer.name})
         for tokens, ended, record in run.done:
@@ -1095,13 +1062,11 @@ def replay(runs):
         step = (shutil.get_terminal_size().columns + len(BAR)) // len(runs)
         texts = []
         for run in runs:
-            i = bisect.bisect([seconds for _, seconds, _ in run.begin], now) - 1
-            (nfe, _, rows), is_done = run.begin[i], i + 1 == len(run.begin)
-            before = rows if is_done else run.begin[max(0, i - 1)][2]
+            at = bisect.bisect([seconds for _, seconds, _ in run.begin], now)
+            nfe, _, (row, *_) = run.begin[at - 1]
             counters = f"{nfe} passes, {min(now, run.begin[-1][1]):.1f} s\n\n"
-            texts.append(lines_of(
-                [(f"{run.lm.name}\n", "known"), (counters, "note"),
-                 *run.spans(rows[0], before[0], run.starts[0])], step - len(BAR)))
+            head = [(f"{run.lm.name}\n", "known"), (counters, "note")]
+            texts.append(lines_of(head + run.spans(row, row, run.starts[0]), step - len(BAR)))
         bars = ["", *(f"\x1b[{i * step - len(BAR) + 1}G{BAR}" for i in range(1, len(runs)))]
         lines = ["".join(map("".join, zip(bars, cells, strict=True)))
                  for cells in itertools.zip_longest(*texts, fillvalue="")]
@@ -1114,11 +1079,9 @@ def print_race(opts):
     paths = [opts.ckpt, *opts.race.split(",")] if opts.race != "shipped" else SHIPPED
     lms = [load(path, opts.script * (not i), opts) for i, path in enumerate(paths)]
     for lm in lms:
-        fits = lm.tokenizer.table == lms[0].tokenizer.table
-        check(fits, "race", opts.race, "their tokens differ")
+        check(lm.tokenizer.table == lms[0].tokenizer.table, "race", lm.path, "it has other tokens")
     plain = dataclasses.replace(opts, **{name: getattr(Options, name) for name in PASSES})
-    canvases = [lm.canvas(plain) for lm in lms]
-    length = min(canvas.known.size(1) - canvas.lead for canvas in canvases)
+    length = min(x.known.size(1) - x.lead for x in (lm.canvas(plain) for lm in lms))
     runs = [Run(lm, dataclasses.replace(plain if lm.kind == "gpt" else opts, length=length), True)
             for lm in lms]
     note("\n".join(lm.summary for lm in lms))
@@ -1154,9 +1117,8 @@ def print_score(lm, opts):
     if lm.kind != "gpt":
         nats, bits = f"<{nats} +- {score.nats_stderr:.2f}", f"{bits} +- {score.bits_stderr:.4f}"
         noise = f"{opts.draws or DEFAULT_DRAWS} noise draws, seed {opts.seed}"
-    what = f"file {opts.score}" if os.path.isfile(opts.score) else "the text given"
-    print(f"-log p {nats} nats, {bits} bits per byte ({what}: {score.n_tokens} tokens, "
-          f"{score.n_bytes} bytes; {noise}, {lm.where})")
+    print(f"-log p {nats} nats, {bits} bits per byte ({score.n_tokens} tokens, {score.n_bytes} "
+          f"bytes; {noise}, {lm.where})")
 
 
 def print_samples(lm, opts):
@@ -1166,8 +1128,7 @@ def print_samples(lm, opts):
     for row, start in zip(run.samples(), run.starts, strict=True):
         if n > 1:
             note(f"--- sample {len(run.done)} of {n}")
-        kinds = ["known" if old != run.mask_id else None for old in start[:len(row)]]
-        show(lm.tokenizer.spans(row, kinds) + [("\n", None)] * (n > 1), sys.stdout)
+        show(run.spans(row, row, start) + [("\n", None)] * (n > 1), sys.stdout)
     if opts.save:
         save(opts.save, [run])
     note(f"NFE {run.nfe}, {run.n_new / run.seconds:.0f} tokens/s, {lm.where}, "
@@ -1177,7 +1138,7 @@ def print_samples(lm, opts):
 def read_prompts(path):
     with naming(f"--prompts={path}"):
         lines = map(json.loads, Path(path).read_text(encoding="utf-8").splitlines())
-        return [line if isinstance(line, str) else line["prompt"] for line in lines]
+        return [line["prompt"] if isinstance(line, dict) else line for line in lines]
 
 
 def main(argv):
@@ -1185,8 +1146,8 @@ def main(argv):
         opts = parse_args(argv)
         modes = [flag for flag in ("infill", "score", "prompt", "prompts", "race")
                  if getattr(opts, flag)]
-        fits = len(modes) < 2 or modes == ["prompt", "race"]
-        check(fits, " and --".join(modes), "..", "exclude each other: drop one")
+        check(len(modes) < 2 or modes == ["prompt", "race"], " and --".join(modes), "..",
+              "exclude each other: drop one")
         check(opts.score or not opts.given, "given", opts.given, "goes with --score")
         if opts.prompts:
             opts = dataclasses.replace(opts, prompts=read_prompts(opts.prompts))

@@ -192,6 +192,19 @@ def test_a_number_of_steps_is_spread_evenly_over_each_row(order, free, steps):
     assert out.nfe == min(steps, max(free))
 
 
+@pytest.mark.parametrize(("pace", "share"), [
+    ("cosine", lambda x: 1 - math.cos(math.pi * x / 2)),
+    ("cosine2", lambda x: math.sin(math.pi * x / 2) ** 2)])
+def test_paces(pace, share):
+    """After pass i of 8 at least that share is fixed, and hardly more."""
+    fixed = [0]
+    fill(Noisy(), 1, sample.ordered("confidence", pace=pace), 8, T=48, V=7,
+         watch=lambda tokens, nfe: fixed.append((tokens != 7).sum().item()))
+    for i, n in enumerate(fixed):
+        assert -1e-6 < n - 48 * share(i / 8) < 3
+    assert fixed[-1] == 48 and all(b > a for a, b in itertools.pairwise(fixed))
+
+
 @pytest.mark.parametrize("order", RANKED)
 def test_thresholds(order):
     assert fill(Noisy(), 4, sample.ordered(order, 1.0), None, T=12, V=7).nfe == 12
@@ -541,6 +554,15 @@ def test_the_newest_checkpoint(ckpts, tmp_path, monkeypatch):
     assert "out/b" in sample.load("out/b", device="cpu").summary
 
 
+@pytest.mark.skipif(not sample.SHIPPED[0].exists(), reason="no model comes with this copy")
+def test_without_a_checkpoint_the_shipped_model_writes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run("--length=9", "--steps=3", "--device=cpu")
+    assert result.status == 0 and "models/mdlm.golf: train_mdlm" in result.err and result.out
+    lm = sample.load(sample.SHIPPED[0], device="cpu")
+    assert lm.generate(length=9, steps=3) == [result.out[:-1]]
+
+
 FORKS = {  # script, edit
     "other layers": (train_mdlm, "F.relu(self.up(x)).square()", "F.gelu(self.up(x))"),
     "no predict": (gpt, "predict(", "forecast("),
@@ -611,7 +633,8 @@ BAD_FLAGS = {
         ("--lenght=3", "did you mean --length?"), ("prompt", "--prompt"), ("--length", "value"),
         ("--n=two", "--n=two"), ("--n=0", "--n=0"), ("--seed=-1", "--seed=-1"),
         ("--temperature=nan", "--temperature=nan"), ("--top_k=-1", "--top_k=-1"),
-        ("--top_p=1.5", "--top_p=1.5"), ("--threshold=2", "--threshold"), ("--refine=2", "--refine"),
+        ("--top_p=1.5", "--top_p=1.5"), ("--threshold=2", "--threshold"),
+        ("--refine=2", "--refine"),
         ("--order=confidense", "confidence"), ("--order=first_hitting --steps=5", "--steps=5"),
         ("--order=ancestral --threshold=0.5", "--threshold=0.5"), ("--remask=lop", "loop"),
         ("--remask=cap:2", "--remask=cap:2"), ("--remask=cap --order=margin", "--remask=cap"),
@@ -620,8 +643,8 @@ BAD_FLAGS = {
         ("--prompt=abcdef --length=6", "--length=6"), ("--infill=defx", "___"),
         ("--infill=a___b --prompt=c", "--prompt"), ("--infill=a___b --blank=2,3", "--blank=2,3"),
         ("--infill=a___b --blank=x", "--blank=x"), ("--infill=a___b --blank=0", "--blank=0"),
-        ("--infill=a___b --blank=60", "62 tokens"), 
-        ("--score=", "--score"), ("--given=a", "--score"),
+        ("--infill=a___b --blank=60", "62 tokens"), ("--score=", "--score"),
+        ("--given=a", "--score"),
         ("--order=euler", "--order=euler: train_mdlm has")],
     "gpt": [("--order=random", "--order"), ("--steps=8", "--steps"), ("--refine=0.5", "--refine"),
             ("--infill=a___b", "--infill")],
@@ -649,8 +672,10 @@ def test_stdout_is_the_text(ckpts, lms):
     assert (status, out) == (0, text + "\n") and "\x1b" not in err
     assert re.search(r"NFE 17, \d+ tokens/s, float32 on cpu, entropy \(mode-seeking\), ent", err)
     assert re.search(r"entropy \d\.\d\d nats\n$", err)
-    _, out, err = run(*argv, "--n=2", "--steps=17")
+    _, out, err = run(*argv, "--n=2", "--watch", "--steps=17")
     both = lms["mdlm"].generate("de ", length=20, seed=3, n=2, steps=17)
+    marks = re.findall(r"^\[(\d+)% after \d+ passes\] de ", err, re.M)
+    assert len(marks) == 3 and "░" in err
     assert out == "".join(f"{text}\n\n" for text in both) and "--- sample 2 of 2" in err
 
 
@@ -714,10 +739,10 @@ def test_files_and_what_looks_like_them(ckpts, lms, tmp_path):
     ckpt = f"--ckpt={ckpts['gpt']}"
     nats = f"= {lms['gpt'].score(text).nats:.2f} nats"
     result = run(ckpt, f"--score={tmp_path / 'a.txt'}")
-    assert nats in result.out and "a.txt: 40 tokens, 40 bytes; exact" in result.out
+    assert nats in result.out and "(40 tokens, 40 bytes; exact" in result.out
     result = run(ckpt, "--score=a few words", f"--given={tmp_path / 'a.txt'}")
     nats = lms["gpt"].score("a few words", given=text).nats
-    assert f"= {nats:.2f} nats" in result.out and "the text given: 11 tokens" in result.out
+    assert f"= {nats:.2f} nats" in result.out and "(11 tokens" in result.out
     assert_refused(run(ckpt, f"--score={tmp_path / 'gbk.txt'}"), "gbk.txt")
     (tmp_path / "p.jsonl").write_text('"a"\n{"text": 3}\n')
     assert_refused(run(ckpt, f"--prompts={tmp_path / 'p.jsonl'}"), "--prompts=")

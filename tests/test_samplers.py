@@ -661,9 +661,10 @@ def check_passes(sedd):
 CHECKS = [
     *((check_ancestral_law, MDLM, steps) for steps in (1, 2, 5)), (check_first_hitting, MDLM),
     (check_many_steps, MDLM), (check_random_order, MDLM), (check_infill, MDLM, None),
-    (check_infill, MDLM, 500), (check_blocks_of_masked, MDLM), (check_blocks, BLOCK), (check_left_to_right, GPT),
-    (check_continues, BLOCK), (check_continues, GPT), (check_unmasking_rate, MDLM, 1024),
-    (check_unmasking_rate, MDLM, 4096), (check_rare_tokens, MDLM), (check_choose, MDLM),
+    (check_infill, MDLM, 500), (check_blocks_of_masked, MDLM), (check_blocks, BLOCK),
+    (check_left_to_right, GPT), (check_continues, BLOCK), (check_continues, GPT),
+    *((check_unmasking_rate, MDLM, steps) for steps in (1024, 4096)),
+    (check_rare_tokens, MDLM), (check_choose, MDLM),
     *((check_rows, module) for module in (MDLM, BLOCK, GPT, SEDD)), (check_stop, BLOCK),
     (check_stop, GPT), (check_cache, BLOCK), (check_cache, GPT), (check_window, BLOCK),
     *((check, SEDD, *how) for check in (check_few_steps, check_many_score_steps)
@@ -688,7 +689,8 @@ MUTANTS = {  # a changed line makes its oracle fail
                 best = ((pick ** (1 / 50257)) / grid).floor() * grid
                 stay = uniforms(gens, L)
                 odds = max(steps - i - 1, 1e-9) * 50257
-                commit = is_mask & (-best.log() * odds < -stay.log())""", (check_unmasking_rate, MDLM, 1024)),
+                commit = is_mask & (-best.log() * odds < -stay.log())""",
+        (check_unmasking_rate, MDLM, 1024)),
     "tokens are drawn with fp32 Gumbel noise": (
         "token = torch.searchsorted(cdf, u.to(cdf.device)[:, None] * total, right=True)[:, 0]",
         """seed = int(u[0] * 2**53)
@@ -697,22 +699,25 @@ MUTANTS = {  # a changed line makes its oracle fail
     "the CDF is in fp32": ("cdf = float64(log_probs)", "cdf = log_probs.float()",
                            (check_rare_tokens, MDLM)),
     "the uniform numbers have 24 bits": (
-        "g.random(shape)", "g.random(shape, dtype=np.float32).astype(float)", (check_rare_tokens, MDLM)),
+        "g.random(shape)", "g.random(shape, dtype=np.float32).astype(float)",
+        (check_rare_tokens, MDLM)),
     "one number decides both whether and what": (
         "pick, u = uniforms(gens, 2, L).unbind(1)", "pick = u = uniforms(gens, 2, L)[:, 0]",
         (check_ancestral_law, MDLM, 5)),
     "every pass commits at the rate of the first": (
-        "commit = is_mask & (pick * (steps - i) < 1)", "commit = is_mask & ((pick * steps < 1) | (i == steps - 1))",
+        "commit = is_mask & (pick * (steps - i) < 1)",
+        "commit = is_mask & ((pick * steps < 1) | (i == steps - 1))",
         (check_ancestral_law, MDLM, 5)),
     "first-hitting goes from left to right": (
-        "(pick == pick.masked_fill(~is_mask, -1).amax(1, keepdim=True))", "(is_mask.cumsum(1) == 1)",
+        "(pick == pick.masked_fill(~is_mask, -1).amax(1, True))", "(is_mask.cumsum(1) == 1)",
         (check_first_hitting, MDLM)),
     "rows share their random numbers": (
         "return [np.random.default_rng(row) for row in words]",
         "return len(words) * [np.random.default_rng(words[0])]", (check_rows, GPT)),
     "random numbers hang on the batch": (
         "pick, u = uniforms(gens, 2, L).unbind(1)",
-        "pick, u = uniforms(gens, 2, L).unbind(1) if not is_empty else (0, 0)", (check_rows, BLOCK)),
+        "pick, u = uniforms(gens, 2, L).unbind(1) if not is_empty else (0, 0)",
+        (check_rows, BLOCK)),
     "the cache keeps the noised block": (
         "clean = new[..., :new.size(3) - self.n_noised, :]", "clean = new", (check_cache, BLOCK)),
     "the cache forgets its values": (
@@ -730,8 +735,8 @@ MUTANTS = {  # a changed line makes its oracle fail
         "is_left &= ~fixed[:, here].cpu() & (i < passes - 1)", "is_left &= i < passes - 1",
         (check_choose, MDLM)),
     "the last step is as the others": (
-        "sigmas, rates = [*sigmas.tolist(), 0.0]", "sigmas, rates = [*sigmas.tolist(), sigmas[-1] / 2]",
-        UNIFORM),
+        "sigmas, rates = [*sigmas.tolist(), 0.0]",
+        "sigmas, rates = [*sigmas.tolist(), sigmas[-1] / 2]", UNIFORM),
     "the last step leaves masks": (
         " & (i < passes - 1)\n", "\n", (check_unnormalised_score, SEDD)),
     "euler does not denoise": (
