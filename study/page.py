@@ -91,7 +91,7 @@ def wrap(texts, width):
                 end += 1
             if column and column + min(end - at, width) > width:
                 column, line = 0, line + 1
-        if column >= width:
+        if column >= width and char not in " \n":  # which may stand out
             column, line = 0, line + 1
         where.setdefault(i, (column, line))
         column, line = (0, line + 1) if char == "\n" else (column + 1, line)
@@ -164,7 +164,7 @@ def svg(race):
         x = MARGIN + i * (width + MARGIN)
         text, tall = draw_run(run, race["tokens"], x, 96, int(width / CELL), timing)
         height, end = max(height, tall), share(run["frames"][-1][1])
-        label = f"{LABELS.get(run['script'], run['script'])}, {run['sampler']}"
+        label = f"{LABELS.get(run['script'], run['script'])}, {run['sampler'].replace('_', '-')}"
         parts.append(
             f'<text class="h" x="{x:.4g}" y="34">{html.escape(label)}</text>'
             f'<text class="s" x="{x:.4g}" y="53">{facts(run)}</text>'
@@ -186,7 +186,7 @@ def svg(race):
         frames.append(f"@keyframes {name}{{{shown}}}.{name}{{animation:{name} {total:.2f}s linear "
                       "infinite}")
     speed = "in real time" if slow == 1 else f"at 1/{slow} of real speed"
-    where = html.escape(runs[0].get("device", ""))
+    speed += html.escape(f", {runs[0]['device']}" if runs[0].get("device") else "")
     bottom = 96 + height + 18
     style = Path(__file__).with_name("race.css").read_text(encoding="utf-8")
     return "\n".join((
@@ -194,7 +194,7 @@ def svg(race):
         f"<title>Text appearing, {speed}</title>",
         "<style>", *frames, style, "</style>",
         f'<rect class="c" x=".5" y=".5" width="{WIDTH - 1}" height="{bottom + 13}" rx="10"/>',
-        *parts, f'<text class="s" x="{MARGIN}" y="{bottom}">{speed} {where}</text></svg>', ""))
+        *parts, f'<text class="s" x="{MARGIN}" y="{bottom}">{speed}</text></svg>', ""))
 
 
 def write(flags):

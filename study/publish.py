@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from study.golf import open_checkpoint, require, run_cli  # noqa: E402
 
-NO_FLAG = ("out", "preset", "resume", "eval_only", "init_from")  # the other settings are all there
+NO_FLAG = ("out", "preset", "resume", "eval_only")  # the other settings are all there
 
 
 def printed_bytes():
@@ -78,7 +78,8 @@ def figures(path, metric):
 def write_folder(flags, folder):
     """Everything that is uploaded."""
     path, ckpt, module = open_checkpoint(flags.ckpt, flags.script)
-    config = {k: v for k, v in ckpt["config"].items() if k not in NO_FLAG}
+    own = f"{ckpt['config']['out']}/ckpt.pt"  # --init_from of a run that was resumed
+    config = {k: v for k, v in ckpt["config"].items() if k not in NO_FLAG and v != own}
     weights = ckpt["ema"] or ckpt["model"]
     folder.mkdir(parents=True, exist_ok=True)
     kept = {"model": weights, "ema": None, "optimizers": []}
