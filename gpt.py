@@ -423,8 +423,7 @@ def flops_per_token(cfg, n_weights):
     return 6 * (n_weights + head) + 6 * cfg.n_layer * cfg.n_embd * cfg.seq_len
 
 
-CPU_SHORT = 512  # positions
-N_STRIPS = 4
+CPU_SHORT, N_STRIPS = 512, 4  # positions; parts of them
 
 
 def attend(q, k, v, ctx):
@@ -440,9 +439,8 @@ def attend(q, k, v, ctx):
     for i in range(len(q)):
         keys, values = (torch.cat(x[:i + 1], 2) for x in (k, v))
         scores = (q[i] @ keys.transpose(-1, -2)).float()  # (B, H, width, end of the strip)
-        future = torch.ones(scores.shape[2:], dtype=torch.bool).triu(1 + i * q[0].size(2))
-        scores = scores.masked_fill(future, -math.inf)
-        parts.append(scores.softmax(-1).type_as(values) @ values)
+        future = torch.full(scores.shape[2:], -math.inf).triu(1 + i * q[0].size(2))
+        parts.append((scores + future).softmax(-1).type_as(values) @ values)
     return torch.cat(parts, 2)
 
 
@@ -471,8 +469,7 @@ def corrupt(x0, noise, cfg):
 
 def loss_fn(model, x0, noise, cfg):
     """Training loss, nats per token: the mean over all B T tokens."""
-    logits = model(corrupt(x0, noise, cfg))  # (B, T, V)
-    return F.cross_entropy(logits.flatten(0, 1), x0.flatten())
+    return nelbo_fn(model, x0, noise, cfg).mean() / x0.size(1)
 
 
 def nelbo_fn(model, x0, noise, cfg):

@@ -476,8 +476,7 @@ def documents(x0, cfg):
     return torch.cat((before.repeat_interleave(cfg.block_len, 1), clean), 1)
 
 
-CPU_SHORT = 512  # positions
-N_STRIPS = 4
+CPU_SHORT, N_STRIPS = 512, 4  # positions; parts of them
 
 
 def attend(q, k, v, ctx):
@@ -537,8 +536,8 @@ class Model(Trunk):
         masks = {n: create(rule, 1 if docs is None else B, None, n, 2 * T, device)
                  for n in (T, 2 * T)}
         positions = torch.arange(T, device=device).repeat(2)
-        tokens = torch.cat((xt, x0), 1)  # (B, 2T)
-        return self.predict(tokens, positions, rows=rows, n_query=T, mask=(masks, block_len))
+        return self.predict(torch.cat((xt, x0), 1), positions, rows=rows, n_query=T,
+                            mask=(masks, block_len))
 
 
 class Noise(NamedTuple):

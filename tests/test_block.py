@@ -362,8 +362,8 @@ def test_flex_attention_is_traced_in_one_piece():
 
 
 def test_flex_attention_stays_off_cpus():
-    """Compiled for a CPU it is wrong where v is sliced from a wider tensor inside of the graph. When
-    this fails, that has been mended, and use_flex may let it in."""
+    """Compiled for a CPU it is wrong where v is a slice of a wider tensor of the graph. When this
+    fails, that has been mended, and use_flex may let it in."""
     from torch.nn.attention.flex_attention import flex_attention
 
     def attend(qkv):

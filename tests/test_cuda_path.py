@@ -78,7 +78,7 @@ ON_HOST = {"draw_noise", "read", "read_batch", "evaluate", "head_rows"}  # take 
 
 class Waits(collections.Counter):
     """{line of a script: how often the host waits there}."""
-    def note(self, script):
+    def note(self, script, on_host):
         frame = sys._getframe(2)
         while frame and frame.f_code.co_filename != script.__file__:
             frame = frame.f_back
@@ -86,18 +86,18 @@ class Waits(collections.Counter):
         while outer:
             names.add(outer.f_code.co_name)
             outer = outer.f_back
-        if frame and not names & ON_HOST:
+        if frame and not names & on_host:
             self[f"{frame.f_code.co_name}:{frame.f_lineno}"] += 1
 
     @contextlib.contextmanager
     def watch(self, script):
         with contextlib.ExitStack() as stack:
-            def patch(name, is_wait):
+            def patch(name, is_wait, on_host=ON_HOST):
                 method = getattr(torch.Tensor, name)
 
                 def call(tensor, *args, **kwargs):
                     if is_wait(args, kwargs):
-                        self.note(script)
+                        self.note(script, on_host)
                     return method(tensor, *args, **kwargs)
                 stack.enter_context(mock.patch.object(torch.Tensor, name, call))
 
@@ -106,7 +106,8 @@ class Waits(collections.Counter):
             # A Python number that is put into a CUDA tensor is copied there, and waited for.
             patch("__setitem__", lambda args, kwargs: not isinstance(args[1], torch.Tensor))
             patch("to", lambda args, kwargs: not kwargs.get("non_blocking") and any(
-                isinstance(x, str | torch.device) for x in (*args, kwargs.get("device"))))
+                isinstance(x, str | torch.device) for x in (*args, kwargs.get("device"))),
+                ON_HOST - {"read_batch"})
             yield
 
 
