@@ -246,9 +246,10 @@ def unpack(name, file):
 
 def kind_of(name, start, text_key):
     """What a text is by its name in lower case and its start: json, csv, html or text."""
-    line = start.lstrip().partition("\n")[0]
+    line, second = [*start.lstrip().split("\n", 2), ""][:2]
     columns = [column.strip("\" \r") for column in re.split("[,;\t]", line)]
-    is_header = text_key in columns or all(map(str.isidentifier, columns))
+    is_header = text_key in columns or (
+        all(map(str.isidentifier, columns)) and re.search("[,;\t]", second))
     if name.endswith((".json", ".jsonl", ".ndjson")) or JSON.match(start):
         return "json"
     if name.endswith((".csv", ".tsv")) or len(columns) > 1 and is_header:

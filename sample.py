@@ -59,6 +59,7 @@ BATCH_NUMBERS = 2**27  # logits, or attention scores of a layer, in one forward 
 MAX_ROWS = 512  # samples at once, so that the first of many are soon there
 END = b"<|endoftext|>"  # how the end of a document is shown
 BLANK = re.compile(r"(?<!\\)_{3,}")  # \_ is an underscore
+FILE_NAME = re.compile(r"\S*[/\\]\S*|\S+\.(txt|md|jsonl?|csv|tsv|html?|py|gz|pdf|docx?|epub)", re.I)
 
 
 # ----------------------------------------------------------------------------- flags
@@ -70,7 +71,8 @@ class Options:
     weights: Literal["ema", "raw"] = "ema"  # averaged, where there are some, or those of the end
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: as trained, where the machine is fast
-    prompt: str = ""  # text to continue
+    prompt: str = ""  # text to continue; or of a file:
+    prompt_file: str = ""
     prompts: str = ""  # .jsonl file of several, a text or {"prompt": text} a line
     start: Literal["document", "anywhere"] = "document"  # where a text without a prompt begins
     infill: str = ""  # text with blanks: each run of three or more underscores; \_ is none
@@ -101,9 +103,11 @@ class Options:
     # Checkpoints, with commas, that write as much as --ckpt; a terminal then shows all side by side
     # in real time. gpt ignores flags about passes. --race alone: the models of the repository.
     race: str = ""
-    score: str = ""  # text, or a file of UTF-8: its bound in nats and bits per byte; gpt: exact
+    score: str = ""  # text, or a file's: its bound in nats and bits per byte; gpt: exact
+    score_file: str = ""  # the same of a file, whatever its name
     given: str = ""  # text or file that comes before the one scored
     draws: int = 0  # independent noise draws of a score; 0: 8
+    encoding: str = "utf-8"  # of these files
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -1104,14 +1108,30 @@ def print_race(opts):
 
 
 # ----------------------------------------------------------------------------- command line
-def text_of(text):
-    """A text, or that of a file of this name."""
-    with naming(text):
-        return Path(text).read_text(encoding="utf-8") if os.path.isfile(text) else text
+def text_of(opts, flag):
+    """The text of --FLAG, or of the file that it or --FLAG_file names."""
+    text, path = getattr(opts, flag), getattr(opts, f"{flag}_file", "")
+    is_named = flag != "prompt" and os.path.isfile(text)
+    if not path and not is_named:
+        check(not FILE_NAME.fullmatch(text), flag, text, "no such file; if it is a text, put it "
+              f"into a file and give --{flag}_file=PATH")
+        return text
+    import prepare_data
+    path = path or text
+    with naming(f"--{flag}_file={path}"):
+        data = Path(path).read_bytes()
+        text = data.decode(opts.encoding, "replace")
+    kind = prepare_data.kind_of(path.lower(), text[:10_000], "text")
+    is_plain = kind == "text" and not prepare_data.NOT_TEXT.match(data) and data[:2] != b"PK"
+    check(is_plain, flag, path, "not plain text; put what it says into a .txt file")
+    is_known = text.count("\ufffd") <= len(text) / 100
+    check(is_known, flag, path, f"not {opts.encoding}; if it is GBK: --encoding=gbk")
+    return text
 
 
 def print_score(lm, opts):
-    score = lm.score(text_of(opts.score), text_of(opts.given), opts.draws, opts.seed)
+    texts = (text_of(opts, flag) for flag in ("score", "given"))
+    score = lm.score(*texts, opts.draws, opts.seed)
     note(lm.summary)
     nats, bits, noise = f"= {score.nats:.2f}", f"{score.bits_per_byte:.4f}", "exact"
     if lm.kind != "gpt":
@@ -1144,18 +1164,20 @@ def read_prompts(path):
 def main(argv):
     try:
         opts = parse_args(argv)
-        modes = [flag for flag in ("infill", "score", "prompt", "prompts", "race")
+        opts = dataclasses.replace(opts, prompt=text_of(opts, "prompt"))
+        modes = [flag for flag in ("infill", "score", "score_file", "prompt", "prompts", "race")
                  if getattr(opts, flag)]
         check(len(modes) < 2 or modes == ["prompt", "race"], " and --".join(modes), "..",
               "exclude each other: drop one")
-        check(opts.score or not opts.given, "given", opts.given, "goes with --score")
+        is_score = bool(opts.score or opts.score_file)
+        check(is_score or not opts.given, "given", opts.given, "goes with --score")
         if opts.prompts:
             opts = dataclasses.replace(opts, prompts=read_prompts(opts.prompts))
         if opts.race:
             print_race(opts)
         else:
             lm = load(opts.ckpt, opts.script, opts)
-            print_score(lm, opts) if opts.score else print_samples(lm, opts)
+            print_score(lm, opts) if is_score else print_samples(lm, opts)
         sys.stdout.flush()
     except (SampleError, OSError, MemoryError, torch.OutOfMemoryError) as e:
         line = printable(str(e)).replace("\n", " ")

@@ -644,7 +644,8 @@ BAD_FLAGS = {
         ("--infill=a___b --prompt=c", "--prompt"), ("--infill=a___b --blank=2,3", "--blank=2,3"),
         ("--infill=a___b --blank=x", "--blank=x"), ("--infill=a___b --blank=0", "--blank=0"),
         ("--infill=a___b --blank=60", "62 tokens"), ("--score=", "--score"),
-        ("--given=a", "--score"),
+        ("--given=a", "--score"), ("--score=none.txt", "no such file"), ("--prompt=a/b", "no such"),
+        ("--prompt_file=none", "--prompt_file=none"), ("--score_file=none", "--score_file=none"),
         ("--order=euler", "--order=euler: train_mdlm has")],
     "gpt": [("--order=random", "--order"), ("--steps=8", "--steps"), ("--refine=0.5", "--refine"),
             ("--infill=a___b", "--infill")],
@@ -743,7 +744,12 @@ def test_files_and_what_looks_like_them(ckpts, lms, tmp_path):
     result = run(ckpt, "--score=a few words", f"--given={tmp_path / 'a.txt'}")
     nats = lms["gpt"].score("a few words", given=text).nats
     assert f"= {nats:.2f} nats" in result.out and "(11 tokens" in result.out
-    assert_refused(run(ckpt, f"--score={tmp_path / 'gbk.txt'}"), "gbk.txt")
+    assert_refused(run(ckpt, f"--score={tmp_path / 'gbk.txt'}"), "gbk.txt", "--encoding=gbk")
+    (tmp_path / "page.txt").write_text("<!doctype html><p>words")
+    assert_refused(run(ckpt, f"--score_file={tmp_path / 'page.txt'}"), "not plain text")
+    (tmp_path / "latin").write_bytes("the café\n".encode("latin-1") * 4)
+    result = run(ckpt, f"--score_file={tmp_path / 'latin'}", "--encoding=latin-1")
+    assert f"= {lms['gpt'].score(text).nats:.2f} nats" in result.out
     (tmp_path / "p.jsonl").write_text('"a"\n{"text": 3}\n')
     assert_refused(run(ckpt, f"--prompts={tmp_path / 'p.jsonl'}"), "--prompts=")
 
