@@ -112,7 +112,7 @@ class Config:
     schedule: Literal["linear", "cosine", "loglinear", "sqrt", "clipped_cosine",
                       "sigmoid"] = "linear"  # masked fraction at t
     estimator: Literal["exact_k", "bernoulli"] = "exact_k"  # antithetic pairs, or coins
-    token_entropy: str = ""  # .npy file, one entropy for every token id: mask likely tokens more
+    token_entropy: str = ""  # .npy file of study/entropy.py: mask predictable tokens more
     loss_weight: Literal["elbo", "uniform", "clipped"] = "uniform"  # training; clipped at 100
     # <<< objective
 
@@ -507,10 +507,10 @@ def draw_noise(cfg, n_rows, gen, bound=False):
 @torch.compiler.disable
 @functools.lru_cache(maxsize=1)
 def token_tilt(path):
-    """(V,) clamp(2 - H_token / mean H, .5, 1.5): likelier masks for predictable tokens."""
+    """(V,) clamp(2 - H_token, .5, 1.5): likelier masks for predictable tokens. The file's unit makes
+    it 1 on average over the text."""
     with reading(path):
-        entropy = torch.from_numpy(np.load(path)).double()
-    return (2 - entropy / entropy.mean()).clamp(0.5, 1.5).float()
+        return (2 - torch.from_numpy(np.load(path))).clamp(0.5, 1.5).float()
 
 
 def corrupt(x0, noise, cfg):
@@ -622,6 +622,12 @@ def take_rows(noise, rows, device):
     return type(noise)(*(send(x[rows], device) for x in noise))
 
 
+@functools.lru_cache(maxsize=4)
+def evaluation_noise(cfg, n_rows, draw):
+    gen = torch.Generator().manual_seed(derive_seed(EVAL_SEED, draw))
+    return draw_noise(cfg, n_rows, gen, bound=True)
+
+
 @torch.no_grad()
 def evaluate(nelbo, cfg, windows, token_length, device, rank, world, stop=()):
     """nelbo(x0, noise) -> (B,) nats, over the first val_tokens of a split, with token_length (V,)
@@ -636,8 +642,7 @@ def evaluate(nelbo, cfg, windows, token_length, device, rank, world, stop=()):
     for draw in range(cfg.val_draws):
         if stop:
             break
-        gen = torch.Generator().manual_seed(derive_seed(EVAL_SEED, draw))
-        noise = draw_noise(cfg, n, gen, bound=True)
+        noise = evaluation_noise(cfg, n, draw)
         for rows in torch.arange(n).split(size)[rank::world]:
             if stop:
                 break
@@ -813,6 +818,7 @@ def main(argv):
         if rank == 0:
             print(f"split:{cfg.split} {done[0]}" if done else "stopped")
         if world > 1:
+            dist.barrier()
             dist.destroy_process_group()
         raise SystemExit(0 if done else 130)
     # Every .grad is a view of one flat buffer: one all-reduce, one norm, one memset a step. Each
@@ -837,6 +843,7 @@ def main(argv):
     batch = read_batch(cfg, train, step, rank, world, device)
     if cfg.compile and device.type != "mps":  # where compiled code may be silently wrong
         log("compiling, which takes a while (--compile=0 does without)")
+        torch._dynamo.config.recompile_limit = 32  # the layers' shapes in training and evaluation
         if device.type == "cpu":  # one small graph for all layers: seconds, not a minute
             for layer in model.layers:
                 layer.compile(dynamic=False)
@@ -846,6 +853,8 @@ def main(argv):
         try:
             with amp:
                 train_loss(model, *batch[0], cfg).backward()
+            with averaged(model, average), amp, torch.no_grad():
+                nelbo(*batch[0])
         except Exception as e:  # whatever a missing or broken tool chain raises
             torch.compiler.set_stance("force_eager")
             log(f"running without torch.compile: {str(e).strip().splitlines()[0]}")
@@ -942,6 +951,7 @@ def main(argv):
     if device.type == "cuda":
         log(f"peak memory: {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB")
     if world > 1:
+        dist.barrier()  # gloo aborts a rank that leaves while another one still sends
         dist.destroy_process_group()
     if signal.SIGINT in stop:
         raise SystemExit(130)

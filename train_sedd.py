@@ -657,6 +657,12 @@ def take_rows(noise, rows, device):
     return type(noise)(*(send(x[rows], device) for x in noise))
 
 
+@functools.lru_cache(maxsize=4)
+def evaluation_noise(cfg, n_rows, draw):
+    gen = torch.Generator().manual_seed(derive_seed(EVAL_SEED, draw))
+    return draw_noise(cfg, n_rows, gen, bound=True)
+
+
 @torch.no_grad()
 def evaluate(nelbo, cfg, windows, token_length, device, rank, world, stop=()):
     """nelbo(x0, noise) -> (B,) nats, over the first val_tokens of a split, with token_length (V,)
@@ -671,8 +677,7 @@ def evaluate(nelbo, cfg, windows, token_length, device, rank, world, stop=()):
     for draw in range(cfg.val_draws):
         if stop:
             break
-        gen = torch.Generator().manual_seed(derive_seed(EVAL_SEED, draw))
-        noise = draw_noise(cfg, n, gen, bound=True)
+        noise = evaluation_noise(cfg, n, draw)
         for rows in torch.arange(n).split(size)[rank::world]:
             if stop:
                 break
@@ -848,6 +853,7 @@ def main(argv):
         if rank == 0:
             print(f"split:{cfg.split} {done[0]}" if done else "stopped")
         if world > 1:
+            dist.barrier()
             dist.destroy_process_group()
         raise SystemExit(0 if done else 130)
     # Every .grad is a view of one flat buffer: one all-reduce, one norm, one memset a step. Each
@@ -872,6 +878,7 @@ def main(argv):
     batch = read_batch(cfg, train, step, rank, world, device)
     if cfg.compile and device.type != "mps":  # where compiled code may be silently wrong
         log("compiling, which takes a while (--compile=0 does without)")
+        torch._dynamo.config.recompile_limit = 32  # the layers' shapes in training and evaluation
         if device.type == "cpu":  # one small graph for all layers: seconds, not a minute
             for layer in model.layers:
                 layer.compile(dynamic=False)
@@ -881,6 +888,8 @@ def main(argv):
         try:
             with amp:
                 train_loss(model, *batch[0], cfg).backward()
+            with averaged(model, average), amp, torch.no_grad():
+                nelbo(*batch[0])
         except Exception as e:  # whatever a missing or broken tool chain raises
             torch.compiler.set_stance("force_eager")
             log(f"running without torch.compile: {str(e).strip().splitlines()[0]}")
@@ -977,6 +986,7 @@ def main(argv):
     if device.type == "cuda":
         log(f"peak memory: {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB")
     if world > 1:
+        dist.barrier()  # gloo aborts a rank that leaves while another one still sends
         dist.destroy_process_group()
     if signal.SIGINT in stop:
         raise SystemExit(130)

@@ -455,7 +455,7 @@ def test_kill_at_any_moment(tmp_path, mixed, tokenizer):
         if kill < 3:
             while run.poll() is None and not (tmp_path / "out" / prepare_data.STATE).exists():
                 time.sleep(0.002)
-            time.sleep(rng.uniform(0, 0.1))
+            time.sleep(rng.uniform(0, 0.1) if kill else 0)
             run.send_signal([signal.SIGKILL, signal.SIGTERM, signal.SIGINT][kill])
         went_on += "going on" in run.communicate(timeout=60)[1]
         for path in (tmp_path / "out").glob("*.bin"):

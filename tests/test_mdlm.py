@@ -378,10 +378,10 @@ def check_masked_fraction(mdlm, schedule):
 
 
 def check_entropy_masking(mdlm, tmp_path):
-    """P(masked) = (1 - alpha_t) clamp(2 - H_token / mean H, .5, 1.5), over evenly spaced scores."""
+    """P(masked) = (1 - alpha_t) clamp(2 - H_token, .5, 1.5), over evenly spaced scores."""
     path, n_grid = tmp_path / "entropy.npy", 20_000
     entropy = np.array([0.0, 0.5, 1.0, 1.5, 4.0])  # mean 1.4: both ends are clamped
-    np.save(path, entropy)
+    np.save(path, entropy / 1.4)
     cfg = toy_config(mdlm, seq_len=n_grid, vocab_size=5, estimator="bernoulli",
                      token_entropy=str(path))
     fraction = 0.4
