@@ -507,8 +507,8 @@ def draw_noise(cfg, n_rows, gen, bound=False):
 @torch.compiler.disable
 @functools.lru_cache(maxsize=1)
 def token_tilt(path):
-    """(V,) clamp(2 - H_token, .5, 1.5): likelier masks for predictable tokens. The file's unit makes
-    it 1 on average over the text."""
+    """(V,) clamp(2 - H_token, .5, 1.5): likelier masks for predictable tokens. In the file's unit
+    it is 1 on average over the text."""
     with reading(path):
         return (2 - torch.from_numpy(np.load(path))).clamp(0.5, 1.5).float()
 
