@@ -668,6 +668,7 @@ class LM:
         """The prompts, or a text with blanks, and the room behind."""
         self.check_able(opts)
         lead, allowed = [], [torch.ones(self.cfg.vocab_size, dtype=torch.bool)]
+        limit = math.inf if self.block_len or opts.block_length else self.cfg.seq_len
         if opts.infill:
             texts = [text.replace(r"\_", "_") for text in BLANK.split(opts.infill)]
             n_blanks, blanks = len(texts) - 1, numbers(opts.blank)
@@ -677,7 +678,8 @@ class LM:
             parts = [[*zip(texts, [*blanks, 0], strict=True)]]
         else:
             parts = [[(text, 1)] for text in opts.prompts or [opts.prompt]]
-            if parts == [[("", 1)]] and opts.start == "document":
+            has_room = opts.length < limit  # for the start of the document
+            if parts == [[("", 1)]] and opts.start == "document" and has_room:
                 lead = [self.tokenizer.bos_id]
         rows = [[*lead] for _ in parts]  # -1: unknown; -1 - i: one of allowed[i]
         for row, pieces in zip(rows, parts, strict=True):
@@ -690,7 +692,6 @@ class LM:
                         allowed.append(space)
                 row += self.tokenizer.encode(text) + new
         n = max(map(len, rows))
-        limit = math.inf if self.block_len or opts.block_length else self.cfg.seq_len
         T = n if opts.infill else max(n, min(limit, n - 1 + DEFAULT_LENGTH))
         T = opts.length + len(lead) if opts.length else T
         check(n <= T <= limit, "length", T - len(lead),

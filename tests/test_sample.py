@@ -666,6 +666,14 @@ def test_help_names_every_flag():
     assert all(f"    {name}: " in text for name in sample.Options.__dataclass_fields__)
 
 
+def test_a_text_may_fill_the_context(lms):
+    """Then it has no room for the start of a document."""
+    for kind in ("mdlm", "gpt"):
+        lm = lms[kind]
+        for length in (lm.cfg.seq_len - 1, lm.cfg.seq_len):
+            assert len(lm.generate(length=length, seed=1).tokens[0]) <= length
+
+
 def test_stdout_is_the_text(ckpts, lms):
     argv = [f"--ckpt={ckpts['mdlm']}", "--device=cpu", "--prompt=de ", "--seed=3", "--length=20"]
     status, out, err = run(*argv, "--order=entropy")
