@@ -401,8 +401,8 @@ def test_a_document_begins(lms, monkeypatch):
             seen += [len(row) for row, _ in rows]
         assert lm.canvas(sample.Options(length=9, start="anywhere")).lead == 0
     assert seen == 5 * [9]
-    with pytest.raises(ValueError, match="--length=32"):
-        lms["mdlm"].generate(length=32)
+    with pytest.raises(ValueError, match="--length=33"):
+        lms["mdlm"].generate(length=33)
 
 
 def test_several_prompts_and_stops(lms, ckpts, tmp_path):
