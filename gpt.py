@@ -195,7 +195,7 @@ def make_config(argv):
 
 def validate(cfg, world):
     """Refuse what cannot work, before anything is written."""
-    for name in ("seq_len", "n_layer", "n_head", "steps", "batch_tokens", "micro_batch"):
+    for name in "seq_len n_layer n_head steps batch_tokens micro_batch log_every".split():
         require(getattr(cfg, name) > 0, f"--{name}={getattr(cfg, name)}: must be positive")
     fits = cfg.n_embd % (2 * cfg.n_head) == cfg.n_head % (cfg.n_kv_head or 1) == 0
     require(fits, f"--n_head={cfg.n_head}: must divide half of --n_embd={cfg.n_embd}, and "
@@ -432,7 +432,7 @@ def attend(q, k, v, ctx):
     T, is_grouped = q.size(2), q.size(1) != k.size(1)
     if q.device.type != "cpu" or T > CPU_SHORT:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=is_grouped)
-    # Plain products, twice as fast at this length, by strips of queries and the keys up to them.
+    # Plain products, faster at this length, by strips of queries and the keys up to them.
     k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))
     q, k, v = (x.split(math.ceil(T / N_STRIPS), 2) for x in (q * q.size(-1) ** -0.5, k, v))
     parts = []

@@ -1174,6 +1174,8 @@ def main(argv):
         check(is_score or not opts.given, "given", opts.given, "goes with --score")
         if opts.prompts:
             opts = dataclasses.replace(opts, prompts=read_prompts(opts.prompts))
+        is_alone = opts.race == "shipped"
+        check(not (is_alone and opts.ckpt), "race", "", "name what is to race against --ckpt")
         if opts.race:
             print_race(opts)
         else:

@@ -206,7 +206,7 @@ def make_config(argv):
 
 def validate(cfg, world):
     """Refuse what cannot work, before anything is written."""
-    for name in ("seq_len", "n_layer", "n_head", "steps", "batch_tokens", "micro_batch"):
+    for name in "seq_len n_layer n_head steps batch_tokens micro_batch log_every".split():
         require(getattr(cfg, name) > 0, f"--{name}={getattr(cfg, name)}: must be positive")
     fits = cfg.n_embd % (2 * cfg.n_head) == cfg.n_head % (cfg.n_kv_head or 1) == 0
     require(fits, f"--n_head={cfg.n_head}: must divide half of --n_embd={cfg.n_embd}, and "

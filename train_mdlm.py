@@ -201,7 +201,7 @@ def make_config(argv):
 
 def validate(cfg, world):
     """Refuse what cannot work, before anything is written."""
-    for name in ("seq_len", "n_layer", "n_head", "steps", "batch_tokens", "micro_batch"):
+    for name in "seq_len n_layer n_head steps batch_tokens micro_batch log_every".split():
         require(getattr(cfg, name) > 0, f"--{name}={getattr(cfg, name)}: must be positive")
     fits = cfg.n_embd % (2 * cfg.n_head) == cfg.n_head % (cfg.n_kv_head or 1) == 0
     require(fits, f"--n_head={cfg.n_head}: must divide half of --n_embd={cfg.n_embd}, and "
@@ -433,6 +433,8 @@ def check_objective(cfg, n_rows, micro):
         require(is_plain and cfg.loss_weight != "clipped", "--schedule, --token_entropy and "
                 "--loss_weight=clipped need --estimator=bernoulli")
         require(n_rows % 2 == micro % 2 == 0, f"--micro_batch={micro}: exact_k needs pairs of rows")
+    if cfg.token_entropy:
+        token_tilt(cfg.token_entropy)  # refused here, if it cannot be read
 
 
 def flops_per_token(cfg, n_weights):

@@ -240,6 +240,12 @@ def test_containers(tmp_path):
     assert shards(tmp_path / "piped") == shards(tmp_path / "plain")
 
 
+def test_a_comma_makes_no_table():
+    kinds = [prepare_data.kind_of("notes", text, "text") for text in (
+        "Roses, violets\nare what they are\n", "id,words\n1,roses\n", "text;id\nroses\n")]
+    assert kinds == ["text", "csv", "csv"]
+
+
 def test_folders(tmp_path):
     """Files that are named as text, hidden ones left out, or those that --glob picks."""
     tree = tmp_path / "tree"

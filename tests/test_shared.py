@@ -23,7 +23,7 @@ DOCSTRING = re.compile(r'(""".*?"""\n)', re.S)
 
 # Lines, and Python tokens without comments and line ends, at the most.
 LIMITS = {
-    "train_mdlm.py": (967, 8580),
+    "train_mdlm.py": (968, 8590),
     "gpt.py": (890, 7740),
     "train_sedd.py": (1002, 8980),
     "train_block.py": (1050, 9460),

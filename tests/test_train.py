@@ -719,6 +719,8 @@ def test_bf16_on_cpu_stays_close(data, tmp_path):
     (["--shuffle=perhaps"], ["--shuffle=perhaps"]),
     (["--preset=tinny"], ["--preset=tinny", "tiny"]),
     (["--steps=0"], ["--steps=0"]),
+    (["--log_every=0"], ["--log_every=0"]),
+    (["--estimator=bernoulli", "--token_entropy=none.npy"], ["none.npy"]),
     (["--mlp=gelu"], ["--mlp=gelu", "swiglu"]),
     (["--n_head=3"], ["--n_head=3", "32"]),
     (["--n_head=32"], ["--n_head=32"]),
