@@ -635,9 +635,11 @@ class LM:
                 part.to(self.dtype)
         self.where = f"{str(self.dtype).removeprefix('torch.')} on {self.device.type}"
         self.n_parameters = sum(p.numel() for p in self.model.parameters())
+        # A packed or published model does not say which weights it has.
+        which = opts.weights + " " if ckpt["ema"] else "raw " if ckpt.get("optimizers") else ""
         self.summary = (
             f"{path}: {self.name}, {self.n_parameters / 1e6:.2f}M parameters, "
-            f"{opts.weights if ckpt['ema'] else 'raw'} weights of step {ckpt['step']}, "
+            f"{which}weights of step {ckpt['step']}, "
             f"{self.tokenizer.name} tokens, context {self.cfg.seq_len}" + ", no cache" * is_fork)
 
     def batch_rows(self, length):
