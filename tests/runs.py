@@ -40,7 +40,7 @@ def train(*flags, script=train_mdlm):
     status = 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            script.main(list(map(str, flags)))
+            status = script.main(list(map(str, flags))) or 0
         except SystemExit as e:
             status = e.code
         except ValueError as e:  # as the scripts do where they are run
