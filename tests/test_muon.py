@@ -144,6 +144,7 @@ def run_rank(rank, folder):
         opt = Muon(params, **options)
         train(params, opt, steps=4)
         torch.save([p.detach() for p in params] + tensors(opt), f"{folder}/{i}_{rank}.pt")
+    dist.barrier()  # gloo aborts a rank that leaves while another one still sends
     dist.destroy_process_group()
 
 
