@@ -25,7 +25,7 @@ TINY = (f"--seq_len={SEQ_LEN}", f"--batch_tokens={ROWS * SEQ_LEN}", f"--micro_ba
         "--dtype=fp32", "--compile=0", "--log_every=1")
 TORTURE = os.environ.get("TORTURE") == "1"  # pytest --torture: more of everything
 LAUNCHED = []  # processes, so that none outlives a test that failed
-LAUNCH_LIMIT = 120  # seconds, for a process that takes five on an idle machine
+LAUNCH_LIMIT = 600  # seconds, for a process that takes five on an idle machine
 
 
 class Result(NamedTuple):
@@ -112,14 +112,9 @@ def presets(script):
     return sorted(p.stem for p in (ROOT / "presets" / script.OBJECTIVE).glob("*.txt"))
 
 
-def n_weights(model):
-    """Of the matrices in the layers."""
-    return sum(p.numel() for name, p in model.layers.named_parameters() if p.ndim > 1)
-
-
 def evaluations(text):
     """[(bound, standard error, bits per byte), ..] as printed."""
-    found = re.findall(r"val_nelbo:([\d.]+)\+-([\d.]+|nan) bpb:([\d.]+|nan)", text)
+    found = re.findall(r"val_n\w+:([\d.]+)\+-([\d.]+|nan) bpb:([\d.]+|nan)", text)
     return [tuple(float(x) for x in line) for line in found]
 
 
@@ -193,11 +188,8 @@ def children(parent):
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """One thread here as in the processes; and an end to those that are left over."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """An end to the processes that are left over."""
     yield
-    torch.set_num_threads(threads)
     for process in LAUNCHED:
         if process.poll() is None:
             for number in (*children(process.pid), process.pid):
