@@ -96,14 +96,14 @@ def checkpoint(folder, name="ckpt.pt"):
 
 
 def log(folder):
-    """The figures of every line of a log that has a loss or an evaluation, as printed."""
+    """The figures of every line of a log that has a loss or an evaluation, as printed, but for
+    those of time."""
     text = (folder / "log.txt").read_text()
     lines = re.findall(r"^step:(\d+)/\d+ ((?:loss|val_).*)$", text, re.M)
-    number = re.compile(r"(\w[\w/]*):([-+.\de]+|nan)\b(?!:)")
+    number = re.compile(r"(?<!\S)([\w/]+):([-+.\de]+|nan)(?!\S)")
     found = {}  # of a resumed run the last line of each step counts
     for step, line in lines:
-        values = {k: float(v.partition("+-")[0]) for k, v in number.findall(line)
-                  if k not in ("train_time", "step_avg", "tok/s")}
+        values = {k: float(v.partition("+-")[0]) for k, v in number.findall(line) if k != "tok/s"}
         found[step, "loss" in values] = {"step": int(step)} | values
     return list(found.values())
 
