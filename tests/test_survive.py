@@ -21,6 +21,7 @@ from runs import (
     SEQ_LEN,
     TORTURE,
     assert_refused,
+    assert_same_log,
     assert_same_state,
     babble,
     byte_table,
@@ -28,9 +29,11 @@ from runs import (
     children,
     evaluations,
     finish,
+    kill,
     launch,
     log,
     make_data,
+    one_thread,  # noqa: F401
     tiny,
     torchrun,
     train,
@@ -67,9 +70,12 @@ def start(script, ranks, *flags, **environment):
 
 def run_whole(script, ranks, out, *flags):
     """A run that nobody disturbs, or what is left of one."""
-    result = finish(start(script, ranks, *flags, f"--out={out}"))
+    flags = (*flags, f"--out={out}")
+    if ranks == 1:
+        result = train(*flags, script=script)
+    else:
+        result = finish(torchrun(*flags, script=script.__file__, ranks=ranks))
     assert result.status == 0, result
-    return result.out
 
 
 def read_to(process, pattern):
@@ -99,23 +105,20 @@ def strike(process, out, moment, rng):
         time.sleep(rng.uniform(0, 4))
     elif moment == "write":
         read_to(process, r"step:\d+/\d+ loss")
-        end = time.monotonic() + 10
         while not list(out.glob("*.partial")) and process.poll() is None:
-            assert time.monotonic() < end
             time.sleep(0.0002)
     else:
         last_digits = "05" if moment == "evaluation" else "0-9"
         for _ in range(rng.randint(1, 3)):
             read_to(process, rf"step:\d*[{last_digits}]/\d+ loss")
         time.sleep(rng.uniform(0, 0.03))
-    for number in (process.pid, *children(process.pid)):
-        os.kill(number, signal.SIGKILL)
+    kill(process)
 
 
 @pytest.mark.parametrize("name, ranks", KILLS)
 def test_killed_run_ends_as_one_left_alone(name, ranks, data, tmp_path):
     script, out, whole = SCRIPTS[name], tmp_path / "out", tmp_path / "whole"
-    steps = 400 if TORTURE else 40
+    steps = 400 if TORTURE else 150  # which take longer than to notice the moment
     flags = (*tiny(*FLAGS, "--n_embd=128", f"--steps={steps}"), f"--data={data}", "--resume=1")
     rng, step = random.Random(f"{name} {ranks}"), -1
     for moment in MOMENTS * 5 if TORTURE else MOMENTS[:2]:
@@ -155,14 +158,13 @@ def test_run_of_two_ranks_goes_on_with_one_and_with_four(name, data, tmp_path):
         out = tmp_path / str(world)
         shutil.copytree(tmp_path / "saved", out)
         run_whole(script, world, out, "--resume=1", "--steps=12")
-        for a, b in zip(log(out), log(tmp_path / "alone"), strict=True):
-            assert a == pytest.approx(b, rel=2e-4), world
+        assert_same_log(out, tmp_path / "alone")
         assert gap(checkpoint(out), expected) < 5e-4
 
 
 # ----------------------------------------------------------------------------- a rank is lost
 def test_rank_that_dies_ends_the_others_and_torchrun_restarts_them(data, tmp_path):
-    flags = (*tiny(*FLAGS, "--steps=60", "--ckpt_every=20"), f"--data={data}", "--resume=1")
+    flags = (*tiny(*FLAGS, "--steps=200", "--ckpt_every=20"), f"--data={data}", "--resume=1")
     out, whole = tmp_path / "out", tmp_path / "whole"
     process = torchrun(*flags, f"--out={out}", options=("--max-restarts=1",))
     before = wait_for(process, "step:27/")
@@ -171,14 +173,6 @@ def test_rank_that_dies_ends_the_others_and_torchrun_restarts_them(data, tmp_pat
     assert result.status == 0 and "resuming" in result.out, result
     run_whole(train_mdlm, 2, whole, *flags)
     assert_same_run(out, whole)
-
-
-def test_torchrun_ends_a_run_that_lost_a_rank(data, tmp_path):
-    process = torchrun(*ENDLESS, f"--data={data}", f"--out={tmp_path / 'out'}")
-    before = wait_for(process, "step:7/")
-    os.kill(min(children(process.pid)), signal.SIGKILL)
-    assert finish(process, before).status == 1
-    assert checkpoint(tmp_path / "out")["step"] >= 6
 
 
 # ----------------------------------------------------------------------------- told to stop
@@ -230,7 +224,7 @@ def test_long_step_or_evaluation_is_broken_off(long, name, data, large_data, tmp
 
 @pytest.mark.parametrize("target, name", [
     (target, name) for target in ("launcher", "0", "1") for name in ("TERM", "USR1", "INT")
-] if TORTURE else [("launcher", "TERM")])
+] if TORTURE else [("launcher", "TERM"), ("1", "USR1")])
 def test_two_ranks_stop_at_the_same_step_and_save(target, name, data, tmp_path):
     flags = (*tiny(*ENDLESS, "--ckpt_every=0"), f"--data={data}")
     options = ("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1",)

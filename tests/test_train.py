@@ -21,6 +21,7 @@ from runs import (
     SEQ_LEN,
     TINY,
     assert_refused,
+    assert_same_log,
     assert_same_state,
     babble,
     byte_table,
@@ -176,9 +177,8 @@ def test_two_ranks_train_as_one(data, tmp_path):
     result = finish(process)
     assert result.status == 0, result.err
     assert distance(checkpoint(tmp_path / "two"), checkpoint(tmp_path / "one")) < 1e-5
-    for a, b in zip(log(tmp_path / "two"), log(tmp_path / "one"), strict=True):
-        # The batches, the noise and the dropout must be the same for the losses to agree so well.
-        assert a == pytest.approx(b, rel=1e-5)
+    # The batches, the noise and the dropout must be the same for the losses to agree so well.
+    assert_same_log(tmp_path / "two", tmp_path / "one")
     assert len(evaluations(result.out)) == 2
     # On the very same weights one rank prints the very same digits.
     alone = train("--eval_only=1", f"--init_from={tmp_path / 'two' / 'ckpt.pt'}")
@@ -209,8 +209,7 @@ def test_accumulation_and_recomputation_give_the_same_run(script, options, data,
         assert distance(a, b) < 1e-5
         for x, y in zip(moments(a), moments(b), strict=True):
             assert torch.allclose(x, y, rtol=0, atol=1e-4 * float(y.abs().max()) + 1e-12)
-        for x, y in zip(log(tmp_path / "0"), log(tmp_path / name), strict=True):
-            assert x == pytest.approx(y, rel=1e-5)
+        assert_same_log(tmp_path / "0", tmp_path / name)
 
 
 # ----------------------------------------------------------------------------- evaluation
@@ -590,8 +589,7 @@ def test_compiled_losses_equal_eager_ones(data, tmp_path):
     result = finish(compiled)
     assert result.status == 0, result.err
     assert "without torch.compile" not in result.out
-    for a, b in zip(log(tmp_path / "compiled"), log(tmp_path / "eager"), strict=True):
-        assert a == pytest.approx(b, rel=1e-4)
+    assert_same_log(tmp_path / "compiled", tmp_path / "eager")
     a, b = checkpoint(tmp_path / "compiled"), checkpoint(tmp_path / "eager")
     assert a["model"].keys() == b["model"].keys()
     # A compiled run's checkpoint is one like any other.
