@@ -4,15 +4,13 @@
     python tests/bench.py train     only the rows whose name starts so
 
 Each ratio is the median over rounds of ratios of neighbouring measurements, so that a machine whose
-speed drifts does no harm. Ratios above 1 favour this code; memory rows are used / baseline.
+speed drifts does no harm. Ratios above 1 favour this code. (Memory: memory.py.)
 """
 
 import contextlib
 import io
 import os
 import re
-import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -241,35 +239,10 @@ def caching():
             f"6L 384, 1 x {length:,} tokens, fp32", *rate, "tok/s")
 
 
-def one_step_memory(name):
-    """Peak resident memory of a step at V = 50,257, GiB; run in a process of its own."""
-    script = block if name == "block" else mdlm
-    cfg, model, x0, noise = network("", 4, script, vocab_size=50257, **LONG)
-    loss = full_logits_loss if name == "all" else script.loss_fn
-    with torch.autocast("cpu", BF16):
-        loss(model, x0, noise, cfg).backward()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
-
-
-def memory():
-    peaks = {}
-    for name in ("masked", "all", "block"):
-        command = [sys.executable, __file__, f"--memory={name}"]
-        done = subprocess.run(command, check=True, capture_output=True)
-        peaks[name] = [float(done.stdout)]
-    for what, ours, baseline in (("head on masked rows / on all rows", "masked", "all"),
-                                 ("train_block / train_mdlm", "block", "masked")):
-        row("memory", f"peak of a step, {what}", "6L 384, V 50,257, T 1,024, 4 rows, bf16",
-            peaks[ours], peaks[baseline], "GiB")
-
-
-BENCHMARKS = {f.__name__: f
-              for f in (train, objectives, muon, tokenizer, sampling, caching, memory)}
+BENCHMARKS = {f.__name__: f for f in (train, objectives, muon, tokenizer, sampling, caching)}
 
 
 def main(argv):
-    if argv and argv[0].startswith("--memory="):
-        return one_step_memory(argv[0].partition("=")[2])
     unknown = [a for a in argv if not any(name.startswith(a) for name in BENCHMARKS)]
     if unknown:
         print(f"bench.py: no benchmark {unknown[0]}: {', '.join(BENCHMARKS)}", file=sys.stderr)

@@ -212,7 +212,7 @@ def check_counts(module):
         cfg = config(module, seq_len=3 * block_len, block_len=block_len)
         for n_rows in (1, 2, 5):
             counts = torch.zeros(n_rows, 3, high + 1)
-            n_draws = 4000 if n_rows == 1 else 600
+            n_draws = 2000 if n_rows == 1 else 400
             places = torch.zeros(block_len)
             for seed in range(n_draws):
                 noise = module.draw_noise(cfg, n_rows, seeded(seed), **names)
@@ -310,20 +310,6 @@ CHECKS = [check_mask, check_clean_half, check_documents, check_likelihood_sums_t
 @pytest.mark.parametrize("check", CHECKS, ids=lambda f: f.__name__)
 def test_exactness(check):
     check(train_block)
-
-
-def test_flex_attention_is_traced_in_one_piece():
-    """torch.compile meets no graph break in a training step, and builds the mask in its graph."""
-    model, cfg = small_model(train_block, doc_mask=True, bos_id=3, n_kv_head=2)
-    torch._dynamo.reset()
-    with flex_on_cpu(train_block):
-        step = torch.compile(train_block.loss_fn, backend="aot_eager", fullgraph=True)
-        for seed in range(2):
-            x0, noise = tokens(4, seed=seed), train_block.draw_noise(cfg, 4, seeded(seed))
-            compiled = gradients(model, step, x0, noise, cfg)
-            expected = gradients(model, train_block.loss_fn, x0, noise, cfg)
-            for a, b in zip(compiled, expected, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_flex_attention_stays_off_cpus():
