@@ -10,7 +10,6 @@ speed drifts does no harm. Ratios above 1 favour this code. (Memory: memory.py.)
 import contextlib
 import io
 import os
-import re
 import sys
 import tempfile
 import time
@@ -31,7 +30,6 @@ import prepare_data  # noqa: E402
 import sample  # noqa: E402
 import train_block as block  # noqa: E402
 import train_mdlm as mdlm  # noqa: E402
-from muon import Muon  # noqa: E402
 
 ROUNDS = 7
 LONG = dict(n_layer=6, n_head=6, n_embd=384, seq_len=1024)
@@ -135,22 +133,6 @@ def objectives():
             f"6L 208, T {cfg.seq_len}, {batch} rows, bf16", column, rate[-1], "tok/s")
 
 
-def muon():
-    """Muon's step against PyTorch's, on the matrices of two presets."""
-    for preset, width in (("tiny", "6L 208"), ("shakespeare_10m", "6L 384")):
-        named = network(preset, 2)[1].named_parameters()
-        params = [p for name, p in named if re.fullmatch(mdlm.GROUPS["hidden"], name)]
-        twins = [p.detach().clone().requires_grad_() for p in params]
-        for p, q in zip(params, twins, strict=True):
-            p.grad = torch.randn_like(p)
-            q.grad = p.grad.clone()
-        ours = Muon(params, lr=0.02, weight_decay=0.1)
-        torchs = torch.optim.Muon(twins, lr=0.02, weight_decay=0.1, adjust_lr_fn="original")
-        times = rounds(ours.step, torchs.step)
-        row("muon", "step / torch.optim.Muon", f"{width}, bf16",
-            *([1 / t for t in column] for column in times), "steps/s")
-
-
 def encode_all(corpus):
     """Plain tiktoken on one core, in calls of the size that prepare_data.py makes."""
     gpt2 = tiktoken.get_encoding("gpt2")
@@ -239,7 +221,7 @@ def caching():
             f"6L 384, 1 x {length:,} tokens, fp32", *rate, "tok/s")
 
 
-BENCHMARKS = {f.__name__: f for f in (train, objectives, muon, tokenizer, sampling, caching)}
+BENCHMARKS = {f.__name__: f for f in (train, objectives, tokenizer, sampling, caching)}
 
 
 def main(argv):

@@ -486,19 +486,6 @@ def test_gathered_rows_equal_full_scores(switch):
             assert (full.gather(-1, xt[..., None]) == 0).all()
 
 
-def test_time_is_an_analytic_factor_of_the_absorbing_score():
-    """Without time input the score is that of any other sigma but for 1 / (exp(sigma) - 1); it
-    begins as the uniform distribution."""
-    model, cfg = small_model()
-    _, noise, xt = small_batch(cfg)
-    with torch.no_grad():
-        a, b = (model(xt, torch.full((6,), sigma)) for sigma in (1e-4, 7.0))
-        factor = math.log(math.expm1(7.0) / math.expm1(1e-4))
-        torch.testing.assert_close(a - b, torch.full_like(a, factor), rtol=1e-5, atol=1e-5)
-        new = train_sedd.Model(cfg)(xt, torch.full((6,), math.log(2)))
-        torch.testing.assert_close(new, torch.full_like(new, -math.log(V_NET)))
-
-
 def test_normalised_absorbing_score_is_a_masked_diffusion_model():
     """The same weights give train_mdlm's loss and bound; not normalised they give another."""
     model, cfg = small_model(normalized=True)
@@ -513,15 +500,3 @@ def test_normalised_absorbing_score_is_a_masked_diffusion_model():
         expected = getattr(train_mdlm, name)(twin, x0, noise, theirs)
         torch.testing.assert_close(getattr(train_sedd, name)(model, x0, noise, cfg), expected)
         assert (getattr(train_sedd, name)(free, x0, noise, cfg) > expected + 1e-3).all()
-
-
-def test_uniform_score_stays_within_what_noise_allows():
-    """Whatever the network says, a ratio is at most that of a certain token to a noisy one, and 1
-    where all is noise."""
-    model, cfg = small_model(**SWITCHES["uniform"])
-    xt = torch.randint(V_NET, (2, T_NET), generator=seeded(1))
-    with torch.no_grad():
-        late = model(xt, torch.tensor([20.0, 25.0]))
-        assert late.abs().max() < 1e-6
-        assert model(xt, torch.tensor([0.5, 0.5])).abs().max() > 0.1
-        assert train_sedd.Model(cfg)(xt, torch.tensor([1e-4, 1.0])).abs().max() == 0
