@@ -106,7 +106,7 @@ def strike(process, out, moment, rng):
 
 
 # Enough steps for a test on a busy machine to notice the moment before the run is over.
-KILL_FLAGS = tiny(*FLAGS, "--n_embd=128", "--resume=1",
+KILL_FLAGS = tiny(*FLAGS, "--n_embd=128", "--micro_batch=4", "--resume=1",
                   *(("--steps=400",) if TORTURE else ("--steps=100", "--eval_every=20")))
 
 

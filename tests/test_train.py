@@ -664,7 +664,7 @@ def test_another_scripts_checkpoint(script, data, tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (["--resume=1", "--n_embd=64"], ["--n_embd=64", "32"]),
     ([*TINY, "--data={data}", "--init_from={run}/ckpt.pt", "--n_embd=64"], ["--n_embd=64", "32"]),
-    (["--data={data}", *TINY], ["--resume=1", "--out"]),
+    (["--data={data}", "--steps=2", *TINY], ["--resume=1", "--out"]),
     (["--eval_only=1", "--init_from={run}/ckpt.pt", "--n_embd=64"], ["--n_embd=64", "32"]),
     (["--eval_only=1", "--init_from={run}/ckpt.pt", "--n_layer=2"], ["--n_layer=2"]),
 ])
