@@ -27,7 +27,6 @@ import prepare_data
 SCRIPT = Path(prepare_data.__file__)
 BOS = "<|endoftext|>"
 
-
 def read_shard(path):
     """A reader of the llm.c format that shares nothing with the writer."""
     raw = path.read_bytes()
@@ -37,14 +36,11 @@ def read_shard(path):
     assert len(tokens) == header[2]
     return tokens
 
-
 def read_meta(folder):
     return json.loads((folder / "meta.json").read_text())
 
-
 def read_split(folder, split):
     return np.concatenate([read_shard(path) for path in sorted(folder.glob(f"{split}_*.bin"))])
-
 
 def read_documents(folder, split):
     """Text of every document of a split, decoded by the meta file alone."""
@@ -58,28 +54,21 @@ def read_documents(folder, split):
     return [b"".join(spelling[t] for t in tokens[a + 1:b].tolist()).decode()
             for a, b in zip(starts, ends, strict=True)]
 
-
-def contents(folder):
+def contents(folder, pattern="[!.]*"):
     """Everything that a run leaves, by name, less the lock."""
-    return {path.name: path.read_bytes() for path in folder.glob("[!.]*")}
-
-
-def shards(folder):
-    return {path.name: path.read_bytes() for path in folder.glob("*.bin")}
-
-
-def both(folder):
-    return read_documents(folder, "train"), read_documents(folder, "val")
-
+    return {path.name: path.read_bytes() for path in folder.glob(pattern)}
 
 def prepare(*args):
     prepare_data.main([str(arg) for arg in args])
 
+def files(path, out, *args):
+    """-> documents of training and validation."""
+    prepare("files", f"--input={path}", f"--out={out}", *args)
+    return read_documents(out, "train"), read_documents(out, "val")
 
 def start(*args, **kwargs):
     return subprocess.Popen([sys.executable, SCRIPT, *map(str, args)], stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True, **kwargs)
-
 
 def refused(capsys, *args):
     """The one line with which a command is refused."""
@@ -90,12 +79,9 @@ def refused(capsys, *args):
     assert len(error.splitlines()) == 1, error
     return error
 
-
-def write_jsonl(path, texts, key="text"):
-    path.write_text("".join(json.dumps({"id": i, key: text}) + "\n"
-                            for i, text in enumerate(texts)))
+def write_jsonl(path, texts):
+    path.write_text("".join(json.dumps({"id": i, "text": t}) + "\n" for i, t in enumerate(texts)))
     return path
-
 
 def some_texts(n, seed=0, words=120):
     """Documents of code-like and accented words, numbers and white space of every kind."""
@@ -105,27 +91,25 @@ def some_texts(n, seed=0, words=120):
     return ["".join(rng.choice(stock) + rng.choice(gaps) for _ in range(rng.randint(1, words)))
             + f" {i}" for i in range(n)]
 
-
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     return write_jsonl(tmp_path_factory.mktemp("corpus") / "texts.jsonl", some_texts(3000))
-
 
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe:400"])
 def test_round_trip(tmp_path, tokenizer):
     texts = some_texts(60) + [f"a {BOS} b", BOS, f"{BOS}{BOS[:-1]}", "one\0two", "\r\n x\r"]
     path, out = write_jsonl(tmp_path / "a.jsonl", texts), tmp_path / "out"
-    prepare("files", f"--input={path}", f"--out={out}", f"--tokenizer={tokenizer}",
-            "--shard_tokens=1000")
-    meta, (train, val) = read_meta(out), both(out)
+    train, val = files(path, out, f"--tokenizer={tokenizer}", "--shard_tokens=1000")
     assert val and sorted(train + val) == sorted(text.replace("\0", "") for text in texts)
+    meta = read_meta(out)
     for split, documents in ("train", train), ("val", val):
         tokens, size = read_split(out, split), sum(len(text.encode()) for text in documents)
         assert meta["splits"][split] == {"tokens": len(tokens), "bytes": size,
                                          "documents": len(documents)}
         assert np.array(meta["byte_length"])[tokens].sum() == size
-    assert set(meta["shards"]) == set(shards(out))
-    for name, raw in shards(out).items():
+    written = contents(out, "*.bin")
+    assert set(meta["shards"]) == set(written)
+    for name, raw in written.items():
         n_tokens = len(read_shard(out / name))
         assert n_tokens <= 1000 and np.frombuffer(raw, "<i4", 256)[4] == meta["vocab_size"]
         assert meta["shards"][name] == {"tokens": n_tokens,
@@ -133,21 +117,16 @@ def test_round_trip(tmp_path, tokenizer):
     n = 256 if tokenizer == "byte" else 400
     assert meta["vocab_size"] == len(meta["byte_length"]) == n and meta["bos_id"] in (0, 399)
 
-
 def test_few_documents_give_their_tail(tmp_path):
     text = "héllo wörld\n" * 997
     (tmp_path / "a.txt").write_text(text)
-    prepare("files", f"--input={tmp_path / 'a.txt'}", f"--out={tmp_path / 'one'}")
-    (train,), (val,) = both(tmp_path / "one")
+    (train,), (val,) = files(tmp_path / "a.txt", tmp_path / "one")
     assert train + val == text and len(val) == len(text) // 10
     # the cut falls inside the second document, whose two halves both start with BOS
     texts = ["é" * 1001, "b" * 10001, "c" * 100]
-    write_jsonl(tmp_path / "a.jsonl", texts)
-    prepare("files", f"--input={tmp_path / 'a.jsonl'}", f"--out={tmp_path / 'three'}")
-    train, val = both(tmp_path / "three")
+    train, val = files(write_jsonl(tmp_path / "a.jsonl", texts), tmp_path / "three")
     assert train[0] == texts[0] and val[1] == texts[2] and train[1] + val[0] == texts[1]
     assert sum(map(len, val)) == sum(map(len, texts)) // 10
-
 
 def test_no_text_in_two_splits(tmp_path, corpus, capsys):
     """By hash copies stay on one side, and the share is about 2%. Else what is held out, or under
@@ -155,96 +134,81 @@ def test_no_text_in_two_splits(tmp_path, corpus, capsys):
     texts = [json.loads(line)["text"] for line in corpus.open()][:1500]
     shuffled = texts + texts[:300]
     random.Random(1).shuffle(shuffled)
-    write_jsonl(tmp_path / "b.jsonl", shuffled)
-    prepare("files", f"--input={tmp_path}/b.jsonl", f"--out={tmp_path / 'b'}")
-    train, val = both(tmp_path / "b")
+    train, val = files(write_jsonl(tmp_path / "b.jsonl", shuffled), tmp_path / "b")
     assert not set(train) & set(val) and 0.005 < len(val) / len(shuffled) < 0.03
     source = write_jsonl(tmp_path / "a.jsonl", texts[:40])
-    val = write_jsonl(tmp_path / "v.jsonl", texts[30:40] + ["new"])
-    prepare("files", f"--input={source}", f"--val_input={val}", f"--out={tmp_path / 'own'}")
-    assert both(tmp_path / "own") == (texts[:30], texts[30:40] + ["new"])
+    own = texts[30:40] + ["new"]
+    val = write_jsonl(tmp_path / "v.jsonl", own)
+    assert files(source, tmp_path / "own", f"--val_input={val}") == (texts[:30], own)
     few = write_jsonl(tmp_path / "few.jsonl", texts[:5] * 3)
-    prepare("files", f"--input={few}", f"--out={tmp_path / 'few'}")
-    assert "".join(sum(both(tmp_path / "few"), [])) == "".join(texts[:5])
+    assert "".join(sum(files(few, tmp_path / "few"), [])) == "".join(texts[:5])
     assert capsys.readouterr().out.count("10 documents left out") == 2
-    prepare("files", f"--input={source}", f"--val_input={source}", f"--out={tmp_path / 'same'}")
+    files(source, tmp_path / "same", f"--val_input={source}")
     assert "40 training documents, all there are, are held out" in capsys.readouterr().out
-
 
 def test_max_tokens_is_exact(tmp_path, corpus):
     val, one = write_jsonl(tmp_path / "val.jsonl", ["v" * 99] * 7), tmp_path / "one.txt"
     one.write_text("word " * 10000)
-    for name, n_val, *args in (("hash", 0, f"--input={corpus}"), ("tail", 5001, f"--input={one}"),
-                               ("own", 700, f"--input={corpus}", f"--val_input={val}")):
-        out = tmp_path / name
-        prepare("files", *args, f"--out={out}", "--max_tokens=12_345", "--shard_tokens=5000")
+    for path, n_val, *args in (corpus, 0), (one, 5001), (corpus, 700, f"--val_input={val}"):
+        out = tmp_path / str(n_val)
+        files(path, out, "--max_tokens=12_345", "--shard_tokens=5000", *args)
         assert len(read_split(out, "val")) >= n_val
         assert [len(read_shard(p)) for p in sorted(out.glob("train_*"))] == [5000, 5000, 2345]
-
 
 def test_stdlib(tmp_path):
     prepare("stdlib", f"--out={tmp_path}")
     train, val = (read_meta(tmp_path)["splits"][split]["bytes"] for split in ("train", "val"))
     assert train > 5e6 and 0.002 < val / train < 0.03
 
-
-def zipped(raw):
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("folder/.hidden.txt", "hidden")
-        archive.writestr("folder/a.jsonl", raw)
-    return file.getvalue()
-
-
 def test_containers(tmp_path):
     """The same rows in any form, whatever the file is called, give the same shards."""
     texts = [text + " \u2028 \"quoted\",\tcut" for text in some_texts(50)]
     rows = [{"id": i, "text": text} for i, text in enumerate(texts)]
     lines = write_jsonl(tmp_path / "a.jsonl", texts).read_bytes()
-    files = {"a.jsonl.gz": gzip.compress(lines[:999]) + gzip.compress(lines[999:]),
+    with zipfile.ZipFile(zip_file := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("folder/.hidden.txt", "hidden")
+        archive.writestr("folder/a.jsonl", lines)
+    forms = {"a.jsonl.gz": gzip.compress(lines[:999]) + gzip.compress(lines[999:]),
              "a.jsonl.xz": lzma.compress(lines), "a.jsonl.bz2": bz2.compress(lines),
-             "a.jsonl.zst": pyarrow.compress(lines, "zstd", asbytes=True), "a.zip": zipped(lines),
+             "a.jsonl.zst": pyarrow.compress(lines, "zstd", asbytes=True),
+             "a.zip": zip_file.getvalue(),
              "no_extension": lines, "named.txt": gzip.compress(lines),
              "bom.jsonl": b"\xef\xbb\xbf" + lines, "wide.json": lines.decode().encode("utf-16"),
              "array.json": json.dumps(rows, ensure_ascii=False, indent=1).encode()}
     for name, delimiter in ("a.csv", ","), ("a.tsv", "\t"), ("table", ";"):
         fields = ["\"" + text.replace("\"", "\"\"") + "\"" for text in texts]
         body = "".join(f"{i}{delimiter}{text}\n" for i, text in enumerate(fields))
-        files[name] = f"id{delimiter}text\n{body}".encode()
+        forms[name] = f"id{delimiter}text\n{body}".encode()
     table = pyarrow.Table.from_pylist(rows)
     pyarrow.parquet.write_table(table, file := io.BytesIO(), row_group_size=7)
-    files |= {"a.parquet": file.getvalue(), "a.parquet.gz": gzip.compress(file.getvalue())}
+    forms |= {"a.parquet": file.getvalue(), "a.parquet.gz": gzip.compress(file.getvalue())}
     with pyarrow.ipc.new_stream(file := io.BytesIO(), table.schema) as writer:
         writer.write_table(table)
-    files["data.arrow"] = file.getvalue()
-    prepare("files", f"--input={tmp_path / 'a.jsonl'}", f"--out={tmp_path / 'plain'}")
-    assert sorted(sum(both(tmp_path / "plain"), [])) == sorted(texts)
-    for name, raw in files.items():
+    forms["data.arrow"] = file.getvalue()
+    assert sorted(sum(files(tmp_path / "a.jsonl", tmp_path / "plain"), [])) == sorted(texts)
+    plain = contents(tmp_path / "plain", "*.bin")
+    for name, raw in forms.items():
         (tmp_path / name).write_bytes(raw)
-        prepare("files", f"--input={tmp_path / name}", f"--out={tmp_path / 'out' / name}")
-        assert shards(tmp_path / "out" / name) == shards(tmp_path / "plain"), name
+        files(tmp_path / name, tmp_path / "out" / name)
+        assert contents(tmp_path / "out" / name, "*.bin") == plain, name
     run = start("files", "--input=-", f"--out={tmp_path / 'piped'}", stdin=subprocess.PIPE)
     assert run.communicate(lines.decode(), timeout=60) and run.returncode == 0
-    assert shards(tmp_path / "piped") == shards(tmp_path / "plain")
+    assert contents(tmp_path / "piped", "*.bin") == plain
 
-
-@pytest.mark.parametrize("args, expected", [
-    (["--input={}"], ["a.md", "b/c.py", "b/d.txt.gz"]),
-    (["--input={}", "--glob=**/*.py"], ["b/c.py"]),
-    (["--input={}/b/e.rst", "{}/a.md"], ["b/e.rst", "a.md"]),
-    (["--input={}/*/*.py"], ["b/c.py"])])
-def test_folders(tmp_path, args, expected):
+@pytest.mark.parametrize("path, args, expected", [
+    ("", [], ["a.md", "b/c.py", "b/d.txt.gz"]), ("", ["--glob=**/*.py"], ["b/c.py"]),
+    ("b/e.rst", ["--input=tree/a.md"], ["b/e.rst", "a.md"]), ("*/*.py", [], ["b/c.py"])])
+def test_folders(tmp_path, monkeypatch, path, args, expected):
     """Files that are named as text, hidden ones left out, or those that --glob picks."""
-    for name in ("a.md", "b/c.py", "b/d.txt.gz", ".git/x.txt", "b/.ipynb_checkpoints/d.txt",
-                 "b/.hidden.md", "b/image.png", "b/e.rst"):
-        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    Path("tree/b/.ipynb_checkpoints").mkdir(parents=True)
+    for name in ("a.md", "b/c.py", "b/d.txt.gz", "b/.ipynb_checkpoints/d.txt", "b/.hidden.md",
+                 "b/image.png", "b/e.rst"):
         raw = f"This is {name}. ".encode() * 20
-        (tmp_path / "tree" / name).write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
-    (tmp_path / "val.txt").write_text("validation")
-    prepare("files", *(arg.format(tmp_path / "tree") for arg in args),
-            f"--val_input={tmp_path}/val.txt", f"--out={tmp_path / 'out'}")
-    assert both(tmp_path / "out") == ([f"This is {n}. " * 20 for n in expected], ["validation"])
-
+        Path("tree", name).write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
+    Path("val.txt").write_text("validation")
+    found = files(f"tree/{path}", tmp_path / "out", "--val_input=val.txt", *args)
+    assert found == ([f"This is {name}. " * 20 for name in expected], ["validation"])
 
 def test_encodings(tmp_path, capsys):
     """What is not UTF-8 is refused, and the remedy that is named works in the same folder."""
@@ -252,46 +216,39 @@ def test_encodings(tmp_path, capsys):
     for encoding in ("gbk", "latin-1", "utf-16-le"):
         raw = text.encode(encoding, "ignore")
         (tmp_path / "a.txt").write_bytes(raw)
-        args = ["files", f"--input={tmp_path}/a.txt", f"--out={tmp_path / encoding}"]
-        assert "--encoding=gbk, latin-1, utf-16-le" in refused(capsys, *args)
-        prepare(*args, f"--encoding={encoding}")
-        assert "".join(sum(both(tmp_path / encoding), [])) == raw.decode(encoding)
+        path, out = tmp_path / "a.txt", tmp_path / encoding
+        error = refused(capsys, "files", f"--input={path}", f"--out={out}")
+        assert "--encoding=gbk, latin-1, utf-16-le" in error
+        assert "".join(sum(files(path, out, f"--encoding={encoding}"), [])) == raw.decode(encoding)
     raw = (b"x" * 499 + b"\xff\n") * 3000  # wherever a block of the file happens to end
     (tmp_path / "few.txt").write_bytes(raw)
-    prepare("files", f"--input={tmp_path}/few.txt", f"--out={tmp_path / 'few'}")
+    found = files(tmp_path / "few.txt", tmp_path / "few")
     assert "3,000 characters that could not be decoded" in capsys.readouterr().out
-    assert "".join(sum(both(tmp_path / "few"), [])) == raw.decode(errors="replace")
-
+    assert "".join(sum(found, [])) == raw.decode(errors="replace")
 
 def test_fields(tmp_path, capsys):
     """Null, missing and empty texts are skipped and counted; half of them are too many."""
-    path, args = tmp_path / "a.jsonl", ["files", f"--out={tmp_path / 'out'}"]
+    path, out = tmp_path / "a.jsonl", tmp_path / "out"
     rows = [{"data": {"text": f"text {i}"}} for i in range(40)]
     rows[30:30] = [{"data": None}, {"data": {"text": None}}, {}, {"data": {"text": ""}}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows)
                     + '{"data": {"text": "half \\ud83d a pair \\ud83d\\ude42"}}')
-    error = refused(capsys, *args, f"--input={path}")
+    error = refused(capsys, "files", f"--input={path}", f"--out={out}")
     assert "45 of 45 rows have no text in the field text; they hold: data" in error
-    prepare(*args, f"--input={path}", "--text_key=data.text")
-    assert "4 rows without text skipped" in capsys.readouterr().out
     expected = [*(f"text {i}" for i in range(40)), "half \ufffd a pair \U0001f642"]
-    assert sorted(sum(both(tmp_path / "out"), [])) == sorted(expected)
-
+    assert sorted(sum(files(path, out, "--text_key=data.text"), [])) == sorted(expected)
+    assert "4 rows without text skipped" in capsys.readouterr().out
 
 def test_split_on(tmp_path, capsys):
     stories = [f"Story {i}.\nIts end." for i in range(50)]
+    path = tmp_path / "a.txt"
     for name, joint in ((BOS, f"\n{BOS}\n"), ("blank", "\n\n \n")):
-        (tmp_path / "a.txt").write_text(joint.join(stories) + joint)
-        args = ["files", f"--input={tmp_path}/a.txt"]
-        prepare(*args, f"--split_on={name}", f"--out={tmp_path / name[:5]}")
-        assert sorted(sum(both(tmp_path / name[:5]), [])) == sorted(stories)
-        if name == BOS:
-            assert "--split_on" not in capsys.readouterr().out
-            prepare(*args, f"--out={tmp_path / 'asks'}")
-            assert f"50 times {BOS} is plain text" in capsys.readouterr().out
-    prepare(*args, "--split_on=line", f"--out={tmp_path / 'line'}")
-    assert len(read_documents(tmp_path / "line", "train")) > 90
-
+        path.write_text(joint.join(stories) + joint)
+        found = files(path, tmp_path / name[:5], f"--split_on={name}")
+        assert sorted(sum(found, [])) == sorted(stories)
+        files(path, tmp_path / f"{name[:5]} as it is")
+        assert capsys.readouterr().out.count(f"50 times {BOS} is plain text") == (name == BOS)
+    assert len(files(path, tmp_path / "line", "--split_on=line")[0]) > 90
 
 def test_hub(tmp_path, monkeypatch, capsys):
     """A data set as the hub holds it, here a folder: its own splits, or one with --split."""
@@ -302,44 +259,39 @@ def test_hub(tmp_path, monkeypatch, capsys):
         pyarrow.parquet.write_table(pyarrow.table({"body": some}), f"owner/name/{name}.parquet")
     assert "they hold: body" in refused(capsys, "hf:owner/name")
     prepare("hf:owner/name", "--text_key=body")
-    assert both(Path("data/name")) == (texts[:40], texts[40:])
+    assert read_documents(Path("data/name"), "train") == texts[:40]
+    assert read_documents(Path("data/name"), "val") == texts[40:]
     prepare("hf:owner/name", "--text_key=body", "--split=validation", "--out=one")
     assert len(read_documents(Path("one"), "train")) in (18, 19)
     assert "--split=train or validation" in refused(capsys, "hf:owner/name", "--split=dev",
                                                     "--out=two")
 
-
 def test_vocabulary_of_another(tmp_path, capsys):
     """Of a prepared folder, of a checkpoint, or of a tokenizer.json: the same ids as there."""
     path = write_jsonl(tmp_path / "a.jsonl", some_texts(300))
     other = write_jsonl(tmp_path / "b.jsonl", some_texts(100, seed=9))
-    prepare("files", f"--input={path}", "--tokenizer=bpe:400", f"--out={tmp_path / 'a'}")
+    files(path, tmp_path / "a", "--tokenizer=bpe:400")
     torch.save({"meta": read_meta(tmp_path / "a")}, tmp_path / "ckpt.pt")
     for name in ("a", "ckpt.pt"):
-        prepare("files", f"--input={other}", f"--tokenizer={tmp_path / name}",
-                f"--out={tmp_path / f'by_{name}'}")
+        files(other, tmp_path / f"by_{name}", f"--tokenizer={tmp_path / name}")
         for key in prepare_data.TOKENIZER_KEYS:
             assert read_meta(tmp_path / f"by_{name}")[key] == read_meta(tmp_path / "a")[key]
-    hf = tokenizers.Tokenizer(tokenizers.models.BPE())
-    split = tokenizers.pre_tokenizers.Split(
-        tokenizers.Regex(r"\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"), "isolated")
-    level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    hf.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, level])
+    hf, cut = tokenizers.Tokenizer(tokenizers.models.BPE()), tokenizers.pre_tokenizers
+    level = cut.ByteLevel(add_prefix_space=False, use_regex=False)
+    pattern = tokenizers.Regex(r"\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+")
+    hf.pre_tokenizer = cut.Sequence([cut.Split(pattern, "isolated"), level])
     hf.train_from_iterator(some_texts(300), tokenizers.trainers.BpeTrainer(
-        vocab_size=500, special_tokens=["<pad>", "<s>"], show_progress=False,
-        initial_alphabet=level.alphabet()))
-    hf.save(str(tmp_path / "tokenizer.json"))
-    prepare("files", f"--input={other}", f"--tokenizer={tmp_path / 'tokenizer.json'}",
-            f"--out={tmp_path / 'hf'}")
-    documents, ids = read_documents(tmp_path / "hf", "train"), read_split(tmp_path / "hf", "train")
+        vocab_size=500, special_tokens=["<pad>", "<s>"], initial_alphabet=level.alphabet()))
+    saved = tmp_path / "tokenizer.json"
+    hf.save(str(saved))
+    documents, _ = files(other, tmp_path / "hf", f"--tokenizer={saved}")
     assert read_meta(tmp_path / "hf")["bos_id"] == 1
-    assert ids.tolist() == sum(([1] + hf.encode(text).ids for text in documents), [])
+    ids = read_split(tmp_path / "hf", "train").tolist()
+    assert ids == sum(([1] + hf.encode(text).ids for text in documents), [])
     hf.pre_tokenizer = level  # cuts nowhere, so merges reach over words
-    hf.save(str(tmp_path / "tokenizer.json"))
-    assert "cuts text in a way" in refused(
-        capsys, "files", f"--input={other}", f"--tokenizer={tmp_path / 'tokenizer.json'}",
-        f"--out={tmp_path / 'x'}")
-
+    hf.save(str(saved))
+    assert "cuts text in a way" in refused(capsys, "files", f"--input={other}",
+                                           f"--tokenizer={saved}", f"--out={tmp_path / 'x'}")
 
 def test_pieces_give_the_tokens_of_the_whole():
     """With a BPE of the same strange text, so that merges reach over every careless cut."""
@@ -369,7 +321,6 @@ def test_pieces_give_the_tokens_of_the_whole():
         assert sum((encode(piece) for _, piece in cut), []) == encode(text), case
     assert n_cut > 500
 
-
 def test_memory_does_not_grow(tmp_path):
     """A line of 100 MB without a single space, read by the child of a small process."""
     n = 100_000_000
@@ -383,23 +334,17 @@ def test_memory_does_not_grow(tmp_path):
     assert read_meta(tmp_path / "out")["splits"]["train"]["bytes"] == 0.9 * n
     assert int(run.stdout.split()[-1]) < 450e3  # kB, most of them the libraries'
 
-
-# ---- the same bytes, whatever happens
-
 # Small batches, so that a run saves many positions
 SLOW = ("import sys; sys.path.insert(0, sys.argv.pop(1)); import prepare_data as p;"
         "p.PIECE_CHARS, p.SAVE_SECONDS = 4096, 0; p.main(sys.argv[1:])")
-
 
 def start_slow(*args):
     return subprocess.Popen([sys.executable, "-c", SLOW, SCRIPT.parent, *map(str, args)],
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-
 def wait_for_state(run, folder):
     while run.poll() is None and not (folder / prepare_data.STATE).exists():
         time.sleep(0.002)
-
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory, corpus):
@@ -409,7 +354,6 @@ def mixed(tmp_path_factory, corpus):
     (folder / "4.jsonl.gz").write_bytes(gzip.compress(corpus.read_bytes()))
     val = write_jsonl(folder.parent / "val.jsonl", some_texts(300)[100:])
     return ["files", f"--input={folder}", f"--val_input={val}", "--shard_tokens=150_000"]
-
 
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe:300"])
 def test_kill_at_any_moment(tmp_path, mixed, tokenizer):
@@ -436,24 +380,20 @@ def test_kill_at_any_moment(tmp_path, mixed, tokenizer):
     prepare(*args, f"--out={tmp_path / 'out'}")
     assert contents(tmp_path / "out") == expected
 
-
-def test_finished_files_are_not_done_again(tmp_path, capsys):
-    """A row that ends the run is mended: the files before it are done, and stay so."""
-    texts = some_texts(1000)
-    for i in range(3):
-        write_jsonl(tmp_path / f"{i}.jsonl", texts[i * 300:i * 300 + 300])
-    (tmp_path / "2.jsonl").write_text(write_jsonl(tmp_path / "2.jsonl", texts[600:]).read_text()
-                                      + '{"text": "cut sho')
-    args = ["files", *[f"--input={tmp_path}/0.jsonl", tmp_path / "1.jsonl", tmp_path / "2.jsonl"],
-            f"--val_input={write_jsonl(tmp_path / 'v.jsonl', ['val'] * 9)}"]
-    error = start_slow(*args, f"--out={tmp_path / 'out'}").communicate(timeout=60)[1]
-    assert "2.jsonl, line 401: not JSON" in error.splitlines()[-1]
-    write_jsonl(tmp_path / "2.jsonl", texts[600:])
-    run = start_slow(*args, f"--out={tmp_path / 'out'}")
+def test_a_broken_row_is_mended(tmp_path):
+    """The files before it are done, and stay so."""
+    first, last = (write_jsonl(tmp_path / f"{i}.jsonl", some_texts(300, i)) for i in range(2))
+    val = write_jsonl(tmp_path / "val.jsonl", ["val"] * 9)
+    whole, out = last.read_bytes(), tmp_path / "out"
+    last.write_bytes(whole[:-9])
+    args = ["files", f"--input={first}", last, f"--val_input={val}"]
+    error = start_slow(*args, f"--out={out}").communicate(timeout=60)[1]
+    assert "1.jsonl, line 300: not JSON" in error.splitlines()[-1]
+    last.write_bytes(whole)
+    run = start_slow(*args, f"--out={out}")
     assert "going on" in run.communicate(timeout=60)[1] and run.returncode == 0
     prepare(*args, f"--out={tmp_path / 'whole'}")
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-
+    assert contents(out) == contents(tmp_path / "whole")
 
 def test_second_process_and_other_settings(tmp_path, mixed, capsys):
     args = [*mixed, f"--out={tmp_path / 'out'}"]
@@ -463,12 +403,13 @@ def test_second_process_and_other_settings(tmp_path, mixed, capsys):
     assert "could not be acquired" in refused(capsys, *args)
     first.kill()
     first.communicate()
+    refused(capsys, *args, "--tokenizer=gpt3")
+    assert (tmp_path / "out" / prepare_data.STATE).exists()  # a slip of the pen costs nothing
     prepare(*args, "--text_key=text", "--max_tokens=100_000")
     assert read_meta(tmp_path / "out")["splits"]["train"]["tokens"] == 100_000
     prepare(*args, "--max_tokens=100_000")
     assert "is complete" in capsys.readouterr().out
     assert "of other settings" in refused(capsys, *args)
-
 
 def test_full_disk(tmp_path, mixed):
     """A write that fails midway: one line, and the same command goes on."""
@@ -481,12 +422,9 @@ def test_full_disk(tmp_path, mixed):
     prepare(*mixed, f"--out={tmp_path / 'whole'}")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
-
 def test_published_shards(tmp_path, corpus, capsys):
     """Shards as llm.c writes them get the meta.json that they lack, and stay as they are."""
-    write_jsonl(tmp_path / "a.jsonl", some_texts(300))
-    prepare("files", f"--input={tmp_path}/a.jsonl", "--tokenizer=bpe:400",
-            f"--out={tmp_path / 'a'}")
+    files(write_jsonl(tmp_path / "a.jsonl", some_texts(300)), tmp_path / "a", "--tokenizer=bpe:400")
     made, folder = read_meta(tmp_path / "a"), tmp_path / "published"
     folder.mkdir()
     for name, split in ("my_train.bin", "train"), ("my_val_000000.bin", "val"):
@@ -506,7 +444,6 @@ def test_published_shards(tmp_path, corpus, capsys):
         (folder / "meta.json").unlink(missing_ok=True)
         assert "my_train.bin: not a whole llm.c shard" in refused(
             capsys, "meta", folder, f"--tokenizer={tmp_path / 'a'}")
-
 
 @pytest.mark.parametrize("args, said", [
     ([], "no source"),
@@ -534,20 +471,13 @@ def test_misuse(tmp_path, monkeypatch, capsys, args, said):
     with zipfile.ZipFile(book, "w") as archive:
         archive.writestr("mimetype", "application/epub+zip")
         archive.writestr("a.xhtml", "<?xml version='1.0'?>")
-    files = {"a.txt": b"a line of text\n" * 50, "nothing.txt": b"", "book": book.getvalue(),
+    given = {"a.txt": b"a line of text\n" * 50, "nothing.txt": b"", "book": book.getvalue(),
              "bad.jsonl": b'{"text": "fine"}\n{"text": "fi\n', "page": b"\n<!DOCTYPE html><p>Hi",
              "cut.txt.gz": gzip.compress(os.urandom(5000))[:3000]}
-    for name, raw in files.items():
+    for name, raw in given.items():
         (tmp_path / name).write_bytes(raw)
     assert said in refused(capsys, *args)
     assert not [*tmp_path.rglob("*.bin"), *tmp_path.rglob("meta.json")]
-
-
-def test_help_names_every_flag(capsys):
-    prepare("--help")
-    said = capsys.readouterr().out
-    assert all(f"    {name}: " in said for name in prepare_data.Config.__dataclass_fields__)
-
 
 @pytest.mark.parametrize("args", [["shakespeare"], ["stdlib", "--tokenizer=gpt2"],
                                   ["hf:owner/name"]])
