@@ -398,8 +398,8 @@ def check_objective(cfg, n_rows, micro):
     require(L > 0 and T % L == P % L == 0,
             f"--block_len={L}: must divide --seq_len={T} and --prompt_len={P}")
     require(0 <= cfg.t_min < cfg.t_max <= 1, f"--t_min={cfg.t_min}: below --t_max={cfg.t_max} <= 1")
-    is_even = n_rows * (T - P) // L % 2 == micro * (T - P) // L % 2 == 0
-    require(cfg.estimator != "exact_k" or is_even,
+    n = (T - P) // L
+    require(cfg.estimator != "exact_k" or n_rows * n % 2 == micro * n % 2 == 0,
             f"--micro_batch={micro}: exact_k needs pairs of blocks")
     require(cfg.cond_dim == 0, f"--cond_dim={cfg.cond_dim}: this network takes no noise level")
 

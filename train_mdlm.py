@@ -474,8 +474,8 @@ def draw_noise(cfg, n_rows, gen, bound=False):
 @torch.compiler.disable
 @functools.lru_cache(maxsize=1)
 def token_tilt(path):
-    """(V,) clamp(2 - H_token, .5, 1.5): more noise on predictable tokens; 1 on average over the
-    text, in the file's unit."""
+    """(V,) clamp(2 - H_token, .5, 1.5): more noise on predictable tokens; in the file's unit, as
+    much of it over the text as without."""
     with reading(path):
         return (2 - torch.from_numpy(np.load(path))).clamp(0.5, 1.5).float()
 
