@@ -26,7 +26,6 @@ import contextlib
 import dataclasses
 import difflib
 import functools
-import hashlib
 import importlib.util
 import inspect
 import itertools
@@ -54,7 +53,7 @@ import torch.nn.functional as F
 HERE = Path(__file__).resolve().parent
 SCRIPTS = ("train_mdlm", "train_block", "train_sedd", "gpt")
 SHIPPED = HERE / "models/mdlm.golf", HERE / "models/block.golf"
-DEFAULT_LENGTH, DEFAULT_DRAWS = 256, 8
+DEFAULT_LENGTH = 256
 BATCH_NUMBERS = 2**27  # logits, or attention scores of a layer, in one forward pass
 MAX_ROWS = 512  # samples at once, so that the first of many are soon there
 END = b"<|endoftext|>"  # how the end of a document is shown
@@ -66,14 +65,13 @@ FILE_NAME = re.compile(r"\S*[/\\]\S*|\S+\.(txt|md|jsonl?|csv|tsv|html?|py|gz|pdf
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Every flag, --name=value."""
-    ckpt: str = ""  # checkpoint, its run folder, artifact, or hf:OWNER/REPO/FILE; empty: the newest
+    ckpt: str = ""  # checkpoint, its folder, artifact, or hf:OWNER/NAME[/FILE]; empty: the newest
     script: str = ""  # training script that wrote it, when that is an edited one
     weights: Literal["ema", "raw"] = "ema"  # averaged, where there are some, or those of the end
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: as trained, where the machine is fast
-    prompt: str = ""  # text to continue; or of a file:
-    prompt_file: str = ""
-    prompts: str = ""  # .jsonl file of several, a text or {"prompt": text} a line
+    prompt: str = ""  # text to continue
+    prompts: str = ""  # file of it; .jsonl: of several, a text or {"prompt": text} a line
     start: Literal["document", "anywhere"] = "document"  # where a text without a prompt begins
     infill: str = ""  # text with blanks: each run of three or more underscores; \_ is none
     blank: str = "16"  # tokens in a blank, for all of them or one by one: N[,N..]
@@ -98,25 +96,27 @@ class Options:
     # ReMDM, masks some tokens again: loop (ETA .02), cap (.008), rescale (.015) or conf (1).
     remask: str = ""  # NAME or NAME:ETA
     refine: str = ""  # F or F:N: at the end, predict a fraction F, the least likely, anew; N times
-    watch: bool = False  # show the text appearing
-    save: str = ""  # FILE.json: every pass, for study/page.py; another FILE: samples, JSON lines
+    watch: bool = False  # show the text appearing, in a terminal
+    # FILE.json: every pass, for study/page.py; FILE.svg: an animation of the first sample; another
+    # FILE: samples, JSON lines.
+    save: str = ""
     # Checkpoints, with commas, that write as much as --ckpt; a terminal then shows all side by side
     # in real time. gpt ignores flags about passes. --race alone: the models of the repository.
     race: str = ""
-    score: str = ""  # text, or a file's: its bound in nats and bits per byte; gpt: exact
-    score_file: str = ""  # the same of a file, whatever its name
+    score: str = ""  # text or file: its bound in nats and bits per byte; gpt: exact
     given: str = ""  # text or file that comes before the one scored
-    draws: int = 0  # independent noise draws of a score; 0: 8
-    encoding: str = "utf-8"  # of these files
+    draws: int = 8  # independent noise draws of a score
+    encoding: str = "utf-8"  # of files
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             name, value, choices = field.name, getattr(self, field.name), get_args(field.type)
             high = 1 if name in ("threshold", "top_p") else math.inf
-            fits = not isinstance(value, int | float) or (name == "n") <= value <= high
-            check(fits, name, value, f"must be from 0 to {high}")  # NaN is not
-            fits = field.type is not Literal[choices] or value in choices
-            check(fits, name, value, f"there are {', '.join(map(str, choices))}")
+            low = int(name in ("n", "draws"))
+            fits = not isinstance(value, int | float) or low <= value <= high
+            check(fits, name, value, f"must be from {low} to {high}")  # NaN is not
+            fits = not choices or value in choices
+            check(fits, name, value, f"there are {', '.join(choices)}")
         for flag, parse in dict(blank=numbers, refine=fraction_of, remask=remasking).items():
             text = getattr(self, flag)
             with naming(f"--{flag}={text}"):
@@ -213,7 +213,7 @@ class Tokenizer:
             import tiktoken
 
             encoding = tiktoken.Encoding(
-                self.name, pat_str=meta["pattern"], special_tokens={END.decode(): self.bos_id},
+                self.name, pat_str=meta["pattern"], special_tokens={},
                 mergeable_ranks={word: i for i, word in enumerate(self.table) if word})
             self.encode = encoding.encode_ordinary
 
@@ -339,6 +339,13 @@ def uniforms(gens, *shape):
     return torch.from_numpy(np.stack([g.random(shape) for g in gens]))
 
 
+def lowest(score, is_free, fraction):
+    """(B, T) bool: a fraction of the free positions, at least one, with the lowest scores."""
+    n = (is_free.sum(1, keepdim=True) * fraction).round().clamp(min=1)  # (B, 1)
+    place = score.masked_fill(~is_free, math.inf).argsort(dim=1, stable=True).argsort(1)
+    return is_free & (place < n)
+
+
 def float64(x):
     """On the CPU where the device (MPS) has none."""
     return (x.cpu() if x.device.type == "mps" else x).double()
@@ -379,7 +386,7 @@ def fill_blocks(model, cfg, known, is_known, *, kind, gen, steps=None, choose=No
         here = slice(start, start + L)
         is_empty = not (tokens[:, here] == mask_id).any()
         psi, read_at = torch.full((B, L), math.inf, dtype=torch.float64), None
-        for i in range(-(begins is not None), passes):
+        for i in range(-(allowed is not None), passes):
             pick, u = uniforms(gens, 2, L).unbind(1)  # which are drawn, and as what: (B, L) each
             if is_empty:  # the numbers of later blocks do not depend on it
                 continue
@@ -561,7 +568,7 @@ def remasking(text):
 def make_warp(temperature=1.0, top_k=0, top_p=1.0, nucleus="inclusive"):
     """A function of log_probs (R, V): temperature, then top-k, then the nucleus, with or without
     (exclusive) the token that crosses top_p. None when all are off."""
-    if (temperature, top_k or 0, top_p) == (1, 0, 1):
+    if (temperature, top_k, top_p) == (1, 0, 1):
         return None
 
     def warp(log_probs):
@@ -620,8 +627,7 @@ class LM:
         self.model, self.cfg = build_model(script, ckpt, opts.weights)
         self.tokenizer = Tokenizer(ckpt["meta"], self.cfg.vocab_size)
         self.block_len, self.graph = (getattr(self.cfg, x, 0) for x in ("block_len", "graph"))
-        diffusion = "block" if self.block_len else "sedd" if self.graph else "mdlm"
-        self.kind = "gpt" if script.METRIC == "val_nll" else diffusion
+        self.kind = script.OBJECTIVE  # mdlm, block, sedd or gpt
         # A fork may have changed forward and not predict, so it computes all anew.
         is_fork = self.name not in SCRIPTS
         self.net = self.model.__call__ if is_fork else self.model
@@ -635,8 +641,7 @@ class LM:
                 part.to(self.dtype)
         self.where = f"{str(self.dtype).removeprefix('torch.')} on {self.device.type}"
         self.n_parameters = sum(p.numel() for p in self.model.parameters())
-        # A packed or published model does not say which weights it has.
-        which = opts.weights + " " if ckpt["ema"] else "raw " if ckpt.get("optimizers") else ""
+        which = f"{opts.weights} " if ckpt["ema"] else ""
         self.summary = (
             f"{path}: {self.name}, {self.n_parameters / 1e6:.2f}M parameters, "
             f"{which}weights of step {ckpt['step']}, "
@@ -708,23 +713,22 @@ class LM:
         forward passes) of as many as fit in a batch. watch(tokens (B, T), nfe) sees every pass.
         stops: at the end of a document, where the model writes in order, and at --stop. Sample i
         depends on (seed, i) alone."""
-        warp = make_warp(opts.temperature, opts.top_k, opts.top_p, opts.nucleus)
         (P, T), (fraction, n_refine) = canvas.known.shape, fraction_of(opts.refine)
+        fill = self.sampler(opts, T, stops)
         gens = [stream(opts.seed, i) for i in range(1 + n_refine)]
         size = min(MAX_ROWS, self.batch_rows(min(T, self.cfg.seq_len)))
+        allowed = canvas.allowed.to(self.device) if canvas.begins.any() else None
         for ids in (torch.arange(P * opts.n) // opts.n).split(size):
             known, given, begins = (x[ids].to(self.device) for x in canvas[:3])
-            same = opts, warp, stops
-            how = dict(begins=begins, allowed=canvas.allowed.to(self.device))
             with self.amp():
-                tokens, length, nfe = self.fill(
-                    known, given, gens[0], watch, *same, **how if begins.any() else {})
+                tokens, length, nfe = fill(known, given, gen=gens[0], watch=watch, begins=begins,
+                                           allowed=allowed)
                 given |= begins > 0
                 for gen in gens[1:] if fraction else ():
                     keep, n = self.likeliest(tokens, given, fraction)
                     nfe += n
                     look = watch and (lambda tokens, n, nfe=nfe: watch(tokens, nfe + n))
-                    tokens, _, n = self.fill(tokens, keep, gen, look, *same)
+                    tokens, _, n = fill(tokens, keep, gen=gen, watch=look)
                     nfe += n
             rows = []
             for row, n, known in zip(*(x.tolist() for x in (tokens, length, given)), strict=True):
@@ -732,37 +736,39 @@ class LM:
                 rows.append((row[canvas.lead:n], n < T))
             yield rows, nfe
 
-    def fill(self, known, is_known, gen, watch, opts, warp, stops, **how):
-        """One run of a sampler."""
-        how, steps = dict(how, gen=gen, warp=warp, watch=watch), opts.steps
+    def sampler(self, opts, length, stops):
+        """The one that the flags ask for."""
+        how = dict(steps=opts.steps, warp=make_warp(opts.temperature, opts.top_k, opts.top_p,
+                                                    opts.nucleus))
         if self.kind == "sedd":
-            return redraw_rows(self.net, self.cfg, known, is_known, **how, steps=steps,
-                               total_noise=self.script.total_noise, is_euler=opts.order == "euler")
+            return functools.partial(redraw_rows, self.net, self.cfg, **how,
+                                     total_noise=self.script.total_noise,
+                                     is_euler=opts.order == "euler")
         if opts.order_name == "ancestral":
-            steps = steps or self.block_len or opts.block_length or known.size(1)
+            how["steps"] = opts.steps or self.block_len or opts.block_length or length
         if opts.order_name in RANKS:
             how["choose"] = ordered(opts.order_name, opts.threshold or None, opts.pace)
         elif opts.remask:
             how["choose"] = remasking(opts.remask)
         if stops and self.kind != "mdlm":
             how["stop"] = self.tokenizer.bos_id
-        return fill_blocks(self.net, self.cfg, known, is_known, kind=self.kind, steps=steps,
-                           block_len=opts.block_length, **how)
+        return functools.partial(fill_blocks, self.net, self.cfg, kind=self.kind,
+                                 block_len=opts.block_length, **how)
 
     def find_stop(self, row, known, stop):
         """How many tokens of a row come before what stops it, in what is new."""
         begin = [*known, False].index(False)
         words = [self.tokenizer.table[token] for token in row[begin:]]
-        stops = [stop] if isinstance(stop, str) else stop
-        far = 2**62  # where find() puts what is not there, by the remainder of -1
-        cut = min([b"".join(words).find(x.encode()) % far for x in stops if x], default=far)
+        text, stops = b"".join(words), [stop] if isinstance(stop, str) else stop
+        cut = min([text.index(x.encode()) for x in stops if x and x.encode() in text],
+                  default=len(text))
         return begin + bisect.bisect([*itertools.accumulate(map(len, words))], cut)
 
     def likeliest(self, tokens, is_known, fraction):
         """What to keep (B, T) when a fraction is predicted anew, and the passes spent: one in which
         every second token is masked and scored, one for the others, their neighbours in sight."""
         is_free = ~is_known
-        score = torch.full(tokens.shape, math.inf, device=tokens.device)
+        score = torch.zeros(tokens.shape, device=tokens.device)
         parity = is_free.cumsum(1) % 2
         halves = [half for odd in (1, 0) if (half := is_free & (parity == odd)).any()]
         for half in halves:
@@ -770,9 +776,7 @@ class LM:
             reader = Reader(self.net, self.cfg, "mdlm", tokens.size(1))
             log_probs = reader.read(masked, 0, half.flatten().nonzero()[:, 0])
             score[half] = log_probs.gather(1, tokens[half][:, None])[:, 0]
-        n_again = (is_free.sum(1, keepdim=True) * fraction).round().clamp(min=1)  # (B, 1)
-        place = score.argsort(dim=1, stable=True).argsort(1)
-        return is_known | (place >= n_again), len(halves)
+        return ~lowest(score, is_free, fraction), len(halves)
 
     def generate(self, prompt="", **how):
         """n texts of `length` tokens that begin with the prompt, or with each of a list of prompts;
@@ -793,7 +797,7 @@ class LM:
         return out
 
     @torch.inference_mode()
-    def score(self, text, given="", draws=0, seed=0):
+    def score(self, text, given="", draws=8, seed=0):
         """-log p of a text, given another one before it, both cut into windows of seq_len tokens
         (the last may be shorter): nats, nats_stderr, bits_per_byte, bits_stderr, n_tokens, n_bytes.
 
@@ -802,7 +806,7 @@ class LM:
         is_exact, T = self.kind == "gpt", self.cfg.seq_len
         check(not given or self.kind in ("gpt", "mdlm"), "given", given,
               f"{self.name} has no bound of that kind")
-        n_draws, n_copies = (1, 1) if is_exact else (draws or DEFAULT_DRAWS, 2)
+        n_draws, n_copies = (1, 1) if is_exact else (draws, 2)
         new, known = self.tokenizer.encode(text), self.tokenizer.encode(given)
         check(new, "score", text, "the text is empty")
         tokens, gen = known + new, stream(seed, 0)
@@ -841,11 +845,11 @@ def find_checkpoint(name=None):
         name = max(Path("out").glob("*/ckpt.pt"), key=os.path.getmtime, default=SHIPPED[0])
     if not str(name).startswith("hf:"):
         return Path(name, "ckpt.pt") if os.path.isdir(name) else Path(name)
-    hub_name = re.fullmatch(r"hf:([^/]+/[^/]+)/(.+)", name)
-    check(hub_name, "ckpt", name, "write hf:OWNER/REPO/FILE")
+    hub_name = re.fullmatch(r"hf:([^/]+/[^/]+)(?:/(.+))?", name)
+    check(hub_name, "ckpt", name, "write hf:OWNER/NAME or hf:OWNER/NAME/FILE")
     with naming(f"{name}: could not be downloaded"):
         from huggingface_hub import hf_hub_download
-        return Path(hf_hub_download(*hub_name.groups()))
+        return Path(hf_hub_download(hub_name[1], hub_name[2] or "ckpt.pt"))
 
 
 def load_script(path):
@@ -887,10 +891,6 @@ FRAME = 0.04  # seconds between two pictures
 STYLES = {"known": "\x1b[1m", "new": "\x1b[32m", "mask": "\x1b[2m", "note": "\x1b[2m"}
 
 
-def is_terminal(stream):
-    return stream.isatty() and os.environ.get("TERM") != "dumb"
-
-
 def styled(text, kind):
     return f"{STYLES[kind]}{text}\x1b[0m" if kind in STYLES else text
 
@@ -903,10 +903,9 @@ def printable(text):
 
 
 def show(spans, stream):
-    """Print [(text, kind)]; a terminal gets styles, unless it is dumb, and no control codes."""
+    """Print [(text, kind)]; a terminal gets styles and no control codes."""
     for text, kind in [*spans, ("\n", None)]:
-        text = printable(text) if stream.isatty() else text
-        stream.write(styled(text, kind) if is_terminal(stream) else text)
+        stream.write(styled(printable(text), kind) if stream.isatty() else text)
     stream.flush()
 
 
@@ -945,11 +944,11 @@ def redraw(lines, height, stream, is_last=False):
 
 class Run:
     """A model at work on a canvas. It counts, with --watch it shows the text as it appears, for a
-    race or a file it keeps every pass. Its clock stands still while it does that."""
+    race or a file it keeps every pass."""
     def __init__(self, lm, opts, is_race=False):
         self.lm, self.opts, self.is_race, self.canvas = lm, opts, is_race, lm.canvas(opts)
         known, is_known, *_, self.lead = self.canvas
-        self.is_live = opts.watch and not is_race and is_terminal(sys.stderr)
+        self.is_live = opts.watch and not is_race and sys.stderr.isatty()
         self.mask_id = lm.cfg.vocab_size
         rows = torch.where(is_known, known, self.mask_id)[:, self.lead:].tolist()
         self.starts = [row for row in rows for _ in range(opts.n)]
@@ -958,32 +957,31 @@ class Run:
 
     def samples(self):
         """Write; yield the tokens of every sample. The end of a document stops no race."""
-        self.rest()
+        self.start_batch()
         for rows, nfe in self.lm.batches(self.canvas, self.opts, self, not self.is_race):
-            self.seconds += time.perf_counter() - self.since
+            seconds = time.perf_counter() - self.since
+            self.seconds += seconds
             self.nfe += nfe
             redraw([], self.height, sys.stderr)
-            for start, (row, ended) in zip(self.starts[self.first:], rows, strict=False):
-                start = start[:len(row)]
+            for i, (row, ended) in enumerate(rows):
+                start = self.passes[0][2][i][:len(row)]
                 known = [[at, old] for at, old in enumerate(start) if old != self.mask_id]
                 new = [row[at] for at, old in enumerate(start) if old == self.mask_id]
                 # Entropy of the tokens' frequencies, low when a sample repeats itself.
                 shares = torch.tensor(new).bincount() / max(1, len(new))
                 self.entropy += torch.special.entr(shares).sum().item()
                 self.n_new += len(new)
-                frames = self.frames(len(self.done) - self.first, len(row))
                 self.done.append((row, ended, dict(
-                    sample=len(self.done), length=len(row), known=known, nfe=nfe,
-                    seconds=self.seconds - self.begun, frames=frames)))
+                    sample=len(self.done), length=len(row), known=known, nfe=nfe, seconds=seconds,
+                    frames=self.frames(i, len(row)))))
                 yield row
             self.begin = self.begin or self.passes
-            self.rest()
+            self.start_batch()
 
-    def rest(self):
-        """Before a batch nothing is drawn."""
-        self.height, self.drawn, self.last, self.due = 0, -math.inf, None, 0.25
+    def start_batch(self):
+        self.height, self.drawn, self.last = 0, -math.inf, None  # nothing is drawn yet
         self.passes = [(0, 0.0, self.starts[len(self.done):])]  # number, seconds, tokens
-        self.first, self.begun, self.since = len(self.done), self.seconds, time.perf_counter()
+        self.since = time.perf_counter()
 
     def frames(self, i, length):
         """[[pass, milliseconds, [[position, token, or -1: masked again]..]]..] of row i."""
@@ -997,25 +995,16 @@ class Run:
 
     def __call__(self, tokens, nfe):
         rows = tokens[:, self.lead:].tolist()  # waits for the device
-        self.seconds += time.perf_counter() - self.since
         if self.is_race or self.opts.save:  # else they would fill the memory
-            self.passes.append((nfe, self.seconds - self.begun, rows))
+            self.passes.append((nfe, time.perf_counter() - self.since, rows))
         if self.is_live and time.monotonic() - self.drawn >= FRAME:
             lines, width = [styled(f"{nfe} passes", "note")], shutil.get_terminal_size().columns
-            for row, *more in zip(rows, self.last or rows, self.starts[self.first:], strict=False):
+            for row, *more in zip(rows, self.last or rows, self.passes[0][2], strict=False):
                 ends = [i + 1 for i, token in enumerate(row) if token != self.lm.tokenizer.bos_id]
                 spans = self.spans(row[:max(ends, default=0)], *more)  # without what fills it up
                 lines += ["", *lines_of(spans, width)]
             self.height, self.last = redraw(lines, self.height, sys.stderr), rows
             self.drawn = time.monotonic()
-        elif self.opts.watch and not (self.is_race or self.is_live):  # a file: after each quarter
-            row, start = rows[0], self.starts[self.first]
-            done = 1 - row.count(self.mask_id) / start.count(self.mask_id)
-            if self.due <= done < 1:
-                self.due = (math.floor(4 * done) + 1) / 4
-                spans = self.spans(row, row, start)
-                show([(f"[{done:.0%} after {nfe} passes] ", None), *spans], sys.stderr)
-        self.since = time.perf_counter()
 
     def spans(self, row, before, start):
         """[(text, kind)] of a row"""
@@ -1026,33 +1015,8 @@ class Run:
 
 
 def save(path, runs):
-    """Write the samples of runs. FILE.jsonl: a line about each run, from name to device as below,
-    checkpoint (sha256), tokenizer; and one a sample: i, text, tokens, nfe, ended. FILE.json:
-
-    {"format": 1, "mask": -1, "tokens": {"id": "its bytes as Latin-1"}, "runs": [{"name", "script",
-    "parameters", "sampler", "seed", "device", "sample", "length", "known": [[position, id]..],
-    "nfe", "seconds", "frames": [[pass, milliseconds, [[position, id]..]]..]}..]}
-
-    Known tokens alone are there first. A frame says what a pass changed, id -1: masked again. After
-    the last one stands the sample."""
-    lines, entries, tokenizer = [], [], runs[0].lm.tokenizer
-    for run in runs:
-        lm = run.lm
-        name = lm.path.stem if lm.path.stem != "ckpt" else lm.path.absolute().parent.name
-        about = dict(name=name, script=lm.name, parameters=lm.n_parameters,
-                     sampler=lm.describe(run.opts), seed=run.opts.seed, device=lm.where)
-        sha256 = hashlib.sha256(lm.path.read_bytes()).hexdigest()
-        lines.append({**about, "checkpoint": sha256, "tokenizer": tokenizer.name})
-        for tokens, ended, record in run.done:
-            lines.append(dict(i=record["sample"], text=tokenizer.decode(tokens), tokens=tokens,
-                              nfe=record["nfe"], ended=ended))
-            entries.append(about | record)
-    changes = [x["known"] for x in entries] + [f[2] for x in entries for f in x["frames"]]
-    used = sorted({token for change in changes for _, token in change} - {-1})
-    tokens = {i: tokenizer.shown[i].decode("latin-1") for i in used}
-    if path.endswith(".json"):
-        lines = [dict(format=1, mask=-1, tokens=tokens, runs=entries)]
-    Path(path).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    if path:
+        load_script(HERE / "study/page.py").save(path, runs)
 
 
 # ----------------------------------------------------------------------------- race
@@ -1096,7 +1060,7 @@ def print_race(opts):
     for run in runs:
         run.lm.generate(length=WARM_UP)
         list(run.samples())
-    if is_terminal(sys.stdout):
+    if sys.stdout.isatty():
         replay(runs)
     else:
         for run in runs:
@@ -1106,40 +1070,31 @@ def print_race(opts):
     for run in runs:
         print(f"{run.lm.name:12}  {run.nfe:6}  {run.seconds:7.2f}  {run.n_new / run.seconds:8.0f}  "
               f"{run.entropy / len(run.done):.2f} nats, {run.lm.describe(run.opts)}")
-    if opts.save:
-        save(opts.save, runs)
+    save(opts.save, runs)
 
 
 # ----------------------------------------------------------------------------- command line
+def read(path, encoding):
+    with naming(f"{path} (--encoding={encoding})"):
+        return Path(path).read_bytes().decode(encoding)
+
+
 def text_of(opts, flag):
-    """The text of --FLAG, or of the file that it or --FLAG_file names."""
-    text, path = getattr(opts, flag), getattr(opts, f"{flag}_file", "")
-    is_named = flag != "prompt" and os.path.isfile(text)
-    if not path and not is_named:
-        check(not FILE_NAME.fullmatch(text), flag, text, "no such file; if it is a text, put it "
-              f"into a file and give --{flag}_file=PATH")
-        return text
-    import prepare_data
-    path = path or text
-    with naming(f"--{flag}_file={path}"):
-        data = Path(path).read_bytes()
-        text = data.decode(opts.encoding, "replace")
-    kind = prepare_data.kind_of(path.lower(), text[:10_000], "text")
-    is_plain = kind == "text" and not prepare_data.NOT_TEXT.match(data) and data[:2] != b"PK"
-    check(is_plain, flag, path, "not plain text; put what it says into a .txt file")
-    is_known = text.count("\ufffd") <= len(text) / 100
-    check(is_known, flag, path, f"not {opts.encoding}; if it is GBK: --encoding=gbk")
+    """The text of a flag, or of the file that it names."""
+    text = getattr(opts, flag)
+    if os.path.isfile(text):
+        return read(text, opts.encoding)
+    check(not FILE_NAME.fullmatch(text), flag, text, "no such file")
     return text
 
 
 def print_score(lm, opts):
-    texts = (text_of(opts, flag) for flag in ("score", "given"))
-    score = lm.score(*texts, opts.draws, opts.seed)
+    score = lm.score(text_of(opts, "score"), text_of(opts, "given"), opts.draws, opts.seed)
     note(lm.summary)
     nats, bits, noise = f"= {score.nats:.2f}", f"{score.bits_per_byte:.4f}", "exact"
     if lm.kind != "gpt":
         nats, bits = f"<{nats} +- {score.nats_stderr:.2f}", f"{bits} +- {score.bits_stderr:.4f}"
-        noise = f"{opts.draws or DEFAULT_DRAWS} noise draws, seed {opts.seed}"
+        noise = f"{opts.draws} noise draws, seed {opts.seed}"
     print(f"-log p {nats} nats, {bits} bits per byte ({score.n_tokens} tokens, {score.n_bytes} "
           f"bytes; {noise}, {lm.where})")
 
@@ -1152,37 +1107,37 @@ def print_samples(lm, opts):
         if n > 1:
             note(f"--- sample {len(run.done)} of {n}")
         show(run.spans(row, row, start) + [("\n", None)] * (n > 1), sys.stdout)
-    if opts.save:
-        save(opts.save, [run])
+    save(opts.save, [run])
     note(f"NFE {run.nfe}, {run.n_new / run.seconds:.0f} tokens/s, {lm.where}, "
          f"{lm.describe(opts)}, entropy {run.entropy / n:.2f} nats")
 
 
-def read_prompts(path):
-    with naming(f"--prompts={path}"):
-        lines = map(json.loads, Path(path).read_text(encoding="utf-8").splitlines())
+def read_prompts(opts):
+    text = read(opts.prompts, opts.encoding)
+    if not opts.prompts.endswith(".jsonl"):
+        return [text]
+    with naming(f"--prompts={opts.prompts}"):
+        lines = map(json.loads, text.splitlines())
         return [line["prompt"] if isinstance(line, dict) else line for line in lines]
 
 
 def main(argv):
     try:
         opts = parse_args(argv)
-        opts = dataclasses.replace(opts, prompt=text_of(opts, "prompt"))
-        modes = [flag for flag in ("infill", "score", "score_file", "prompt", "prompts", "race")
-                 if getattr(opts, flag)]
-        check(len(modes) < 2 or modes == ["prompt", "race"], " and --".join(modes), "..",
-              "exclude each other: drop one")
-        is_score = bool(opts.score or opts.score_file)
-        check(is_score or not opts.given, "given", opts.given, "goes with --score")
-        if opts.prompts:
-            opts = dataclasses.replace(opts, prompts=read_prompts(opts.prompts))
+        modes = [flag for flag in ("infill", "score", "prompts", "race") if getattr(opts, flag)]
+        modes += ["prompt"] * bool(opts.prompt and not opts.race)
+        check(len(modes) < 2, " and --".join(modes), "..", "exclude each other: drop one")
+        check(opts.score or not opts.given, "given", opts.given, "goes with --score")
         is_alone = opts.race == "shipped"
         check(not (is_alone and opts.ckpt), "race", "", "name what is to race against --ckpt")
+        check(Path(opts.save).parent.is_dir(), "save", opts.save, "no such folder")
+        if opts.prompts:
+            opts = dataclasses.replace(opts, prompts=read_prompts(opts))
         if opts.race:
             print_race(opts)
         else:
             lm = load(opts.ckpt, opts.script, opts)
-            print_score(lm, opts) if is_score else print_samples(lm, opts)
+            print_score(lm, opts) if opts.score else print_samples(lm, opts)
         sys.stdout.flush()
     except (SampleError, OSError, MemoryError, torch.OutOfMemoryError) as e:
         line = printable(str(e)).replace("\n", " ")

@@ -1,18 +1,25 @@
 """Recorded samples as a page, or as a picture that moves.
 
-    python sample.py --race=models/block.golf --save=race.json
+    python sample.py --race --save=race.json
     python study/page.py race.json [MORE.json ..] -o page/      one file, page/index.html
     python study/page.py race.json --svg=race.svg               animated, without a script
+    python sample.py --race --save=race.svg                     the same at once
 
 The page opens from a file and loads nothing: the recordings are in it. It plays in recorded time
 or by passes. The picture shows the first runs of a file, slowed down by a power of two that it
 names.
 
 A recording (sample.py --save=FILE.json): {"format": 1, "tokens": {id: bytes as Latin-1}, "mask":
--1, "runs": [{"name", "script", "parameters", "sampler", "seed", "sample", "length", "known":
-[[position, id] ..], "nfe", "seconds", "frames": [[pass, milliseconds, [[position, id] ..]] ..]}]}.
+-1, "runs": [{"name", "script", "parameters", "sampler", "seed", "device", "sample", "length",
+"known": [[position, id] ..], "nfe", "seconds", "frames": [[pass, milliseconds, [[position, id] ..]]
+..]}]}. Known tokens alone are there first; a frame says what a pass changed, id -1: masked again;
+after the last one stands the sample.
+
+Samples (sample.py --save=FILE.jsonl): a line about each run, from name to device as above,
+checkpoint (sha256), tokenizer; and one a sample: i, text, tokens, nfe, ended.
 """
 import codecs
+import hashlib
 import html
 import json
 import math
@@ -31,6 +38,33 @@ LABELS = {"train_mdlm": "masked diffusion", "train_block": "block diffusion",
 
 
 # ----------------------------------------------------------------------------- recordings
+def save(path, runs):
+    """Write what the runs of sample.py have done: FILE.json, FILE.svg, or samples as JSON lines."""
+    lines, entries, tokenizer = [], [], runs[0].lm.tokenizer
+    for run in runs:
+        lm = run.lm
+        name = lm.path.stem if lm.path.stem != "ckpt" else lm.path.absolute().parent.name
+        about = dict(name=name, script=lm.name, parameters=lm.n_parameters,
+                     sampler=lm.describe(run.opts), seed=run.opts.seed, device=lm.where)
+        sha256 = hashlib.sha256(lm.path.read_bytes()).hexdigest()
+        lines.append({**about, "checkpoint": sha256, "tokenizer": tokenizer.name})
+        for tokens, ended, record in run.done:
+            lines.append(dict(i=record["sample"], text=tokenizer.decode(tokens), tokens=tokens,
+                              nfe=record["nfe"], ended=ended))
+            entries.append(about | record)
+    changes = [x["known"] for x in entries] + [f[2] for x in entries for f in x["frames"]]
+    used = sorted({token for change in changes for _, token in change} - {MASK})
+    tokens = {str(i): tokenizer.shown[i].decode("latin-1") for i in used}
+    recording = dict(format=FORMAT, mask=MASK, tokens=tokens, runs=entries)
+    if path.endswith(".svg"):  # the first sample of each model
+        text = svg(recording | {"runs": [entry for entry in entries if entry["sample"] == 0]})
+    elif path.endswith(".json"):
+        text = json.dumps(recording) + "\n"
+    else:
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+    Path(path).write_text(text, encoding="utf-8")
+
+
 def load(path):
     """A recording; UserError if it is none."""
     with open(path, encoding="utf-8") as f:
