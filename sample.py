@@ -284,10 +284,12 @@ class Reader:
         x = F.pad(tokens[:, :start], (1, 0), value=self.cfg.vocab_size)  # (B, S), the start first
         if not self.is_cached:
             return self.model(x, (rows + 1) * S - 1).log_softmax(-1)
-        new = torch.arange(done, S, device=device)
-        self.mask = new[:, None] >= torch.arange(S, device=device) if len(new) > 1 else None
-        self.done, last = S, (rows + 1) * (S - done) - 1
-        return self.model.predict(x[:, done:], new, rows=last, attend=self).log_softmax(-1)
+        if S > done:  # else it is asked for other rows of the same pass
+            new = torch.arange(done, S, device=device)
+            self.mask = new[:, None] >= torch.arange(S, device=device) if len(new) > 1 else None
+            self.done, last = S, torch.arange(1, len(x) + 1, device=device) * (S - done) - 1
+            self.logits = self.model.predict(x[:, done:], new, rows=last, attend=self)
+        return self.logits[rows].log_softmax(-1)
 
     def read_block(self, tokens, start, rows):
         """The first pass of a block takes in the finished one before it."""
