@@ -58,7 +58,6 @@ BATCH_NUMBERS = 2**27  # logits, or attention scores of a layer, in one forward 
 MAX_ROWS = 512  # samples at once, so that the first of many are soon there
 END = b"<|endoftext|>"  # how the end of a document is shown
 BLANK = re.compile(r"(?<!\\)_{3,}")  # \_ is an underscore
-FILE_NAME = re.compile(r"\S*[/\\]\S*|\S+\.(txt|md|jsonl?|csv|tsv|html?|py|gz|pdf|docx?|epub)", re.I)
 
 
 # ----------------------------------------------------------------------------- flags
@@ -96,6 +95,10 @@ class Options:
     # ReMDM, masks some tokens again: loop (ETA .02), cap (.008), rescale (.015) or conf (1).
     remask: str = ""  # NAME or NAME:ETA
     refine: str = ""  # F or F:N: at the end, predict a fraction F, the least likely, anew; N times
+    # F[:EVERY[:random|least]]: after every EVERY-th pass, predict a fraction F of what is written,
+    # random (default) or the least likely, anew in a pass of its own. No exact sampler, since a
+    # network's conditionals do not belong to one distribution.
+    corrector: str = ""
     watch: bool = False  # show the text appearing, in a terminal
     # FILE.json: every pass, for study/page.py; FILE.svg: an animation of the first sample; another
     # FILE: samples, JSON lines.
@@ -106,7 +109,6 @@ class Options:
     score: str = ""  # text or file: its bound in nats and bits per byte; gpt: exact
     given: str = ""  # text or file that comes before the one scored
     draws: int = 8  # independent noise draws of a score
-    encoding: str = "utf-8"  # of files
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -117,7 +119,8 @@ class Options:
             check(fits, name, value, f"must be from {low} to {high}")  # NaN is not
             fits = not choices or value in choices
             check(fits, name, value, f"there are {', '.join(choices)}")
-        for flag, parse in dict(blank=numbers, refine=fraction_of, remask=remasking).items():
+        for flag, parse in dict(blank=numbers, refine=refinement, corrector=correction,
+                                remask=remasking).items():
             text = getattr(self, flag)
             with naming(f"--{flag}={text}"):
                 parse(text)
@@ -156,19 +159,31 @@ def naming(name):
 
 def numbers(text):
     """N[,N..] -> [N, ..], of tokens in a blank"""
-    found = [int(n) for n in text.split(",")]
-    check(min(found) > 0, "blank", text, "a blank has at least one token")
-    return found
+    return [int(n) for n in text.split(",")]
 
 
-def fraction_of(text):
-    """F or F:N -> F, N (1)"""
-    fraction, _, count = f"{text or 0}".partition(":")
-    check(0 <= float(fraction) <= 1, "refine", text, "a fraction is from 0 to 1")
-    return float(fraction), int(count or 1)
+def fraction_of(text, *defaults):
+    """F[:A[:B]] -> F, A, B, or the defaults of what is missing behind F"""
+    fraction, *given = str(text or 0).split(":")
+    if not 0 <= float(fraction) <= 1:
+        raise ValueError("a fraction is from 0 to 1")
+    given = [type(default)(x) for x, default in zip(given, defaults, strict=False)]
+    return float(fraction), *given, *defaults[len(given):]
 
 
-ALIASES = dict(seq_len="length", confidence_threshold="threshold")  # of published packages
+def refinement(text):
+    return fraction_of(text, 1)
+
+
+def correction(text):
+    fraction, every, mode = fraction_of(text, 1, "random")
+    if every < 1 or mode not in ("random", "least"):
+        raise ValueError("write F:EVERY:random or F:EVERY:least")
+    return fraction, every, mode
+
+
+ALIASES = dict(  # of published packages
+    seq_len="length", confidence_threshold="threshold", corrector_frac="corrector")
 
 
 def make_options(**how):
@@ -229,10 +244,9 @@ class Tokenizer:
     def spans(self, tokens, kinds):
         """[(text, kind)] of a row: characters take the kind of the token that completes them."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        pairs = zip([*(self.shown[token] for token in tokens), b""], [*kinds, None], strict=True)
-        pieces = [(decoder.decode(word, final=not word), kind) for word, kind in pairs]
-        runs = itertools.groupby((p for p in pieces if p[0]), key=lambda piece: piece[1])
-        return [("".join(text for text, _ in run), kind) for kind, run in runs]
+        words = [*(self.shown[token] for token in tokens), b""]
+        return [(decoder.decode(word, final=not word), kind)
+                for word, kind in zip(words, [*kinds, None], strict=True)]
 
     def decode(self, tokens):
         return b"".join(self.shown[token] for token in tokens).decode(errors="replace")
@@ -248,7 +262,8 @@ class Reader:
     without predict computes all anew."""
     def __init__(self, model, cfg, kind, block_len):
         self.model, self.cfg, self.L = model, cfg, block_len
-        self.read, self.is_cached = getattr(self, f"read_{kind}"), hasattr(model, "predict")
+        self.kind, self.is_cached = kind, hasattr(model, "predict")
+        self.read = getattr(self, f"read_{kind}", self.read_row)
         self.n_noised = block_len * (kind == "block")
         self.window = cfg.seq_len - self.n_noised
         self.kept = [None] * cfg.n_layer  # (2, B, Hkv, S, d) each; the layer whose turn it is first
@@ -264,20 +279,20 @@ class Reader:
         mask = None if self.mask is None else self.mask[..., :q.size(2), :]
         return F.scaled_dot_product_attention(q, *new, mask, enable_gqa=q.size(1) != k.size(1))
 
-    def read_mdlm(self, tokens, start, rows):
-        """Reads what is within seq_len of the beginning or, behind that, of the block's end, in the
-        rows that are asked for."""
+    def read_row(self, tokens, start, rows):
+        """Of train_mdlm and train_sedd: reads what is within seq_len of the beginning or, behind
+        that, of the block's end, in the rows that are asked for. Under absorb: the log score, times
+        expm1 of the noise that leaves so many masks."""
         L, size = self.L, max(self.L, self.cfg.seq_len)
         low = max(0, start + L - size)
         live, row = (rows // L).unique(return_inverse=True)
         x = tokens[live, low:low + size]
-        sigma = noise_of(x, self.cfg)
-        return self.model(x, sigma, row * x.size(1) + start - low + rows % L).log_softmax(-1)
-
-    def read_sedd(self, tokens, start, rows):
-        """Under absorb: the log score, times expm1 of the noise that leaves so many masks."""
-        sigma = noise_of(tokens, self.cfg)
-        return self.model(tokens, sigma, rows) + sigma.expm1().log()[rows // self.L, None]
+        n_masked = (x == self.cfg.vocab_size).sum(1).clamp(min=1)
+        sigma = -torch.log1p(-n_masked / (x.size(1) + 1))  # at which so many are masked
+        logits = self.model(x, sigma, row * x.size(1) + start - low + rows % L)
+        if self.kind == "sedd":
+            return logits + sigma.expm1().log()[row, None]
+        return logits.log_softmax(-1)
 
     def read_gpt(self, tokens, start, rows):
         S, done, device = start + 1, self.done, tokens.device
@@ -312,12 +327,6 @@ class Reader:
             self.mask = self.mask & (docs[:, None, at, None] == docs[:, None, None, seen])
         logits = self.model.predict(tokens[:, at], at, rows=rows, n_query=L, attend=self)
         return logits.log_softmax(-1)
-
-
-def noise_of(tokens, cfg):
-    """tokens (B, T) -> sigma (B,) at which so many of them are masked"""
-    n_masked = (tokens == cfg.vocab_size).sum(1).clamp(min=1)
-    return -torch.log1p(-n_masked / (tokens.size(1) + 1))
 
 
 # ----------------------------------------------------------------------------- samplers
@@ -366,14 +375,16 @@ def draw_tokens(log_probs, u):
 
 @torch.no_grad()
 def fill_blocks(model, cfg, known, is_known, *, kind, gen, steps=None, choose=None, warp=None,
-                watch=None, stop=None, block_len=None, begins=None, allowed=None):
+                corrector=(0, 1, ""), watch=None, stop=None, find_end=None, block_len=None,
+                begins=None, allowed=None):
     """Fill in the unknown positions, block after block: those of train_block, or (kind mdlm) the
     whole row or block_len tokens, or (gpt) one token. steps=N: ancestral
     sampling on N equal steps of t (arXiv 2406.07524, eq. 6 with SUBS), each masked token drawn with
     probability (t - s) / t. steps=None: first-hitting (arXiv 2409.02908), one uniformly random
     token a row and pass: as ancestral for N -> inf. choose (see orders, below) replaces both.
-    stop=ID: a row ends where that token stands in a finished block, unless it is its first or
-    known; it is not counted in the length, and the row is filled up with it. Where begins (B, T) is
+    corrector: see correction. stop=ID: a row ends where that token stands in a finished block,
+    unless it is its first or known; it is not counted in the length, and the row is filled up with
+    it. It ends at find_end(tokens (B, S)) -> (B,), too, if that is below S. Where begins (B, T) is
     not 0, one of allowed[begins] (.., V) is drawn before the rest, which follow given it."""
     (B, T), mask_id, device = known.shape, cfg.vocab_size, known.device
     L = cfg.block_len if kind == "block" else 1 if kind == "gpt" else block_len or T
@@ -384,21 +395,32 @@ def fill_blocks(model, cfg, known, is_known, *, kind, gen, steps=None, choose=No
     tokens = F.pad(torch.where(is_known, known, mask_id), (0, whole - T), value=mask_id)
     length = torch.full((B,), T, device=device)
     reader = Reader(model, cfg, kind, L)
+    fraction, every, mode = corrector
+    schedule = []  # pass of each block, and whether it is the corrector's
+    for i in range(-(allowed is not None), passes):
+        is_due = fraction and i >= 0 and (i + 1) % every == 0
+        schedule += [(i, False), (i, True)] if is_due else [(i, False)]
     for start in range(0, whole, L):
         here = slice(start, start + L)
         is_empty = not (tokens[:, here] == mask_id).any()
         psi, read_at = torch.full((B, L), math.inf, dtype=torch.float64), None
-        for i in range(-(allowed is not None), passes):
+        for i, is_again in schedule:
             pick, u = uniforms(gens, 2, L).unbind(1)  # which are drawn, and as what: (B, L) each
             if is_empty:  # the numbers of later blocks do not depend on it
                 continue
             block = tokens[:, here].clone()
             is_mask = (block == mask_id).cpu()
-            if i < 0:  # what is known in part
+            rule = None if i < 0 or is_again else choose
+            if is_again:
+                is_free = ~is_mask & ~fixed[:, here].cpu()
+                commit = lowest(psi if mode == "least" else pick, is_free, fraction)
+                block = block.masked_fill(commit.to(device), mask_id)
+                tokens[:, here], read_at = block, None
+            elif i < 0:  # what is known in part
                 kinds = F.pad(begins, (0, whole - T))[:, here]
                 commit = is_mask & (kinds > 0).cpu()
                 fixed[:, here] |= kinds > 0
-            elif choose is not None:
+            elif rule is not None:
                 commit = is_mask  # chosen from below
             elif not steps:
                 commit = is_mask & (pick == pick.masked_fill(~is_mask, -1).amax(1, True))
@@ -407,13 +429,13 @@ def fill_blocks(model, cfg, known, is_known, *, kind, gen, steps=None, choose=No
             rows = commit.flatten().nonzero()[:, 0].to(device)
             if len(rows) and (read_at is None or not torch.equal(block, read_at)):
                 log_all = reader.read(tokens, start, rows)  # (R, V)
-                nfe, read_at = nfe + 1, block if choose and i >= 0 else None
+                nfe, read_at = nfe + 1, block if rule else None
             log_probs = log_all if len(rows) else torch.zeros(0, mask_id, device=device)
             if i < 0:
                 log_probs = log_probs.masked_fill(~allowed[kinds.flatten()[rows]], -math.inf)
                 log_probs = log_probs.log_softmax(-1)
-            elif choose is not None:
-                is_left = choose(log_probs, is_mask, step=i, steps=steps, u=pick, psi=psi)
+            elif rule is not None:
+                is_left = rule(log_probs, is_mask, step=i, steps=steps, u=pick, psi=psi)
                 is_left &= ~fixed[:, here].cpu() & (i < passes - 1)
                 block = torch.where(is_left.to(device), mask_id, block)
                 psi[is_left] = math.inf
@@ -421,15 +443,18 @@ def fill_blocks(model, cfg, known, is_known, *, kind, gen, steps=None, choose=No
                 rows, log_probs = rows[is_drawn], log_probs[is_drawn].log_softmax(-1)
             drawn = draw_tokens(warp(log_probs), u.flatten()[rows.cpu()])
             block = block.flatten().index_put((rows,), drawn).view(B, L)
-            if choose is not None and i >= 0:
+            if i >= 0:
                 p = log_probs.gather(1, drawn[:, None])[:, 0].cpu().double().exp()
                 psi.view(-1)[rows.cpu()] = p
                 psi[:, T - start:] = math.inf  # what is cut is not masked again
             tokens[:, here] = block
-            if stop is not None and i == passes - 1:
+            if stop is not None and (i, is_again) == schedule[-1]:
                 ends = (block == stop) & ~fixed[:, here]
                 ends[:, 0] &= start > 0
                 at = torch.where(ends.any(1), start + ends.int().argmax(1), whole)
+                if find_end is not None:
+                    end = find_end(tokens[:, :start + L])
+                    at = torch.where(end < start + L, torch.minimum(at, end), at)
                 behind = torch.arange(whole, device=device) >= at[:, None]  # (B, whole)
                 tokens, fixed = torch.where(behind, stop, tokens), fixed | behind
                 length = torch.minimum(length, at)
@@ -485,7 +510,6 @@ def redraw_rows(model, cfg, known, is_known, *, total_noise, gen, steps=None, is
     gens = row_generators(gen, B)
     tokens = torch.where(is_known, known, (uniforms(gens, T) * V).long().to(device))
     rows = (~is_known).flatten().nonzero()[:, 0]
-    passes = passes if len(rows) else 0
     for i in range(passes):
         u = uniforms(gens, T).flatten()[rows.cpu()]
         log_score = float64(model(tokens, torch.full((B,), sigmas[i], device=device), rows))
@@ -545,9 +569,9 @@ def remasking(text):
     remasking. sigma is min(eta, sigma_max) for cap and loop, eta sigma_max for rescale; conf deals
     eta sigma_max out over the fixed tokens by softmax(-psi)."""
     kind, _, eta = (text or "cap").partition(":")
-    check(kind in REMASK_ETA, "remask", text, f"there are {', '.join(REMASK_ETA)}, as in cap:0.02")
-    eta = float(eta or REMASK_ETA[kind])
-    check(0 <= eta <= 1, "remask", text, "ETA is from 0 to 1")
+    if kind not in REMASK_ETA:
+        raise ValueError(f"there are {', '.join(REMASK_ETA)}, as in cap:0.02")
+    eta, = fraction_of(eta or REMASK_ETA[kind])
     points = LOOP if kind == "loop" else ((0, 1), (1, 0))
 
     def choose(log_probs, is_mask, *, step, steps, u, psi):
@@ -593,7 +617,7 @@ def make_warp(temperature=1.0, top_k=0, top_p=1.0, nucleus="inclusive"):
 
 
 # ----------------------------------------------------------------------------- model
-PASSES = ("order", "steps", "threshold", "pace", "remask", "refine", "block_length")  # of diffusion
+PASSES = ("order", "steps", "threshold", "pace", "remask", "refine", "block_length", "corrector")
 MASK_ORDERS, SCORE_ORDERS = ("first_hitting", "ancestral", *RANKS), ("tweedie", "euler")
 WAYS = {  # the flags that a kind of model cannot take, and its orders
     "mdlm": ((), MASK_ORDERS),
@@ -641,28 +665,17 @@ class LM:
         for part in self.model.modules():
             if isinstance(part, torch.nn.Linear):  # as autocast does in every pass
                 part.to(self.dtype)
-        self.where = f"{str(self.dtype).removeprefix('torch.')} on {self.device.type}"
+        self.where = f"{str(self.dtype)[6:]} on {self.device.type}"
         self.n_parameters = sum(p.numel() for p in self.model.parameters())
-        which = f"{opts.weights} " if ckpt["ema"] else ""
         self.summary = (
             f"{path}: {self.name}, {self.n_parameters / 1e6:.2f}M parameters, "
-            f"{which}weights of step {ckpt['step']}, "
-            f"{self.tokenizer.name} tokens, context {self.cfg.seq_len}" + ", no cache" * is_fork)
+            f"step {ckpt['step']}, {self.tokenizer.name} tokens, context {self.cfg.seq_len}"
+            + ", no cache" * is_fork)
 
     def batch_rows(self, length):
         """How many rows of that many tokens to run at once."""
         a_token = max(self.cfg.vocab_size, self.cfg.n_head * length)
         return max(1, BATCH_NUMBERS // (length * a_token))
-
-    def check_able(self, opts):
-        """Refuse what this kind of model cannot do."""
-        refused, orders = WAYS[self.kind]
-        for name in refused:
-            value = getattr(opts, name)
-            check(value == getattr(Options, name), name, value,
-                  f"{self.name} cannot do that: take a checkpoint of train_mdlm")
-        check(opts.order in ("", *orders), "order", opts.order,
-              f"{self.name} has {', '.join(orders)}")
 
     def describe(self, opts):
         """How it writes, in words, with what its samples are not."""
@@ -671,18 +684,25 @@ class LM:
         words = words if is_exact else f"{words} (mode-seeking)"
         length = self.block_len or opts.block_length
         words += f" in blocks of {length}" if length else ""
+        words += f", corrector {opts.corrector}" if opts.corrector else ""
         return {"gpt": "left to right", "sedd": opts.order or SCORE_ORDERS[0]}.get(self.kind, words)
 
     def canvas(self, opts):
         """The prompts, or a text with blanks, and the room behind."""
-        self.check_able(opts)
+        refused, orders = WAYS[self.kind]
+        for name in refused:
+            value = getattr(opts, name)
+            check(value == getattr(Options, name), name, value,
+                  f"{self.name} cannot do that: take a checkpoint of train_mdlm")
+        check(opts.order in ("", *orders), "order", opts.order,
+              f"{self.name} has {', '.join(orders)}")
         lead, allowed = [], [torch.ones(self.cfg.vocab_size, dtype=torch.bool)]
         limit = math.inf if self.block_len or opts.block_length else self.cfg.seq_len
         if opts.infill:
             texts = [text.replace(r"\_", "_") for text in BLANK.split(opts.infill)]
             n_blanks, blanks = len(texts) - 1, numbers(opts.blank)
             blanks = blanks if len(blanks) > 1 else blanks * n_blanks
-            check(len(blanks) == n_blanks > 0, "blank", opts.blank,
+            check(len(blanks) == n_blanks > 0 < min(blanks), "blank", opts.blank,
                   f"the text has {n_blanks} blanks, written as ___")
             parts = [[*zip(texts, [*blanks, 0], strict=True)]]
         else:
@@ -715,28 +735,27 @@ class LM:
         forward passes) of as many as fit in a batch. watch(tokens (B, T), nfe) sees every pass.
         stops: at the end of a document, where the model writes in order, and at --stop. Sample i
         depends on (seed, i) alone."""
-        (P, T), (fraction, n_refine) = canvas.known.shape, fraction_of(opts.refine)
+        (P, T), (fraction, n_refine) = canvas.known.shape, refinement(opts.refine)
         fill = self.sampler(opts, T, stops)
         gens = [stream(opts.seed, i) for i in range(1 + n_refine)]
         size = min(MAX_ROWS, self.batch_rows(min(T, self.cfg.seq_len)))
         allowed = canvas.allowed.to(self.device) if canvas.begins.any() else None
         for ids in (torch.arange(P * opts.n) // opts.n).split(size):
             known, given, begins = (x[ids].to(self.device) for x in canvas[:3])
+            old = given | (begins > 0)
+            find_end = functools.partial(self.find_end, known=old, stop=opts.stop if stops else "")
             with self.amp():
                 tokens, length, nfe = fill(known, given, gen=gens[0], watch=watch, begins=begins,
-                                           allowed=allowed)
-                given |= begins > 0
+                                           allowed=allowed, find_end=find_end)
                 for gen in gens[1:] if fraction else ():
-                    keep, n = self.likeliest(tokens, given, fraction)
+                    keep, n = self.likeliest(tokens, old, fraction)
                     nfe += n
                     look = watch and (lambda tokens, n, nfe=nfe: watch(tokens, nfe + n))
                     tokens, _, n = fill(tokens, keep, gen=gen, watch=look)
                     nfe += n
-            rows = []
-            for row, n, known in zip(*(x.tolist() for x in (tokens, length, given)), strict=True):
-                n = self.find_stop(row[:n], known, opts.stop if stops else "")
-                rows.append((row[canvas.lead:n], n < T))
-            yield rows, nfe
+            ends = torch.minimum(length, find_end(tokens)).tolist()
+            rows = zip(tokens.tolist(), ends, strict=True)
+            yield [(row[canvas.lead:end], end < T) for row, end in rows], nfe
 
     def sampler(self, opts, length, stops):
         """The one that the flags ask for."""
@@ -754,17 +773,20 @@ class LM:
             how["choose"] = remasking(opts.remask)
         if stops and self.kind != "mdlm":
             how["stop"] = self.tokenizer.bos_id
-        return functools.partial(fill_blocks, self.net, self.cfg, kind=self.kind,
-                                 block_len=opts.block_length, **how)
+        return functools.partial(fill_blocks, self.net, self.cfg, kind=self.kind, **how,
+                                 block_len=opts.block_length, corrector=correction(opts.corrector))
 
-    def find_stop(self, row, known, stop):
-        """How many tokens of a row come before what stops it, in what is new."""
-        begin = [*known, False].index(False)
-        words = [self.tokenizer.table[token] for token in row[begin:]]
-        text, stops = b"".join(words), [stop] if isinstance(stop, str) else stop
-        cut = min([text.index(x.encode()) for x in stops if x and x.encode() in text],
-                  default=len(text))
-        return begin + bisect.bisect([*itertools.accumulate(map(len, words))], cut)
+    def find_end(self, tokens, known, stop):
+        """(B,) how many tokens of a row come before what stops it, in what is new."""
+        stops = [x.encode() for x in ([stop] if isinstance(stop, str) else stop) if x]
+        ends = [tokens.size(1)] * len(tokens)
+        for i, row in enumerate(tokens.tolist() if stops else ()):
+            begin = [*known[i].tolist(), False].index(False)
+            words = [self.tokenizer.table[token] for token in row[begin:]]
+            text = b"".join(words)
+            cut = min((text.index(x) for x in stops if x in text), default=len(text))
+            ends[i] = begin + bisect.bisect([*itertools.accumulate(map(len, words))], cut)
+        return torch.tensor(ends, device=tokens.device)
 
     def likeliest(self, tokens, is_known, fraction):
         """What to keep (B, T) when a fraction is predicted anew, and the passes spent: one in which
@@ -806,8 +828,8 @@ class LM:
         A bound, with its error over draws of noise, which mask each window twice, as an antithetic
         pair. gpt: exact."""
         is_exact, T = self.kind == "gpt", self.cfg.seq_len
-        check(not given or self.kind in ("gpt", "mdlm"), "given", given,
-              f"{self.name} has no bound of that kind")
+        check(not given or self.graph != "uniform", "given", given,
+              "under --graph=uniform noise may change any token")
         n_draws, n_copies = (1, 1) if is_exact else (draws, 2)
         new, known = self.tokenizer.encode(text), self.tokenizer.encode(given)
         check(new, "score", text, "the text is empty")
@@ -816,28 +838,44 @@ class LM:
         starts = range(len(known) // T * T, len(tokens), T)
         for (size, n_given), group in itertools.groupby(
                 starts, lambda at: (min(T, len(tokens) - at), max(0, len(known) - at))):
-            cfg = dataclasses.replace(self.cfg, seq_len=size)
             x0 = torch.tensor([tokens[at:at + size] for at in group], device=self.device)
             x0 = x0.repeat_interleave(n_copies, 0)
             for draw in range(n_draws):
-                own = dataclasses.replace(cfg, seq_len=size - n_given * (not is_exact))
-                noise = self.script.draw_noise(own, len(x0), gen, bound=True)
-                if n_given and not is_exact:  # the given tokens stay; the network counts them
-                    sigma = -torch.log1p(-noise.level / (size + 1))
-                    score = F.pad(noise.score, (n_given, 0), value=math.inf)
-                    noise = noise._replace(sigma=sigma, score=score)
+                noise = self.draw_noise(size, n_given, len(x0), gen)
                 for rows in torch.arange(len(x0)).split(self.batch_rows(size)):
                     piece = self.script.take_rows(noise, rows, self.device)
                     with self.amp():
-                        nats = self.script.nelbo_fn(self.model, x0[rows], piece, cfg)
+                        nats = self.script.nelbo_fn(self.model, x0[rows], piece, self.cfg)
                         if is_exact and n_given:
-                            nats -= self.script.nelbo_fn(self.model, x0[:, :n_given], piece, cfg)
+                            given = x0[rows, :n_given]
+                            nats -= self.script.nelbo_fn(self.model, given, piece, self.cfg)
                     totals[draw] += nats.cpu().double().sum() / n_copies
         nats, n_bytes = totals.mean().item(), sum(len(self.tokenizer.table[i]) for i in new)
         stderr = totals.std(correction=n_draws > 1).item() / math.sqrt(n_draws)
         bits = 1 / (math.log(2) * n_bytes)
         return SimpleNamespace(nats=nats, nats_stderr=stderr, bits_per_byte=nats * bits,
                                bits_stderr=stderr * bits, n_tokens=len(new), n_bytes=n_bytes)
+
+    def draw_noise(self, size, n_given, n_rows, gen):
+        """Of windows that begin with given tokens: those are never masked and not scored."""
+        def draw(n):
+            cfg = dataclasses.replace(self.cfg, seq_len=n)
+            return self.script.draw_noise(cfg, n_rows, gen, bound=True)
+
+        if not n_given or self.kind == "gpt":
+            return draw(size)
+        n, L = size - n_given, self.block_len
+        first = min(n, -n_given % L) if L else n  # up to the end of the block that is begun
+        parts = [draw(part) for part in (first, n - first) if part]
+        noise = type(parts[0])(*(torch.cat(x, -1) for x in zip(*parts, strict=True)))
+        score = F.pad(noise.score, (n_given, 0), value=math.inf)
+        if L:
+            level, weight = (F.pad(x, (n_given // L, 0)) for x in (noise.level, noise.weight))
+            return noise._replace(level=level, weight=weight, score=score)
+        if self.kind == "sedd":
+            noise = noise._replace(token=F.pad(noise.token, (n_given, 0)))
+        # The network counts the given tokens, too.
+        return noise._replace(sigma=-torch.log1p(-noise.level / (size + 1)), score=score)
 
 
 # ----------------------------------------------------------------------------- loading
@@ -870,9 +908,8 @@ def load(path=None, script=None, opts=None, **how):
     module = load_script(script or HERE / f"{SCRIPTS[0]}.py")
     with naming(path):
         read = module.load_checkpoint  # the same text in every script
-        if path.is_file() and path.open("rb").read(2) != b"PK":
-            golf = load_script(HERE / "study/golf.py")
-            read = golf.read if golf.is_artifact(path) else read
+        if path.suffix == ".golf":
+            read = load_script(HERE / "study/golf.py").read
         ckpt = read(path)
         name = ckpt["script"]
         check(name in ((Path(script).stem,) if script else SCRIPTS), "ckpt", path,
@@ -920,17 +957,14 @@ def lines_of(spans, width):
     """Styled lines of at most `width` cells."""
     lines, cells = [""], 0
     for text, kind in spans:
-        run = ""
         for char in printable(text):
             size = 1 + (unicodedata.east_asian_width(char) in "WF")
             if char == "\n" or cells + size > width:
-                lines[-1] += styled(run, kind)
                 lines.append("")
-                run, cells = "", 0
+                cells = 0
             if char != "\n":
-                run += char
+                lines[-1] += styled(char, kind)
                 cells += size
-        lines[-1] += styled(run, kind)
     return lines
 
 
@@ -946,16 +980,16 @@ def redraw(lines, height, stream, is_last=False):
 
 class Run:
     """A model at work on a canvas. It counts, with --watch it shows the text as it appears, for a
-    race or a file it keeps every pass."""
+    race or a recording it keeps every pass."""
     def __init__(self, lm, opts, is_race=False):
         self.lm, self.opts, self.is_race, self.canvas = lm, opts, is_race, lm.canvas(opts)
         known, is_known, *_, self.lead = self.canvas
         self.is_live = opts.watch and not is_race and sys.stderr.isatty()
+        self.is_kept = is_race or opts.save.endswith((".json", ".svg"))
         self.mask_id = lm.cfg.vocab_size
         rows = torch.where(is_known, known, self.mask_id)[:, self.lead:].tolist()
         self.starts = [row for row in rows for _ in range(opts.n)]
-        self.done, self.begin = [], None  # samples; and the passes of the first batch
-        self.nfe, self.seconds, self.entropy, self.n_new = 0, 0.0, 0.0, 0
+        self.done, self.nfe, self.seconds, self.entropy, self.n_new = [], 0, 0.0, 0.0, 0
 
     def samples(self):
         """Write; yield the tokens of every sample. The end of a document stops no race."""
@@ -966,38 +1000,26 @@ class Run:
             self.nfe += nfe
             redraw([], self.height, sys.stderr)
             for i, (row, ended) in enumerate(rows):
-                start = self.passes[0][2][i][:len(row)]
-                known = [[at, old] for at, old in enumerate(start) if old != self.mask_id]
-                new = [row[at] for at, old in enumerate(start) if old == self.mask_id]
+                start = self.passes[0][2][i]
+                new = [token for token, old in zip(row, start, strict=False) if old == self.mask_id]
                 # Entropy of the tokens' frequencies, low when a sample repeats itself.
                 shares = torch.tensor(new).bincount() / max(1, len(new))
                 self.entropy += torch.special.entr(shares).sum().item()
                 self.n_new += len(new)
-                self.done.append((row, ended, dict(
-                    sample=len(self.done), length=len(row), known=known, nfe=nfe, seconds=seconds,
-                    frames=self.frames(i, len(row)))))
+                self.done.append(SimpleNamespace(tokens=row, ended=ended, nfe=nfe, seconds=seconds,
+                                                 row=i, passes=self.passes))
                 yield row
-            self.begin = self.begin or self.passes
             self.start_batch()
 
     def start_batch(self):
         self.height, self.drawn, self.last = 0, -math.inf, None  # nothing is drawn yet
-        self.passes = [(0, 0.0, self.starts[len(self.done):])]  # number, seconds, tokens
+        # Of every pass: forward passes so far, seconds, tokens of all rows.
+        self.passes = [(0, 0.0, self.starts[len(self.done):])]
         self.since = time.perf_counter()
-
-    def frames(self, i, length):
-        """[[pass, milliseconds, [[position, token, or -1: masked again]..]]..] of row i."""
-        frames = []
-        for (_, _, before), (nfe, seconds, rows) in itertools.pairwise(self.passes):
-            pairs = enumerate(zip(before[i][:length], rows[i], strict=False))
-            changes = [[at, -1 if token == self.mask_id else token]
-                       for at, (old, token) in pairs if token != old]
-            frames += [[nfe, round(1000 * seconds, 3), changes]] if changes else []
-        return frames
 
     def __call__(self, tokens, nfe):
         rows = tokens[:, self.lead:].tolist()  # waits for the device
-        if self.is_race or self.opts.save:  # else they would fill the memory
+        if self.is_kept:  # else they would fill the memory
             self.passes.append((nfe, time.perf_counter() - self.since, rows))
         if self.is_live and time.monotonic() - self.drawn >= FRAME:
             lines, width = [styled(f"{nfe} passes", "note")], shutil.get_terminal_size().columns
@@ -1029,15 +1051,16 @@ BAR = " │ "  # between the two
 def replay(runs):
     """Draw the runs side by side in real time; the last picture stays, and is whole."""
     start, now, height = time.monotonic(), 0.0, 0
-    end = max(run.begin[-1][1] for run in runs)
+    shown = [run.done[0].passes for run in runs]
+    end = max(passes[-1][1] for passes in shown)
     while now < end:
         now = min(end, time.monotonic() - start)
         step = (shutil.get_terminal_size().columns + len(BAR)) // len(runs)
         texts = []
-        for run in runs:
-            at = bisect.bisect([seconds for _, seconds, _ in run.begin], now)
-            nfe, _, (row, *_) = run.begin[at - 1]
-            counters = f"{nfe} passes, {min(now, run.begin[-1][1]):.1f} s\n\n"
+        for run, passes in zip(runs, shown, strict=True):
+            at = bisect.bisect([seconds for _, seconds, _ in passes], now)
+            nfe, _, (row, *_) = passes[at - 1]
+            counters = f"{nfe} passes, {min(now, passes[-1][1]):.1f} s\n\n"
             head = [(f"{run.lm.name}\n", "known"), (counters, "note")]
             texts.append(lines_of(head + run.spans(row, row, run.starts[0]), step - len(BAR)))
         bars = ["", *(f"\x1b[{i * step - len(BAR) + 1}G{BAR}" for i in range(1, len(runs)))]
@@ -1066,7 +1089,7 @@ def print_race(opts):
         replay(runs)
     else:
         for run in runs:
-            text = run.lm.tokenizer.decode(run.done[0][0])
+            text = run.lm.tokenizer.decode(run.done[0].tokens)
             show([(f"--- {run.lm.name}\n{text}\n", None)], sys.stdout)
     print(f"{'':12}  passes  seconds  tokens/s  entropy")
     for run in runs:
@@ -1076,29 +1099,29 @@ def print_race(opts):
 
 
 # ----------------------------------------------------------------------------- command line
-def read(path, encoding):
-    with naming(f"{path} (--encoding={encoding})"):
-        return Path(path).read_bytes().decode(encoding)
+def read(path):
+    with naming(path):
+        return Path(path).read_bytes().decode()
 
 
 def text_of(opts, flag):
     """The text of a flag, or of the file that it names."""
     text = getattr(opts, flag)
     if os.path.isfile(text):
-        return read(text, opts.encoding)
-    check(not FILE_NAME.fullmatch(text), flag, text, "no such file")
+        return read(text)
+    check(" " in text or not Path(text).suffix, flag, text, "no such file")
     return text
 
 
 def print_score(lm, opts):
     score = lm.score(text_of(opts, "score"), text_of(opts, "given"), opts.draws, opts.seed)
     note(lm.summary)
-    nats, bits, noise = f"= {score.nats:.2f}", f"{score.bits_per_byte:.4f}", "exact"
-    if lm.kind != "gpt":
-        nats, bits = f"<{nats} +- {score.nats_stderr:.2f}", f"{bits} +- {score.bits_stderr:.4f}"
-        noise = f"{opts.draws} noise draws, seed {opts.seed}"
-    print(f"-log p {nats} nats, {bits} bits per byte ({score.n_tokens} tokens, {score.n_bytes} "
-          f"bytes; {noise}, {lm.where})")
+    sign, noise = "<=", f"{opts.draws} noise draws, seed {opts.seed}"
+    if lm.kind == "gpt":
+        sign, noise = "=", "exact"
+    print(f"-log p {sign} {score.nats:.2f} +- {score.nats_stderr:.2f} nats, "
+          f"{score.bits_per_byte:.4f} +- {score.bits_stderr:.4f} bits per byte "
+          f"({score.n_tokens} tokens, {score.n_bytes} bytes; {noise}, {lm.where})")
 
 
 def print_samples(lm, opts):
@@ -1115,7 +1138,7 @@ def print_samples(lm, opts):
 
 
 def read_prompts(opts):
-    text = read(opts.prompts, opts.encoding)
+    text = read(opts.prompts)
     if not opts.prompts.endswith(".jsonl"):
         return [text]
     with naming(f"--prompts={opts.prompts}"):
@@ -1130,8 +1153,7 @@ def main(argv):
         modes += ["prompt"] * bool(opts.prompt and not opts.race)
         check(len(modes) < 2, " and --".join(modes), "..", "exclude each other: drop one")
         check(opts.score or not opts.given, "given", opts.given, "goes with --score")
-        is_alone = opts.race == "shipped"
-        check(not (is_alone and opts.ckpt), "race", "", "name what is to race against --ckpt")
+        check(opts.race != "shipped" or not opts.ckpt, "race", "", "name what races against --ckpt")
         check(Path(opts.save).parent.is_dir(), "save", opts.save, "no such folder")
         if opts.prompts:
             opts = dataclasses.replace(opts, prompts=read_prompts(opts))

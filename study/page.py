@@ -25,6 +25,7 @@ import json
 import math
 import sys
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,10 +49,12 @@ def save(path, runs):
                      sampler=lm.describe(run.opts), seed=run.opts.seed, device=lm.where)
         sha256 = hashlib.sha256(lm.path.read_bytes()).hexdigest()
         lines.append({**about, "checkpoint": sha256, "tokenizer": tokenizer.name})
-        for tokens, ended, record in run.done:
-            lines.append(dict(i=record["sample"], text=tokenizer.decode(tokens), tokens=tokens,
-                              nfe=record["nfe"], ended=ended))
-            entries.append(about | record)
+        for i, done in enumerate(run.done):
+            lines.append(dict(i=i, text=tokenizer.decode(done.tokens), tokens=done.tokens,
+                              nfe=done.nfe, ended=done.ended))
+            known, frames = changes_of(done, tokenizer)
+            entries.append(about | dict(sample=i, length=len(done.tokens), known=known,
+                                        nfe=done.nfe, seconds=done.seconds, frames=frames))
     changes = [x["known"] for x in entries] + [f[2] for x in entries for f in x["frames"]]
     used = sorted({token for change in changes for _, token in change} - {MASK})
     tokens = {str(i): tokenizer.shown[i].decode("latin-1") for i in used}
@@ -78,6 +81,18 @@ def load(path):
         except Exception as e:  # a file may hold anything
             line = f"{path}: not a recording of sample.py ({type(e).__name__}: {e})"
             raise UserError(line) from None
+
+
+def changes_of(done, tokenizer):
+    """What is known at the beginning of a sample, and its frames."""
+    mask_id, n = len(tokenizer.shown) - 1, len(done.tokens)
+    rows = [rows[done.row][:n] for _, _, rows in done.passes]
+    known, frames = [[at, token] for at, token in enumerate(rows[0]) if token != mask_id], []
+    for (nfe, seconds, _), (before, row) in zip(done.passes[1:], pairwise(rows), strict=True):
+        changes = [[at, MASK if token == mask_id else token]
+                   for at, (old, token) in enumerate(zip(before, row, strict=True)) if token != old]
+        frames += [[nfe, round(1000 * seconds, 3), changes]] if changes else []
+    return known, frames
 
 
 def replay(run):

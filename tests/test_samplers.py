@@ -290,7 +290,7 @@ def test_the_refined_law(refine):
     """By enumeration: what is least likely given the rest is drawn anew, given what is kept."""
     toy = Joint(correlated(2, 3) ** 0.25)
     lm, states, law = bare_lm(MDLM, *exact(MDLM, toy, 3)), toy.states, toy.p
-    fraction, times = sample.fraction_of(refine)
+    fraction, times = sample.refinement(refine)
     for _ in range(times):
         keep, nfe = lm.likeliest(states, torch.zeros_like(states).bool(), fraction)
         same = (states[:, None] == states) | ~keep[:, None]  # (S, S', n)
@@ -302,6 +302,42 @@ def test_the_refined_law(refine):
         opts = sample.Options(n=20_000, refine=refine, seed=seed)
         rows = [row for rows, _ in lm.batches(canvas, opts) for row, _ in rows]
         assert_law(toy, SimpleNamespace(tokens=torch.tensor(rows)), law)
+
+
+def check_corrector(module):
+    """A token at random, drawn anew given the others of its block and what stands before, is a
+    Gibbs step: exact conditionals keep the joint. The last one's block takes passes of its own."""
+    is_mdlm = module.SCRIPT == "train_mdlm"
+    toy = JOINT if is_mdlm else Joint(correlated(2, 3).sqrt(), copies=4)
+    model, cfg = exact(module, toy, toy.seq_len)
+    for every in (1, 2):
+        out = write(module, model, cfg, n_rows=20_000 if is_mdlm else 1500,
+                    corrector=(0.3, every, "random"))
+        assert_law(toy, out)
+        n = 3 if is_mdlm else L
+        assert out.nfe == toy.seq_len // n * (n + n // every)
+
+
+def check_least_likely(mdlm):
+    """What is drawn anew is the token that was the least probable one when it was drawn."""
+    inputs, frames = [], []
+
+    def spy(xt, sigma, rows):
+        inputs.append(xt.clone())
+        return JOINT(xt, sigma, rows)
+
+    n = 500
+    write(mdlm, spy, config(mdlm, 3, 3), n_rows=n, corrector=(0.3, 1, "least"),
+          watch=lambda tokens, nfe: frames.append(tokens))
+    frame, psi = torch.full((n, 3), 3), torch.full((n, 3), math.inf, dtype=torch.float64)
+    for i, (xt, after) in enumerate(zip(inputs, frames, strict=True)):
+        again = (frame != 3) & (xt == 3)
+        assert torch.equal(again.sum(1), torch.full((n,), i % 2))
+        if i % 2:
+            assert torch.equal(psi[again], psi.amin(1))
+        is_new = (xt == 3) & (after != 3)
+        p = JOINT.log_conditional(xt).exp().gather(2, after.clamp(max=2)[..., None])[..., 0]
+        psi, frame = torch.where(is_new, p, psi), after
 
 
 # ----------------------------------------------------------------------------- numbers
@@ -662,6 +698,7 @@ CHECKS = [
     *((check_ancestral_law, MDLM, steps) for steps in (1, 2, 5)), (check_first_hitting, MDLM),
     (check_many_steps, MDLM), (check_random_order, MDLM), (check_infill, MDLM, None),
     (check_infill, MDLM, 500), (check_blocks_of_masked, MDLM), (check_blocks, BLOCK),
+    (check_corrector, MDLM), (check_corrector, BLOCK), (check_least_likely, MDLM),
     (check_left_to_right, GPT), (check_continues, BLOCK), (check_continues, GPT),
     *((check_unmasking_rate, MDLM, steps) for steps in (1024, 4096)),
     (check_rare_tokens, MDLM), (check_choose, MDLM),
@@ -731,6 +768,8 @@ MUTANTS = {  # a changed line makes its oracle fail
     "stops behind the end of a row count": (
         "ends = (block == stop) & ~fixed[:, here]", "ends = block == stop", (check_stop, BLOCK)),
     "a stop may not come first": ("ends[:, 0] &= start > 0", "pass", (check_stop, GPT)),
+    "the corrector's choice depends on the tokens": (
+        'lowest(psi if mode == "least" else pick,', "lowest(psi,", (check_corrector, MDLM)),
     "known tokens are masked again": (
         "is_left &= ~fixed[:, here].cpu() & (i < passes - 1)", "is_left &= i < passes - 1",
         (check_choose, MDLM)),
