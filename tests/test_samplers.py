@@ -187,14 +187,6 @@ def check_first_hitting(mdlm):
     assert abs(chi_square_z(orders[orders > 0], torch.ones(6))) < Z_LIMIT
 
 
-def check_many_steps(mdlm):
-    toy = Joint(correlated(), copies=2500)
-    out = write(mdlm, *exact(mdlm, toy, toy.seq_len), n_rows=8, steps=1000)
-    assert_law(toy, out)
-    shares = toy.counts(out.tokens) / toy.counts(out.tokens).sum()
-    assert (shares - JOINT.p).abs().sum() / 2 < 0.02  # total variation
-
-
 def check_random_order(mdlm):
     toy = Joint(correlated(3, 3), copies=8)
     how = {"n_rows": 1500, "choose": sample.ordered("random")}
@@ -226,21 +218,15 @@ def check_blocks(block):
     assert abs(chi_square_z((out.order == 1).sum(0)[:4], torch.ones(4))) < Z_LIMIT
 
 
-def check_left_to_right(module):
-    toy = Joint(correlated(3, 3), copies=8)
-    out = write(module, *exact(module, toy, 24), n_rows=2000)
-    assert_law(toy, out)
-    assert out.nfe == 24 and torch.equal(out.order, torch.arange(1, 25).expand(2000, -1))
-
-
 def check_continues(module):
-    """After a prompt, of another length in each half of the batch, the conditional given it."""
+    """After a prompt, of another length in each third of the batch, the conditional given it."""
     toy = Joint(correlated(2, 4).sqrt())
-    known, is_known = torch.ones(8000, 4, dtype=torch.int64), torch.zeros(8000, 4).bool()
-    is_known[:4000, :3] = is_known[4000:, :1] = True
+    known, is_known = torch.ones(12_000, 4, dtype=torch.int64), torch.zeros(12_000, 4).bool()
+    is_known[:4000, :3] = is_known[4000:8000, :1] = True
     names = {"block_len": 2} if module.SCRIPT == "train_block" else {}
     out = write(module, *exact(module, toy, 4, **names), known, is_known)
-    for rows, n in ((slice(4000), 3), (slice(4000, 8000), 1)):
+    assert out.nfe == 4 or module.SCRIPT == "train_block"
+    for rows, n in ((slice(4000), 3), (slice(4000, 8000), 1), (slice(8000, 12_000), 0)):
         assert_law(toy, out, toy.p * (toy.states[:, :n] == 1).all(1), rows)
 
 
@@ -285,14 +271,19 @@ def check_blocks_of_masked(mdlm):
     assert seen[-1][0][0, :T - L].tolist() in out.tokens[:, long - T:-L].tolist()
 
 
-@pytest.mark.parametrize("refine", ["0.34", "0.67", "0.34:2"])
-def test_the_refined_law(refine):
-    """By enumeration: what is least likely given the rest is drawn anew, given what is kept."""
+@pytest.mark.parametrize(("refine", "n"), [("0.34", 1), ("0.67", 2), ("0.34:2", 1)])
+def test_the_refined_law(refine, n):
+    """By enumeration: the n least likely tokens are drawn anew, given what is kept. Two passes
+    score them: every second token given the others, and those given these."""
     toy = Joint(correlated(2, 3) ** 0.25)
     lm, states, law = bare_lm(MDLM, *exact(MDLM, toy, 3)), toy.states, toy.p
-    fraction, times = sample.refinement(refine)
-    for _ in range(times):
-        keep, nfe = lm.likeliest(states, torch.zeros_like(states).bool(), fraction)
+    score = torch.zeros(len(states), 3, dtype=torch.float64)
+    for half in ([0, 2], [1]):
+        log_p = toy.log_conditional(states.index_fill(1, torch.tensor(half), 2))
+        score[:, half] = log_p.gather(2, states[..., None])[:, half, 0]
+    keep = score.argsort(1).argsort(1) >= n
+    assert torch.equal(lm.likeliest(states, states < 0, n / 3)[0], keep)
+    for _ in range(1 + refine.endswith(":2")):
         same = (states[:, None] == states) | ~keep[:, None]  # (S, S', n)
         weights = same.all(2) * toy.p  # of S', given what is kept of S
         law = law @ (weights / weights.sum(1, keepdim=True))
@@ -455,22 +446,6 @@ def check_stop(module):
     assert few.nfe <= 4 and few.length.max() < 4  # no pass behind the last end
 
 
-def test_watch_sees_every_pass():
-    known, is_known = torch.ones(1, 3, dtype=torch.int64), torch.tensor([[True, False, False]])
-    likeliest, toy = sample.make_warp(temperature=0.0), Iid([0.5, 0.3, 0.2])
-
-    def in_order(log_probs, is_mask, *, step, **_):
-        return is_mask & (torch.arange(2) > step)
-
-    for module, order in ((BLOCK, {"choose": in_order}), (GPT, {})):
-        names, seen = {"block_len": 2} if module is BLOCK else {}, []
-        write(module, *exact(module, toy, 4, **names), known, is_known, warp=likeliest, **order,
-              watch=lambda x, nfe, seen=seen: seen.append((x[0].tolist(), nfe)))
-        # The second pass sees what the first saw, and needs no forward pass.
-        expected = [([1, 3, 3], 1), ([1, 0, 3], 1), ([1, 0, 0], 2), ([1, 0, 0], 3)]
-        assert seen == (expected if module is BLOCK else [([1, 0, 3], 1), ([1, 0, 0], 2)])
-
-
 # ----------------------------------------------------------------------------- caches
 
 
@@ -527,20 +502,6 @@ def test_cached_passes_take_what_is_new(module):
     write(module, model, cfg, tokens(2, 20), (torch.arange(20) < 10).expand(2, -1))
     blocks = [12, *[4], *2 * [8, *3 * [4]]]
     assert seen == (blocks if module is BLOCK else [11, *9 * [1]])
-
-
-@pytest.mark.parametrize("module", [MDLM, SEDD], ids=lambda m: m.SCRIPT)
-def test_a_network_fills_in_any_length(module):
-    """Rows known in part or in full beside an empty one; shorter and longer than trained."""
-    graphs = [{"graph": graph, "cond_dim": 16} for graph in GRAPHS]
-    switches = SWITCHES["plain"], {**SWITCHES["all"], "cond_dim": 8}
-    for names in graphs if module is SEDD else switches:
-        model, cfg = small_model(module, **names)
-        for seq_len in (5, 20):
-            known, is_known = tokens(3, seq_len), torch.zeros(3, seq_len, dtype=torch.bool)
-            is_known[1, ::2] = is_known[2] = True
-            out = write(module, model, cfg, known, is_known, steps=4)
-            assert (out.length == seq_len).all()
 
 
 # ----------------------------------------------------------------------------- score entropy
@@ -617,12 +578,6 @@ def check_few_steps(sedd, graph, noise, euler):
         assert out.nfe == steps if graph == "uniform" or noise == "loglinear" else out.nfe <= steps
 
 
-def check_many_score_steps(sedd, graph, noise, euler):
-    toy = Joint(correlated(), copies=2000)
-    model, cfg = exact(sedd, toy, 6000, graph=graph, noise=noise, sigma_min=1e-2, sigma_max=12.0)
-    assert_law(toy, write(sedd, model, cfg, n_rows=5, steps=500, euler=euler))
-
-
 def check_score_infill(sedd, graph):
     """Known tokens stay; under absorb the rest follows the conditional given what is known."""
     toy, n_rows, seen = Joint(correlated(), copies=1000), 6, []
@@ -634,7 +589,6 @@ def check_score_infill(sedd, graph):
     assert all(torch.equal(tokens[is_known], known[is_known]) for tokens in seen)
     if graph == "absorb":
         assert_law(toy, out, JOINT.p * (JOINT.states[:, 1] == 2))
-    assert write(sedd, model, cfg, known, torch.ones_like(is_known), steps=3).nfe == 0
 
 
 def check_unnormalised_score(sedd):
@@ -696,15 +650,15 @@ def check_passes(sedd):
 
 CHECKS = [
     *((check_ancestral_law, MDLM, steps) for steps in (1, 2, 5)), (check_first_hitting, MDLM),
-    (check_many_steps, MDLM), (check_random_order, MDLM), (check_infill, MDLM, None),
+    (check_random_order, MDLM), (check_infill, MDLM, None),
     (check_infill, MDLM, 500), (check_blocks_of_masked, MDLM), (check_blocks, BLOCK),
     (check_corrector, MDLM), (check_corrector, BLOCK), (check_least_likely, MDLM),
-    (check_left_to_right, GPT), (check_continues, BLOCK), (check_continues, GPT),
+    (check_continues, BLOCK), (check_continues, GPT),
     *((check_unmasking_rate, MDLM, steps) for steps in (1024, 4096)),
     (check_rare_tokens, MDLM), (check_choose, MDLM),
     *((check_rows, module) for module in (MDLM, BLOCK, GPT, SEDD)), (check_stop, BLOCK),
     (check_stop, GPT), (check_cache, BLOCK), (check_cache, GPT), (check_window, BLOCK),
-    *((check, SEDD, *how) for check in (check_few_steps, check_many_score_steps)
+    *((check_few_steps, SEDD, *how)
       for how in itertools.product(GRAPHS, NOISES, (False, True))),
     *((check, SEDD, graph) for check in (check_score_infill, check_score_warp) for graph in GRAPHS),
     (check_unnormalised_score, SEDD), (check_passes, SEDD)]
@@ -728,13 +682,6 @@ MUTANTS = {  # a changed line makes its oracle fail
                 odds = max(steps - i - 1, 1e-9) * 50257
                 commit = is_mask & (-best.log() * odds < -stay.log())""",
         (check_unmasking_rate, MDLM, 1024)),
-    "tokens are drawn with fp32 Gumbel noise": (
-        "token = torch.searchsorted(cdf, u.to(cdf.device)[:, None] * total, right=True)[:, 0]",
-        """seed = int(u[0] * 2**53)
-    noise = torch.rand(cdf.shape, generator=torch.Generator().manual_seed(seed))
-    token = (log_probs - (-(noise + 1e-10).log()).log()).argmax(-1)""", (check_rare_tokens, MDLM)),
-    "the CDF is in fp32": ("cdf = float64(log_probs)", "cdf = log_probs.float()",
-                           (check_rare_tokens, MDLM)),
     "the uniform numbers have 24 bits": (
         "g.random(shape)", "g.random(shape, dtype=np.float32).astype(float)",
         (check_rare_tokens, MDLM)),
@@ -760,9 +707,6 @@ MUTANTS = {  # a changed line makes its oracle fail
     "the cache forgets its values": (
         "old, new = self.kept.pop(0), torch.stack((k, v))",
         "old, new = self.kept.pop(0), torch.stack((k, 0 * v))", (check_cache, GPT)),
-    "the window is a block short": (
-        "self.window = cfg.seq_len - self.n_noised", "self.window = cfg.seq_len // 3",
-        (check_window, BLOCK)),
     "the window has no end": (
         "(j > i - cfg.seq_len // L)", "(j > i - 10**6)", (check_window, BLOCK)),
     "stops behind the end of a row count": (
@@ -783,20 +727,14 @@ MUTANTS = {  # a changed line makes its oracle fail
     "tweedie without the forward kernel": (
         "(F.one_hot(current, N) * math.exp(-delta) - math.expm1(-delta) / N)",
         "F.one_hot(current, N).add(1)", UNIFORM),
-    "tweedie without the backward one": (
-        "before = math.exp(delta) * score - math.expm1(delta) * score.mean(-1, keepdim=True)",
-        "before = score", UNIFORM),
-    "euler stays too seldom": (
-        "stay = 1 + law.gather(-1, current[:, None]) - law", "stay = 1 - law",
-        (check_few_steps, SEDD, "uniform", "geometric", True)),
     "masks fall at the rate of the step's end": (
         "share / math.expm1(sigmas[step])", "share / math.expm1(sigmas[step + 1] + 0.1)",
         (check_few_steps, SEDD, "absorb", "loglinear", False)),
     "sampling starts from one token": (
         "(uniforms(gens, T) * V).long()", "(uniforms(gens, T) * 0).long()", (check_passes, SEDD)),
     "known tokens are noise, too": (
-        "rows = (~is_known).flatten().nonzero()[:, 0]\n    passes",
-        "rows = torch.arange(is_known.numel())\n    passes",
+        "rows = (~is_known).flatten().nonzero()[:, 0]\n    for",
+        "rows = torch.arange(is_known.numel())\n    for",
         (check_score_infill, SEDD, "uniform")),
     "the warp acts on noisy tokens": (
         "clean = (1 + growth) * score - growth * score.mean(-1, keepdim=True)", "clean = score",
