@@ -137,15 +137,12 @@ class Options:
         by_steps = "ancestral" if self.remask or self.steps else "first_hitting"
         return self.order or ("confidence" if self.threshold else by_steps)
 
-
 class SampleError(ValueError):
     """A user's mistake, in one line that names the flag or file and the remedy."""
-
 
 def check(condition, flag, value, remedy):
     if not condition:
         raise SampleError(f"--{flag}={value}: {remedy}")
-
 
 @contextlib.contextmanager
 def naming(name):
@@ -156,11 +153,9 @@ def naming(name):
         line = str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
         raise SampleError(line if line.startswith(str(name)) else f"{name}: {line}") from None
 
-
 def numbers(text):
     """N[,N..] -> [N, ..], of tokens in a blank"""
     return [int(n) for n in text.split(",")]
-
 
 def fraction_of(text, *defaults):
     """F[:A[:B]] -> F, A, B, or the defaults of what is missing behind F"""
@@ -170,21 +165,19 @@ def fraction_of(text, *defaults):
     given = [type(default)(x) for x, default in zip(given, defaults, strict=False)]
     return float(fraction), *given, *defaults[len(given):]
 
-
 def refinement(text):
+    """F[:N] -> F, N"""
     return fraction_of(text, 1)
 
-
 def correction(text):
+    """F[:EVERY[:random|least]] -> F, EVERY, MODE"""
     fraction, every, mode = fraction_of(text, 1, "random")
     if every < 1 or mode not in ("random", "least"):
         raise ValueError("write F:EVERY:random or F:EVERY:least")
     return fraction, every, mode
 
-
 ALIASES = dict(  # of published packages
     seq_len="length", confidence_threshold="threshold", corrector_frac="corrector")
-
 
 def make_options(**how):
     """Options by the flags' names or, from Python, those of published packages."""
@@ -193,7 +186,6 @@ def make_options(**how):
         near = *difflib.get_close_matches(name, Options.__dataclass_fields__, 1), "help"
         raise SampleError(f"unknown flag --{name}: did you mean --{near[0]}?")
     return Options(**how)
-
 
 def parse_args(argv):
     """Flags --name=value -> Options."""
@@ -338,17 +330,14 @@ def stream(seed, number):
     seed, = np.random.SeedSequence(seed, spawn_key=(number,)).generate_state(1).tolist()
     return torch.Generator().manual_seed(seed)
 
-
 def row_generators(gen, n_rows):
     """Generators of 128 bits each, so that no two rows agree."""
     words = torch.randint(2**32, (n_rows, 4), generator=gen).tolist()
     return [np.random.default_rng(row) for row in words]
 
-
 def uniforms(gens, *shape):
     """(B, *shape) float64 on the CPU"""
     return torch.from_numpy(np.stack([g.random(shape) for g in gens]))
-
 
 def lowest(score, is_free, fraction):
     """(B, T) bool: a fraction of the free positions, at least one, with the lowest scores."""
@@ -356,11 +345,9 @@ def lowest(score, is_free, fraction):
     place = score.masked_fill(~is_free, math.inf).argsort(dim=1, stable=True).argsort(1)
     return is_free & (place < n)
 
-
 def float64(x):
     """On the CPU where the device (MPS) has none."""
     return (x.cpu() if x.device.type == "mps" else x).double()
-
 
 def draw_tokens(log_probs, u):
     """Inverse CDF in float64: log_probs (R, V), u (R,) uniform -> tokens (R,). Gumbel noise in fp32
@@ -372,20 +359,21 @@ def draw_tokens(log_probs, u):
     last = (cdf < total).sum(-1)
     return torch.minimum(token, last).to(log_probs.device)
 
-
 @torch.no_grad()
 def fill_blocks(model, cfg, known, is_known, *, kind, gen, steps=None, choose=None, warp=None,
                 corrector=(0, 1, ""), watch=None, stop=None, find_end=None, block_len=None,
                 begins=None, allowed=None):
     """Fill in the unknown positions, block after block: those of train_block, or (kind mdlm) the
-    whole row or block_len tokens, or (gpt) one token. steps=N: ancestral
-    sampling on N equal steps of t (arXiv 2406.07524, eq. 6 with SUBS), each masked token drawn with
-    probability (t - s) / t. steps=None: first-hitting (arXiv 2409.02908), one uniformly random
-    token a row and pass: as ancestral for N -> inf. choose (see orders, below) replaces both.
-    corrector: see correction. stop=ID: a row ends where that token stands in a finished block,
-    unless it is its first or known; it is not counted in the length, and the row is filled up with
-    it. It ends at find_end(tokens (B, S)) -> (B,), too, if that is below S. Where begins (B, T) is
-    not 0, one of allowed[begins] (.., V) is drawn before the rest, which follow given it."""
+    whole row or block_len tokens, or (gpt) one token. steps=N: ancestral sampling on N equal steps
+    of t (arXiv 2406.07524, eq. 6 with SUBS), each masked token drawn with probability (t - s) / t.
+    steps=None: first-hitting (arXiv 2409.02908), one uniformly random token a row and pass: as
+    ancestral for N -> inf. choose (see orders, below) replaces both. corrector=(F, EVERY, MODE):
+    see Options; of one token, with exact conditionals, it is a Gibbs step.
+
+    stop=ID: a row ends where that token stands in a finished block, unless it is its first or
+    known; it is not counted in the length, and the row is filled up with it. It also ends at
+    find_end(tokens (B, S)) -> (B,), if that is below S. Where begins (B, T) is not 0, one of
+    allowed[begins] (.., V) is drawn before the rest, which follow given it."""
     (B, T), mask_id, device = known.shape, cfg.vocab_size, known.device
     L = cfg.block_len if kind == "block" else 1 if kind == "gpt" else block_len or T
     gens, passes, nfe = row_generators(gen, B), steps or L, 0
@@ -462,7 +450,6 @@ def fill_blocks(model, cfg, known, is_known, *, kind, gen, steps=None, choose=No
                 watch(tokens[:, :T], nfe)
     return tokens[:, :T], length, nfe
 
-
 def uniform_law(log_score, current, sigma, sigma_next, rate, warp):
     """log_score (R, N) at tokens current (R,) and noise sigma -> log of what a pass draws from,
     both float64, up to a constant: Tweedie's step to sigma_next, or Euler's of the given rate."""
@@ -482,7 +469,6 @@ def uniform_law(log_score, current, sigma, sigma_next, rate, warp):
         before = math.exp(delta) * score - math.expm1(delta) * score.mean(-1, keepdim=True)
         law = before * (F.one_hot(current, N) * math.exp(-delta) - math.expm1(-delta) / N)
     return law.clamp(min=0).log()  # an inexact score, or too long a step, may go below 0
-
 
 @torch.no_grad()
 def redraw_rows(model, cfg, known, is_known, *, total_noise, gen, steps=None, is_euler=False,
@@ -543,7 +529,6 @@ PACES = {  # share of the tokens that is fixed after a share x of the passes
 LOOP = (0, 0.05, 0.55, 1), (1, 0.9, 0.9, 0)
 REMASK_ETA = {"loop": 0.02, "cap": 0.008, "rescale": 0.015, "conf": 1.0}  # as published
 
-
 def ordered(name, threshold=None, pace="even"):
     """Fix the best-ranked tokens of each row, as many a pass as the pace says (one, when steps is
     None), and every token whose top probability is above threshold."""
@@ -560,7 +545,6 @@ def ordered(name, threshold=None, pace="even"):
         return (is_mask & ~commit).to(device)
 
     return choose
-
 
 def remasking(text):
     """Remasking diffusion (ReMDM, 2503.00307). A fixed token is masked again with probability sigma
@@ -589,7 +573,6 @@ def remasking(text):
         return torch.where(is_mask, u >= fix, u < sigma)
 
     return choose
-
 
 def make_warp(temperature=1.0, top_k=0, top_p=1.0, nucleus="inclusive"):
     """A function of log_probs (R, V): temperature, then top-k, then the nucleus, with or without
@@ -625,7 +608,6 @@ WAYS = {  # the flags that a kind of model cannot take, and its orders
     "block": (("refine", "block_length", "infill"), MASK_ORDERS),
     "sedd": (PASSES[2:], SCORE_ORDERS)}
 
-
 class Canvas(NamedTuple):
     known: torch.Tensor  # (P, T) int64, the tokens of every prompt
     is_known: torch.Tensor  # (P, T) bool
@@ -633,10 +615,8 @@ class Canvas(NamedTuple):
     allowed: torch.Tensor  # (.., V) bool
     lead: int  # tokens at the beginning that are not shown: what begins a document
 
-
 class Samples(list):
     """Texts; with tokens, lists of ids; ended, whether before their length; nfe, forward passes."""
-
 
 def build_model(script, ckpt, weights="ema"):
     """A checkpoint of a script -> (model in eval mode, its Config); weights: ema or raw."""
@@ -644,7 +624,6 @@ def build_model(script, ckpt, weights="ema"):
     model = script.Model(cfg)
     model.load_state_dict((weights == "ema" and ckpt["ema"]) or ckpt["model"])
     return model.eval(), cfg
-
 
 class LM:
     """A trained model with its tokenizer. Made by load()."""
@@ -842,7 +821,7 @@ class LM:
             x0 = x0.repeat_interleave(n_copies, 0)
             for draw in range(n_draws):
                 noise = self.draw_noise(size, n_given, len(x0), gen)
-                for rows in torch.arange(len(x0)).split(self.batch_rows(size)):
+                for rows in torch.arange(len(x0)).split(2 * -(-self.batch_rows(size) // 2)):
                     piece = self.script.take_rows(noise, rows, self.device)
                     with self.amp():
                         nats = self.script.nelbo_fn(self.model, x0[rows], piece, self.cfg)
@@ -891,7 +870,6 @@ def find_checkpoint(name=None):
         from huggingface_hub import hf_hub_download
         return Path(hf_hub_download(hub_name[1], hub_name[2] or "ckpt.pt"))
 
-
 def load_script(path):
     """Import a training script, or another program, from its file."""
     with naming(f"--script={path}"):
@@ -899,7 +877,6 @@ def load_script(path):
         script = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(script)
     return script
-
 
 def load(path=None, script=None, opts=None, **how):
     """LM from what --ckpt takes. script: the file that wrote it, when it is not one of ours. how:
@@ -916,9 +893,7 @@ def load(path=None, script=None, opts=None, **how):
               f"written by {name}.py: pass that file as --script=PATH")
         return LM(module if script else load_script(HERE / f"{name}.py"), ckpt, path, opts)
 
-
 load_model = load  # as published packages name it
-
 
 def sample(model, prompt="", **how):
     """Texts from a model of load()."""
@@ -929,10 +904,8 @@ def sample(model, prompt="", **how):
 FRAME = 0.04  # seconds between two pictures
 STYLES = {"known": "\x1b[1m", "new": "\x1b[32m", "mask": "\x1b[2m", "note": "\x1b[2m"}
 
-
 def styled(text, kind):
     return f"{STYLES[kind]}{text}\x1b[0m" if kind in STYLES else text
-
 
 def printable(text):
     """Text that cannot steer a terminal: a model of bytes writes escape codes, too."""
@@ -940,18 +913,15 @@ def printable(text):
     return "".join(c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode()
                    for c in text)
 
-
 def show(spans, stream):
     """Print [(text, kind)]; a terminal gets styles and no control codes."""
     for text, kind in [*spans, ("\n", None)]:
         stream.write(styled(printable(text), kind) if stream.isatty() else text)
     stream.flush()
 
-
 def note(text):
     """What is no text of the model goes to stderr."""
     show([(text, "note")], sys.stderr)
-
 
 def lines_of(spans, width):
     """Styled lines of at most `width` cells."""
@@ -967,7 +937,6 @@ def lines_of(spans, width):
                 cells += size
     return lines
 
-
 def redraw(lines, height, stream, is_last=False):
     """Draw over a picture of so many lines -> the height of the new one."""
     if not is_last:  # what has scrolled away cannot be drawn over
@@ -976,7 +945,6 @@ def redraw(lines, height, stream, is_last=False):
     stream.write((f"\r{up}\x1b[J" if height else "") + "\n".join(lines))
     stream.flush()
     return len(lines)
-
 
 class Run:
     """A model at work on a canvas. It counts, with --watch it shows the text as it appears, for a
@@ -1037,7 +1005,6 @@ class Run:
                  for token, old, given in zip(row, before, start, strict=False)]
         return self.lm.tokenizer.spans(row, kinds)
 
-
 def save(path, runs):
     if path:
         load_script(HERE / "study/page.py").save(path, runs)
@@ -1046,7 +1013,6 @@ def save(path, runs):
 # ----------------------------------------------------------------------------- race
 WARM_UP = 8  # tokens that a model writes before its clock starts
 BAR = " │ "  # between the two
-
 
 def replay(runs):
     """Draw the runs side by side in real time; the last picture stays, and is whole."""
@@ -1069,7 +1035,6 @@ def replay(runs):
         height = redraw(lines, height, sys.stdout, is_last=now == end)
         time.sleep(FRAME)
     print("\n")
-
 
 def print_race(opts):
     paths = [opts.ckpt, *opts.race.split(",")] if opts.race != "shipped" else SHIPPED
@@ -1103,7 +1068,6 @@ def read(path):
     with naming(path):
         return Path(path).read_bytes().decode()
 
-
 def text_of(opts, flag):
     """The text of a flag, or of the file that it names."""
     text = getattr(opts, flag)
@@ -1111,7 +1075,6 @@ def text_of(opts, flag):
         return read(text)
     check(" " in text or not Path(text).suffix, flag, text, "no such file")
     return text
-
 
 def print_score(lm, opts):
     score = lm.score(text_of(opts, "score"), text_of(opts, "given"), opts.draws, opts.seed)
@@ -1122,7 +1085,6 @@ def print_score(lm, opts):
     print(f"-log p {sign} {score.nats:.2f} +- {score.nats_stderr:.2f} nats, "
           f"{score.bits_per_byte:.4f} +- {score.bits_stderr:.4f} bits per byte "
           f"({score.n_tokens} tokens, {score.n_bytes} bytes; {noise}, {lm.where})")
-
 
 def print_samples(lm, opts):
     run = Run(lm, opts)
@@ -1136,7 +1098,6 @@ def print_samples(lm, opts):
     note(f"NFE {run.nfe}, {run.n_new / run.seconds:.0f} tokens/s, {lm.where}, "
          f"{lm.describe(opts)}, entropy {run.entropy / n:.2f} nats")
 
-
 def read_prompts(opts):
     text = read(opts.prompts)
     if not opts.prompts.endswith(".jsonl"):
@@ -1144,7 +1105,6 @@ def read_prompts(opts):
     with naming(f"--prompts={opts.prompts}"):
         lines = map(json.loads, text.splitlines())
         return [line["prompt"] if isinstance(line, dict) else line for line in lines]
-
 
 def main(argv):
     try:
@@ -1169,7 +1129,6 @@ def main(argv):
         if isinstance(e, OSError):  # do not try again at the exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise SystemExit(2) from None
-
 
 if __name__ == "__main__":
     # A file gets UTF-8; a terminal, what it lacks as escapes.
