@@ -238,7 +238,7 @@ class Tokenizer:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         words = [*(self.shown[token] for token in tokens), b""]
         return [(decoder.decode(word, final=not word), kind)
-                for word, kind in zip(words, [*kinds, None], strict=True)]
+                for word, kind in zip(words, [*kinds, False], strict=True)]
 
     def decode(self, tokens):
         return b"".join(self.shown[token] for token in tokens).decode(errors="replace")
