@@ -54,10 +54,8 @@ MODELS = {  # kind: script, data, flags
     "gpt_words": (gpt, "bpe", []),
 }
 
-
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
-
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
@@ -72,7 +70,6 @@ def home(tmp_path_factory):
     write_meta(home / "bpe", TABLE, bos_id=262, pattern=PATTERN)
     return home
 
-
 @pytest.fixture(scope="module")
 def ckpts(home):
     """{name: checkpoint} of MODELS, hardly trained."""
@@ -82,11 +79,9 @@ def ckpts(home):
         assert result.status == 0, result
     return {name: home / "out" / name / "ckpt.pt" for name in MODELS}
 
-
 @pytest.fixture(scope="module")
 def lms(ckpts):
     return {name: sample.load(path, device="cpu") for name, path in ckpts.items()}
-
 
 def run(*argv):
     """The command line in this process."""
@@ -100,8 +95,6 @@ def run(*argv):
 
 
 # ----------------------------------------------------------------------------- orders
-
-
 class Noisy:
     """Logits that depend on the position and on what stands before it."""
     def __init__(self, n_values=7):
@@ -112,13 +105,11 @@ class Noisy:
         seen = (xt * (xt != self.n_values)).cumsum(1)
         return self.table[(torch.arange(xt.size(1)) + 5 * seen) % 64].flatten(0, 1)[rows]
 
-
 def fill(model, n_rows, choose, steps, *, T, V, is_known=None, **how):
     known, cfg = torch.zeros(n_rows, T, dtype=torch.int64), train_mdlm.Config(vocab_size=V)
     is_known = known.bool() if is_known is None else is_known
     generate = with_samplers(train_mdlm).generate
     return generate(model, cfg, known, is_known, steps=steps, gen=seeded(), choose=choose, **how)
-
 
 @pytest.mark.parametrize("kind", ["cap:0.01", "rescale:0.02", "loop:0.01"])
 def test_remasking_with_the_exact_posterior_keeps_the_joint(kind):
@@ -132,7 +123,6 @@ def test_remasking_with_the_exact_posterior_keeps_the_joint(kind):
     out = fill(joint, 10, choose, 300, T=joint.seq_len, V=2)
     assert sum(again) > joint.seq_len  # of 10 rows: it does remask
     assert abs(chi_square_z(joint.counts(out.tokens), joint.p)) < Z_LIMIT
-
 
 @pytest.mark.parametrize(("kind", "steps"), [
     ("cap", 40), ("cap:1", 40), ("rescale:0.5", 40), ("rescale:1", 40), ("loop:0.1", 100)])
@@ -155,7 +145,6 @@ def test_remasking_follows_the_schedule_and_stays_below_its_bound(kind, steps, n
         assert abs(rate - (sigma if i else 0)) < 0.06
     assert not is_mask.any()
 
-
 def test_conf_remasks_by_the_probability_that_a_token_was_drawn_with():
     n, p = 4000, torch.tensor([0.98, 0.02])
     psi, none = p.double().repeat(n // 2)[None], torch.zeros(1, n, dtype=torch.bool)
@@ -166,7 +155,6 @@ def test_conf_remasks_by_the_probability_that_a_token_was_drawn_with():
     assert counts.sum() / 4000 == pytest.approx(1, abs=0.1)
     ratio = counts[1::2].sum() / counts[::2].sum()
     assert ratio == pytest.approx(math.exp(0.98 - 0.02), rel=0.15)
-
 
 @pytest.mark.parametrize("order", RANKED)
 @pytest.mark.parametrize(("pace", "share"), [
@@ -184,7 +172,6 @@ def test_paces(order, pace, share):
         assert (more > -1e-6).all() and (more < (2 if pace == "even" else 3)).all()
     assert not left.any()
 
-
 @pytest.mark.parametrize("order", RANKED)
 def test_thresholds(order):
     choose = sample.ordered(order, 0.6)
@@ -199,7 +186,6 @@ def test_thresholds(order):
 
     assert 1 < fill(Noisy(), 4, checked, None, T=12, V=7).nfe < 12
 
-
 def test_orders_pick_what_they_are_named_after():
     p = torch.tensor([[0.5, 0.5, 0.0], [0.6, 0.2, 0.2], [0.55, 0.44, 0.01], [0.7, 0.15, 0.15]])
     is_mask = torch.tensor([[False, True, True, True, True, False]])
@@ -208,7 +194,6 @@ def test_orders_pick_what_they_are_named_after():
     for order, first in (("confidence", 4), ("entropy", 1), ("margin", 4), ("random", 2)):
         after = sample.ordered(order)(p.log(), is_mask, step=0, steps=None, u=u)
         assert (is_mask & ~after).nonzero()[:, 1].tolist() == [first], order
-
 
 @pytest.mark.parametrize("nucleus", ["inclusive", "exclusive"])
 def test_warps_by_definition(nucleus):
@@ -250,7 +235,6 @@ HOWS = {
     "gpt": [{}, {"temperature": 0.9, "top_k": 50}],
 }
 
-
 @pytest.mark.parametrize("kind", HOWS)
 def test_a_sample_does_not_depend_on_the_others_and_keeps_what_is_given(kind, lms, monkeypatch):
     lm, prompt = lms[kind], "def café("
@@ -267,7 +251,6 @@ def test_a_sample_does_not_depend_on_the_others_and_keeps_what_is_given(kind, lm
             patch.setattr(sample, "BATCH_NUMBERS", 2 * 24 * 262)
             assert lm.generate(n=5, **how) == many
 
-
 def test_infill(lms):
     for name in ("mdlm", "words", "absorb", "uniform"):
         for text in lms[name].infill("def ___(x):\n__ ____\n", blank=[3, 5], n=3, steps=4):
@@ -280,12 +263,10 @@ def test_infill(lms):
     text, = lms["mdlm"].infill(r"a\_b\_\_\_c\____", blank=2)  # \_ is an underscore and no blank
     assert text.startswith("a_b___c_") and len(lms["mdlm"].tokenizer.encode(text)) >= 10
 
-
 def test_refining_counts_its_passes(lms):
     canvas = lms["mdlm"].canvas(sample.Options(prompt="def ", length=24))
     (batch,) = lms["mdlm"].batches(canvas, sample.Options(refine=0.3))
     assert batch[1] == 20 + 2 + 6  # two to score, and one for each of 30% of 20 tokens
-
 
 def test_a_score_of_several_windows(lms):
     """The sum over windows; its error is that of other seeds."""
@@ -308,7 +289,6 @@ def test_a_score_of_several_windows(lms):
     score = lms["uniform"].score(text, draws=16)
     assert 0 < score.nats_stderr < score.nats / 4 and 2 < score.nats / 46 < 9
 
-
 def test_both_kinds_of_weights(ckpts, lms):
     state = torch.load(ckpts["mdlm"], weights_only=True)
     for lm, part in ((sample.load(ckpts["mdlm"], weights="raw", device="cpu"), "model"),
@@ -317,7 +297,6 @@ def test_both_kinds_of_weights(ckpts, lms):
             assert torch.equal(p, state[part][name])
     half = sample.load(ckpts["gpt"], device="cpu", dtype="bf16")
     assert half.dtype == torch.bfloat16 and half.generate(length=9) and half.score("abc").nats
-
 
 class Sure:
     """A model that writes 'a', and the end of a document as token ENDS[row] of a row."""
@@ -329,7 +308,6 @@ class Sure:
         sure = torch.where(at == torch.tensor(self.ENDS)[rows // x.shape[1]], 0, 97)
         return torch.where(torch.arange(256) == sure[:, None], 0.0, -1e4)
 
-
 @pytest.mark.parametrize("kind", ["gpt", "block"])
 def test_a_document_ends(kind, lms, monkeypatch):
     monkeypatch.setattr(lms[kind], "net", Sure())
@@ -337,7 +315,6 @@ def test_a_document_ends(kind, lms, monkeypatch):
     assert texts == ["a" * 5, "a" * 20, "a" * 8] and texts.ended == [True, False, True]
     assert lms[kind].generate(n=3, length=20, start="anywhere") == ["a" * 6, "a" * 20, "a" * 9]
     assert lms[kind].generate(n=2, length=20, prompt="ab") == ["abaaaa", "ab" + 18 * "a"]
-
 
 @pytest.mark.parametrize("kind", ["mdlm", "absorb", "uniform", "gpt", "block"])
 def test_a_document_begins(kind, lms):
@@ -354,7 +331,6 @@ def test_a_document_begins(kind, lms):
         with pytest.raises(ValueError, match="--length=33"):
             lm.generate(length=33)
 
-
 def test_several_prompts_and_stops(lms, ckpts, tmp_path):
     lm, prompts = lms["gpt"], ["def ", "a longer prompt", "x"]
     texts = lm.generate(prompts, n=2, length=30, seed=3)
@@ -370,7 +346,6 @@ def test_several_prompts_and_stops(lms, ckpts, tmp_path):
         texts = lms[name].generate(prompts, length=30, steps=3 * (name != "gpt_words"))
         assert [text[:len(p)] for text, p in zip(texts, prompts, strict=True)] == prompts
 
-
 @pytest.mark.parametrize(("kind", "length"), [("words", 30), ("gpt", 30), ("block", 60)])
 def test_a_sample_ends_before_a_text(kind, length, lms):
     how = dict(length=length, n=4, seed=1)
@@ -381,7 +356,6 @@ def test_a_sample_ends_before_a_text(kind, length, lms):
         assert text == whole[:min(at for x in stop if (at := whole.find(x, 4)) >= 0)]
     assert all(cut.ended) and (cut.nfe < free.nfe) == (kind != "words")  # no pass behind the last
 
-
 def test_names_of_published_packages(lms, ckpts):
     lm = sample.load_model(ckpts["mdlm"], device="cpu")
     texts = sample.sample(lm, "def ", seq_len=20, confidence_threshold=0.1)
@@ -389,7 +363,6 @@ def test_names_of_published_packages(lms, ckpts):
     assert lm.generate(corrector_frac=0.2) == lm.generate(corrector="0.2:1:random")
     with pytest.raises(ValueError, match="did you mean --temperature"):
         lm.generate(temperatur=1)
-
 
 def test_ties_are_broken_by_the_row(lms):
     """On an empty canvas all masks look alike, up to rounding."""
@@ -403,7 +376,6 @@ def test_ties_are_broken_by_the_row(lms):
             firsts.add((seen[0] != 256).nonzero()[0, 1].item())
         assert len(firsts) > 4, order
 
-
 def exact_nats(losses, tokens, regions):
     """-log p of the positions in regions under the order-agnostic bound, over all masks of each
     (2110.02037, eq. 8); losses(xt, x0) -> (T,) nats of every position."""
@@ -415,7 +387,6 @@ def exact_nats(losses, tokens, regions):
                 xt = x0.index_fill(1, torch.tensor(hidden), 256)
                 total += losses(xt, x0)[hidden].sum().item() / len(sets) / k
     return total
-
 
 @pytest.mark.parametrize("given", ["", "def ca"])
 @pytest.mark.parametrize("kind", ["mdlm", "block", "absorb"])
@@ -442,7 +413,6 @@ def test_a_score_is_the_bound(kind, given, lms):
     long = lm.score("xyz" * 20, given=given * 9)  # over several windows
     assert long.n_tokens == 60 and 2 < long.nats / 60 < 9
 
-
 def test_an_exact_conditional_score(lms):
     a, b = "the quick brown f", "ox jumps over the lazy dog and away"
     rest = lms["gpt"].score(b, given=a)
@@ -454,14 +424,11 @@ def test_an_exact_conditional_score(lms):
 
 
 # ----------------------------------------------------------------------------- tokens
-
-
 def tokenizer(name="bpe:262", spare=0, **meta):
     words = [word.decode("latin-1") for word in TABLE]
     meta = {"tokenizer": name, "bos_id": 0 if name == "byte" else 262, "token_bytes": words,
             "pattern": PATTERN, **meta}
     return sample.Tokenizer(meta, 256 if name == "byte" else 263 + spare)
-
 
 @pytest.mark.parametrize("name", ["byte", "bpe:262"])
 @pytest.mark.parametrize("text", ["", "the theory of the café", "日本 🙂\n\ttab", "<|endoftext|>"])
@@ -469,7 +436,6 @@ def test_tokens_round_trip(name, text):
     tokens = tokenizer(name).encode(text)
     assert tokenizer(name).bos_id not in tokens
     assert tokenizer(name).decode(tokens) == text
-
 
 def test_decoding():
     t, e = tokenizer(spare=2), list("é".encode())
@@ -479,7 +445,6 @@ def test_decoding():
     spans = t.spans([97, e[0], e[1], 265, 99], "kknmn")
     assert [x for x in spans if x[0]] == [("a", "k"), ("é", "n"), ("░", "m"), ("c", "n")]
     assert t.encode("a\udcffb") == t.encode("a\ufffdb")
-
 
 @pytest.mark.parametrize("name", ["words", "absorb", "gpt_words"])
 def test_a_space_begins_what_is_written(name, lms):
@@ -506,8 +471,6 @@ def test_a_space_begins_what_is_written(name, lms):
 
 
 # ----------------------------------------------------------------------------- checkpoints
-
-
 def test_the_newest_checkpoint_or_the_shipped_one(ckpts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = run("--length=9", "--steps=3", "--device=cpu")
@@ -521,14 +484,12 @@ def test_the_newest_checkpoint_or_the_shipped_one(ckpts, tmp_path, monkeypatch):
     assert sample.load(device="cpu").summary.startswith("out/a/ckpt.pt")
     assert "out/b" in sample.load("out/b", device="cpu").summary
 
-
 FORKS = {  # script, edit
     "other layers": (train_mdlm, "F.relu(self.up(x)).square()", "F.gelu(self.up(x))"),
     "no predict": (gpt, "predict(", "forecast("),
     "no predict in blocks": (train_block, "predict(", "forecast("),
     "another forward": (gpt, "return self.predict(x, ", "return 2 * self.predict(x, "),
 }
-
 
 @pytest.mark.parametrize("what", FORKS)
 def test_a_fork_is_sampled_by_its_script(what, home, tmp_path):
@@ -547,14 +508,12 @@ def test_a_fork_is_sampled_by_its_script(what, home, tmp_path):
     assert "no cache" in lm.summary  # its forward decides
     assert len(lm.generate(n=2, length=16)) == 2
 
-
 class Bomb:
     def __init__(self, path):
         self.path = path
 
     def __reduce__(self):
         return os.mkdir, (self.path,)
-
 
 def test_broken_and_foreign_files(ckpts, tmp_path):
     good = ckpts["mdlm"]
@@ -575,7 +534,6 @@ def test_broken_and_foreign_files(ckpts, tmp_path):
     for text, words in (("1/0", "ZeroDivisionError"), ("", "load_checkpoint")):
         fork.write_text(text)
         assert_refused(run(f"--ckpt={good}", f"--script={fork}"), words)
-
 
 def test_hub_names(tmp_path):
     for name in ("hf:", "hf:a", "hf:a//c"):
@@ -606,13 +564,11 @@ BAD_FLAGS = {  # flags, and what stands in the line
     "absorb": "--order=margin --order=margin; --threshold=0.5 train_mdlm; --remask=loop --remask",
 }
 
-
 @pytest.mark.parametrize("kind", BAD_FLAGS)
 def test_mistakes_end_in_one_line(kind, ckpts):
     for case in BAD_FLAGS[kind].replace("\n", ";").split(";"):
         *flags, word = case.split()
         assert_refused(run(f"--ckpt={ckpts[kind]}", *flags), word)
-
 
 def test_stdout_is_the_text(ckpts, lms):
     text = run("--help").out
@@ -626,7 +582,6 @@ def test_stdout_is_the_text(ckpts, lms):
     both = lms["mdlm"].generate("de ", length=20, seed=3, n=2, steps=17)
     assert out == "".join(f"{text}\n\n" for text in both) and "--- sample 2 of 2" in err
 
-
 SAVED = {  # name: the model and its flags
     "prompt": ("mdlm", "--prompt=de --n=3"), "steps": ("mdlm", "--steps=5"),
     "remask": ("mdlm", "--remask=cap:0.4 --steps=20"), "refine": ("mdlm", "--refine=0.5:2"),
@@ -635,7 +590,6 @@ SAVED = {  # name: the model and its flags
     "uniform": ("uniform", "--steps=6"), "absorb": ("absorb", "--n=2"), "gpt": ("gpt", "--n=2"),
     "block": ("block", "--steps=3 --n=2"), "blocks": ("mdlm", "--block_length=5 --n=2"),
     "stop": ("gpt_words", "--stop=h --n=9")}
-
 
 def replayed(record, tokens):
     """(the tokens of a sample after its last frame, its text)"""
@@ -646,7 +600,6 @@ def replayed(record, tokens):
         row |= dict(changes)
     row = [row[at] for at in range(record["length"])]
     return row, b"".join(tokens[str(i)].encode("latin-1") for i in row).decode(errors="replace")
-
 
 @pytest.mark.parametrize("what", SAVED)
 def test_a_trajectory_ends_in_its_sample(what, ckpts, tmp_path):
@@ -672,7 +625,6 @@ def test_a_trajectory_ends_in_its_sample(what, ckpts, tmp_path):
     assert ("-1" in again) == (what == "remask" or "-1" in again and what == "refine")
     assert any(line["ended"] for line in samples) == (what == "stop")
 
-
 def test_a_race_is_saved(ckpts, tmp_path):
     race = (f"--ckpt={ckpts['mdlm']}", f"--race={ckpts['gpt']}", "--length=20", "--n=2")
     out = run(*race, f"--save={tmp_path / 'a.json'}").out
@@ -682,7 +634,6 @@ def test_a_race_is_saved(ckpts, tmp_path):
     run(*race, f"--save={tmp_path / 'a.svg'}")
     heads = [e.text for e in ElementTree.parse(tmp_path / "a.svg").iter() if e.get("class") == "h"]
     assert heads == ["masked diffusion, first-hitting", "autoregressive, left to right"]
-
 
 def test_files_and_what_looks_like_them(ckpts, lms, tmp_path):
     text = "the café\n" * 4
@@ -700,7 +651,6 @@ def test_files_and_what_looks_like_them(ckpts, lms, tmp_path):
     assert run(ckpt, f"--prompts={tmp_path / 'b.txt'}", "--length=20").out.startswith("the café")
     (tmp_path / "p.jsonl").write_text('"a"\n{"text": 3}\n')
     assert_refused(run(ckpt, f"--prompts={tmp_path / 'p.jsonl'}"), "--prompts=")
-
 
 def test_outputs(ckpts, tmp_path):
     """UTF-8 in a file whatever the locale; a reader that leaves; a full disk."""
@@ -720,8 +670,6 @@ def test_outputs(ckpts, tmp_path):
 
 
 # ----------------------------------------------------------------------------- terminal
-
-
 def in_terminal(argv, interrupt=None, columns=40):
     """Run on a pseudo terminal -> (output, exit status); send an interrupt once a text shows."""
     pid, fd = pty.fork()
@@ -741,10 +689,8 @@ def in_terminal(argv, interrupt=None, columns=40):
     os.close(fd)
     return data.decode(errors="replace"), status
 
-
 def plain(text):
     return re.sub(r"\x1b\[[0-9;]*m", "", text).replace("\r\n", "\n")
-
 
 def test_watching_in_a_terminal_draws_in_place(ckpts, lms):
     argv = [f"--ckpt={ckpts['mdlm']}", "--watch", "--n=2", "--prompt=def ", "--seed=2",
@@ -760,12 +706,10 @@ def test_watching_in_a_terminal_draws_in_place(ckpts, lms):
     assert all(sample.printable(text) in plain(pictures[-1]) for text in final)
     assert pictures[-1].count("\x1b[1m") == 8  # what was given stands out, of both
 
-
 def test_an_interrupt_ends_quietly(ckpts):
     argv = [f"--ckpt={ckpts['mdlm']}", "--watch", "--n=4000", "--steps=100000"]
     out, status = in_terminal(argv, interrupt=b" passes")
     assert status in (-2, 130) and "Traceback" not in out and "\x1b[?25l" not in out
-
 
 def test_text_cannot_steer_the_terminal(ckpts, tmp_path):
     assert sample.printable("a\x1b[2Jb\x07\tc\r\nd") == r"a\x1b[2Jb\x07    c" "\nd"
@@ -779,9 +723,7 @@ def test_text_cannot_steer_the_terminal(ckpts, tmp_path):
     out, status = in_terminal([f"--ckpt={tmp_path}", "--n=9", "--length=9"])
     assert status == 0 and r"\x1b" in out and not re.search(r"\x1b(?!\[\d*[mJAG])", out)
 
-
 RACE_TABLE = r"^(\w+) +(\d+) +(\d+\.\d\d) +(\d+)  (\d\.\d\d) nats, (.+)$"
-
 
 def test_a_race_counts_what_each_model_does_alone(ckpts, lms, monkeypatch):
     monkeypatch.setattr(sample, "BATCH_NUMBERS", 2 * 30 * 256)  # two samples a batch
@@ -800,7 +742,6 @@ def test_a_race_counts_what_each_model_does_alone(ckpts, lms, monkeypatch):
         assert f"--- {row[0]}\n{lm.tokenizer.decode(alone[0][0][0][0])}\n" in result.out
         assert all(len(tokens) == 30 for rows, _ in alone for tokens, _ in rows)
 
-
 def test_the_clock_of_a_race_counts_forward_passes_alone(lms, monkeypatch):
     """Neither the warm-up nor the pictures; and each picture shows the state of its time."""
     lm, clock = lms["mdlm"], SimpleNamespace(now=0)
@@ -815,7 +756,6 @@ def test_the_clock_of_a_race_counts_forward_passes_alone(lms, monkeypatch):
     list(racer.samples())
     assert {seconds for _, seconds, _ in racer.done[0].passes} == set(range(27))
     assert racer.seconds == 26
-
 
 def test_a_race_in_a_terminal_fills_columns(ckpts, lms):
     out, status = in_terminal([f"--ckpt={ckpts['mdlm']}", f"--race={ckpts['gpt']}", "--length=30",

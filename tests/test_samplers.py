@@ -41,16 +41,13 @@ SWITCHES = {
 }
 GRAPHS, NOISES = ("absorb", "uniform"), ("loglinear", "geometric")
 
-
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
-
 
 def config(module, n_values=V, seq_len=T, **names):
     blocks = {"block_len": L} if module.SCRIPT == "train_block" else {}
     return module.Config(**{"vocab_size": n_values, "seq_len": seq_len, "n_layer": 2, "n_head": 4,
                             "n_embd": 32, **blocks, **names})
-
 
 def small_model(module, **names):
     """A network that uses every parameter: its zero-initialised matrices are moved."""
@@ -63,10 +60,8 @@ def small_model(module, **names):
                 p.add_(0.2 * torch.randn_like(p))
     return model.eval(), cfg
 
-
 def tokens(n_rows, seq_len=T, n_values=V):
     return torch.randint(n_values, (n_rows, seq_len), generator=seeded(1))
-
 
 def write(module, model, cfg, known=None, is_known=None, *, n_rows=None, seed=0, **how):
     if known is None:
@@ -79,14 +74,11 @@ def write(module, model, cfg, known=None, is_known=None, *, n_rows=None, seed=0,
     assert (out.order[is_known] == 0).all() and (out.order[~is_known] > 0).all()
     return out
 
-
 def assert_law(toy, out, law=None, rows=slice(None)):
     assert abs(chi_square_z(toy.counts(out.tokens[rows]), toy.p if law is None else law)) < Z_LIMIT
 
 
 # ----------------------------------------------------------------------------- toys
-
-
 class Blocks:
     """The exact conditionals of a toy distribution: a block's given what is known of it in xt, and
     x0 before it."""
@@ -107,7 +99,6 @@ class Blocks:
         logits = self.toy.log_conditional(context) if is_joint else self.toy(context)
         return logits[torch.arange(len(rows)), at[:, 0]].float()
 
-
 class LeftToRight:
     """The exact conditionals of a toy distribution, each given what stands before it alone."""
     def __init__(self, toy, seq_len):
@@ -123,7 +114,6 @@ class LeftToRight:
             return self.toy.log_conditional(context)[torch.arange(len(at)), at].float()
         return self.toy(context)[:, 0]
 
-
 def exact(module, toy, seq_len, **names):
     """(A denoiser that knows the toy distribution, a config)"""
     cfg = config(module, toy.n_values, seq_len, **names)
@@ -132,7 +122,6 @@ def exact(module, toy, seq_len, **names):
     if module.SCRIPT == "train_block":
         return Blocks(toy, seq_len, cfg.block_len), cfg
     return (toy if module.SCRIPT == "train_mdlm" else LeftToRight(toy, seq_len)), cfg
-
 
 def bare_lm(module, model, cfg):
     """sample.LM of a denoiser, without a checkpoint."""
@@ -146,8 +135,6 @@ def bare_lm(module, model, cfg):
 
 
 # ----------------------------------------------------------------------------- the joint
-
-
 def ancestral_law(joint, steps):
     """(V**n,) what ancestral sampling in `steps` even steps of t yields. In step i each masked
     token is committed with probability 1 / (steps - i), all at once."""
@@ -167,14 +154,12 @@ def ancestral_law(joint, steps):
         law = after
     return law[joint.code(joint.states, joint.n_values + 1)]
 
-
 def check_ancestral_law(mdlm, steps):
     """Few steps give exactly the factorised law of few steps; one step the product of marginals."""
     toy = Joint(correlated(), copies=2500)
     out = write(mdlm, *exact(mdlm, toy, toy.seq_len), n_rows=8, steps=steps)
     assert_law(toy, out, ancestral_law(JOINT, steps))
     assert out.nfe <= steps
-
 
 def check_first_hitting(mdlm):
     """One token a pass, in random order: the joint itself, and every order equally often."""
@@ -186,12 +171,10 @@ def check_first_hitting(mdlm):
     assert (orders > 0).sum() == 6
     assert abs(chi_square_z(orders[orders > 0], torch.ones(6))) < Z_LIMIT
 
-
 def check_random_order(mdlm):
     toy = Joint(correlated(3, 3), copies=8)
     how = {"n_rows": 1500, "choose": sample.ordered("random")}
     assert_law(toy, write(mdlm, *exact(mdlm, toy, 24), **how))
-
 
 def check_infill(mdlm, steps):
     """Known tokens stay; the rest follows the conditional given what is known in its row."""
@@ -203,7 +186,6 @@ def check_infill(mdlm, steps):
                 steps=steps)
     for rows, pos in ((slice(0, n_rows // 3), 0), (slice(n_rows // 3, n_rows), 1)):
         assert_law(toy, out, JOINT.p * (JOINT.states[:, pos] == 2), rows)
-
 
 def check_blocks(block):
     """Groups of 3 tokens across blocks of 4: first-hitting and ancestral."""
@@ -217,7 +199,6 @@ def check_blocks(block):
     assert torch.equal(order, torch.arange(1, 13).expand(1500, -1))
     assert abs(chi_square_z((out.order == 1).sum(0)[:4], torch.ones(4))) < Z_LIMIT
 
-
 def check_continues(module):
     """After a prompt, of another length in each third of the batch, the conditional given it."""
     toy = Joint(correlated(2, 4).sqrt())
@@ -228,7 +209,6 @@ def check_continues(module):
     assert out.nfe == 4 or module.SCRIPT == "train_block"
     for rows, n in ((slice(4000), 3), (slice(4000, 8000), 1), (slice(8000, 12_000), 0)):
         assert_law(toy, out, toy.p * (toy.states[:, :n] == 1).all(1), rows)
-
 
 @pytest.mark.parametrize("module", [MDLM, BLOCK, GPT, SEDD], ids=lambda m: m.SCRIPT)
 def test_a_token_whose_beginning_is_known(module):
@@ -246,7 +226,6 @@ def test_a_token_whose_beginning_is_known(module):
     rows = [row for rows, _ in lm.batches(canvas, opts) for row, _ in rows]
     law = toy.p * (toy.states[:, 0] == 2) * (toy.states[:, 1] != 1)
     assert_law(toy, SimpleNamespace(tokens=torch.tensor(rows)), law)
-
 
 def check_blocks_of_masked(mdlm):
     """Blocks of one token, from left to right: the joint; and what leaves the context is forgotten.
@@ -269,7 +248,6 @@ def check_blocks_of_masked(mdlm):
         torch.testing.assert_close(sigma, -torch.log1p(-(xt == V).sum(1) / (T + 1)))
         assert (xt.flatten()[rows] == V).all()
     assert seen[-1][0][0, :T - L].tolist() in out.tokens[:, long - T:-L].tolist()
-
 
 @pytest.mark.parametrize(("refine", "n"), [("0.34", 1), ("0.67", 2), ("0.34:2", 1)])
 def test_the_refined_law(refine, n):
@@ -294,7 +272,6 @@ def test_the_refined_law(refine, n):
         rows = [row for rows, _ in lm.batches(canvas, opts) for row, _ in rows]
         assert_law(toy, SimpleNamespace(tokens=torch.tensor(rows)), law)
 
-
 def check_corrector(module):
     """A token at random, drawn anew given the others of its block and what stands before, is a
     Gibbs step: exact conditionals keep the joint. The last one's block takes passes of its own."""
@@ -307,7 +284,6 @@ def check_corrector(module):
         assert_law(toy, out)
         n = 3 if is_mdlm else L
         assert out.nfe == toy.seq_len // n * (n + n // every)
-
 
 def check_least_likely(mdlm):
     """What is drawn anew is the token that was the least probable one when it was drawn."""
@@ -332,8 +308,6 @@ def check_least_likely(mdlm):
 
 
 # ----------------------------------------------------------------------------- numbers
-
-
 def check_unmasking_rate(mdlm, steps):
     """The tokens fixed in a pass are Binomial: even over the passes, though P begins at 1 / steps.
 
@@ -351,7 +325,6 @@ def check_unmasking_rate(mdlm, steps):
     assert abs(chi_square_z(counts, torch.tensor([len(g) for g in groups]))) < Z_LIMIT
     assert abs(chi_square_z(torch.bincount(out.tokens.flatten()), toy.p)) < Z_LIMIT
 
-
 def check_rare_tokens(mdlm):
     """A token of probability 1e-12 is drawn exactly where the uniform number falls into it; those
     numbers have 53 bits. Gumbel noise in fp32, a CDF in fp32 or 24 bits would never draw it."""
@@ -363,7 +336,6 @@ def check_rare_tokens(mdlm):
         counts = torch.bincount(bits >> shift & 15, minlength=16)
         assert abs(chi_square_z(counts, torch.ones(16))) < Z_LIMIT
 
-
 def test_streams_and_rows_differ():
     """Seeds that agree in 32 bits, the streams of a seed, and 300,000 rows."""
     seeds = [0, 2**32, 2**62, 2**62 + 2**32]
@@ -374,7 +346,6 @@ def test_streams_and_rows_differ():
     assert len(words.unique(dim=0)) == 300_000
     gens = sample.row_generators(sample.stream(0, 0), 9000)
     assert len(sample.uniforms(gens, 1).unique()) == 9000
-
 
 def check_rows(module):
     """A row alone, or in front of others with other prompts, is the same; rows and seeds differ."""
@@ -392,8 +363,6 @@ def check_rows(module):
 
 
 # ----------------------------------------------------------------------------- protocol
-
-
 def check_choose(mdlm):
     """`choose` may remask; known positions never are, and the last pass leaves nothing masked. The
     network is told the noise level of the masked count."""
@@ -424,7 +393,6 @@ def check_choose(mdlm):
     assert [n for _, n in frames] == [1, 1, 1, 1]
     assert all(torch.equal(f[is_known], known[is_known]) for f, _ in frames)
 
-
 def check_stop(module):
     """A row is what it would be without an end, cut before the first stop that is not its first."""
     toy, length = Iid([0.1, 0.5, 0.4]), 18 if module.SCRIPT == "train_block" else 16
@@ -447,11 +415,8 @@ def check_stop(module):
 
 
 # ----------------------------------------------------------------------------- caches
-
-
 def remask_some(log_probs, is_mask, *, step, steps, u, psi):
     return torch.where(is_mask, u > 1 / (steps - step), u < 0.2)
-
 
 def check_cache(module):
     """Tokens are those of whole passes: every prompt, order, switch; a last block cut short."""
@@ -470,7 +435,6 @@ def check_cache(module):
                         for cached in (True, False))
                     assert torch.equal(kept.tokens, again.tokens) and kept.nfe == again.nfe
                     assert torch.equal(kept.order, again.order)
-
 
 def check_window(block):
     """Beyond seq_len: what a whole pass gives in which every block sees the newest seq_len tokens.
@@ -492,7 +456,6 @@ def check_window(block):
                 again = write(block, model, wide, known, is_known, cached=False)
             assert torch.equal(out.tokens, again.tokens)
 
-
 @pytest.mark.parametrize("module", [BLOCK, GPT], ids=lambda m: m.SCRIPT)
 def test_cached_passes_take_what_is_new(module):
     """What the cache is for: behind the prompt, a pass embeds a block a row, or two; or a token."""
@@ -505,8 +468,6 @@ def test_cached_passes_take_what_is_new(module):
 
 
 # ----------------------------------------------------------------------------- score entropy
-
-
 def rates(graph, n_values=3):
     """Q[a, b], the rate at which a becomes b: the mask is the last state (2310.16834, section 3.4;
     the uniform one for a total rate of (N - 1) / N, so that exp(-sigma) is left alone)."""
@@ -517,7 +478,6 @@ def rates(graph, n_values=3):
     else:
         q += 1 / n
     return q - torch.diag(q.sum(1))
-
 
 def score_law(graph, noise, steps, euler):
     """(V**n,) what a sampler with the exact score yields in few steps, by the definitions: every
@@ -567,7 +527,6 @@ def score_law(graph, noise, steps, euler):
         law = after
     return law[(states < 3).all(1)]
 
-
 def check_few_steps(sedd, graph, noise, euler):
     """Few steps yield exactly the law of the definitions, one step the product of marginals."""
     toy = Joint(correlated(), copies=2000)
@@ -576,7 +535,6 @@ def check_few_steps(sedd, graph, noise, euler):
                     euler=euler)
         assert_law(toy, out, score_law(graph, noise, steps, euler))
         assert out.nfe == steps if graph == "uniform" or noise == "loglinear" else out.nfe <= steps
-
 
 def check_score_infill(sedd, graph):
     """Known tokens stay; under absorb the rest follows the conditional given what is known."""
@@ -590,7 +548,6 @@ def check_score_infill(sedd, graph):
     if graph == "absorb":
         assert_law(toy, out, JOINT.p * (JOINT.states[:, 1] == 2))
 
-
 def check_unnormalised_score(sedd):
     """A score that is not normalised changes when masks fall, not what they become: half of it
     leaves half as many tokens, and the last step takes all that are left."""
@@ -601,7 +558,6 @@ def check_unnormalised_score(sedd):
     left = toy.seq_len * np.cumprod([7 / 8, 5 / 6, 3 / 4, 0])  # 1 - (1/2) / (passes left)
     assert frames == pytest.approx(left.tolist(), abs=Z_LIMIT * math.sqrt(toy.seq_len) / 2)
     assert_law(toy, out)
-
 
 def check_score_warp(sedd, graph):
     """The warp changes the law of clean tokens, exactly, at any number of steps."""
@@ -616,7 +572,6 @@ def check_score_warp(sedd, graph):
                            sigma_max=12.0)
         out = write(sedd, model, cfg, n_rows=2, steps=steps, euler=bool(euler), warp=half)
         assert_law(toy, out, ONE.p**2)
-
 
 def check_passes(sedd):
     """Under absorb a pass in which no token fell costs no forward pass, and the network is told
@@ -663,12 +618,10 @@ CHECKS = [
     *((check, SEDD, graph) for check in (check_score_infill, check_score_warp) for graph in GRAPHS),
     (check_unnormalised_score, SEDD), (check_passes, SEDD)]
 
-
 @pytest.mark.parametrize("check", CHECKS, ids=lambda c: "-".join(
     [c[0].__name__, c[1].SCRIPT, *map(str, c[2:])]))
 def test_exactness(check):
     check[0](*check[1:])
-
 
 UNIFORM = (check_few_steps, SEDD, "uniform", "loglinear", False)
 MUTANTS = {  # a changed line makes its oracle fail
@@ -704,14 +657,10 @@ MUTANTS = {  # a changed line makes its oracle fail
         (check_rows, BLOCK)),
     "the cache keeps the noised block": (
         "clean = new[..., :new.size(3) - self.n_noised, :]", "clean = new", (check_cache, BLOCK)),
-    "the cache forgets its values": (
-        "old, new = self.kept.pop(0), torch.stack((k, v))",
-        "old, new = self.kept.pop(0), torch.stack((k, 0 * v))", (check_cache, GPT)),
     "the window has no end": (
         "(j > i - cfg.seq_len // L)", "(j > i - 10**6)", (check_window, BLOCK)),
     "stops behind the end of a row count": (
         "ends = (block == stop) & ~fixed[:, here]", "ends = block == stop", (check_stop, BLOCK)),
-    "a stop may not come first": ("ends[:, 0] &= start > 0", "pass", (check_stop, GPT)),
     "the corrector's choice depends on the tokens": (
         'lowest(psi if mode == "least" else pick,', "lowest(psi,", (check_corrector, MDLM)),
     "known tokens are masked again": (
@@ -740,7 +689,6 @@ MUTANTS = {  # a changed line makes its oracle fail
         "clean = (1 + growth) * score - growth * score.mean(-1, keepdim=True)", "clean = score",
         (check_score_warp, SEDD, "uniform")),
 }
-
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_fails(name):
