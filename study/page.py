@@ -190,11 +190,16 @@ def facts(run):
             f"{run['parameters'] / 1e6:.2f}M parameters")
 
 
+def end_of(run):
+    """In milliseconds; a sample may be empty."""
+    return run["frames"][-1][1] if run["frames"] else 0.0
+
+
 def svg(race):
     """The first COLUMNS runs of a recording, animated by style sheets alone: what stands in an
     <img> may run no script. The end stays where motion is to be reduced."""
     runs = race["runs"][:COLUMNS]
-    longest = max(1.0, *(run["frames"][-1][1] for run in runs)) / 1000
+    longest = max(1.0, *map(end_of, runs)) / 1000
     slow = 2 ** max(0, math.ceil(math.log2(SHORTEST / longest)))
     total = slow * longest + HOLD
     classes = {}
@@ -212,7 +217,7 @@ def svg(race):
     for i, run in enumerate(runs):
         x = MARGIN + i * (width + MARGIN)
         text, tall = draw_run(run, race["tokens"], x, 96, int(width / CELL), timing)
-        height, end = max(height, tall), share(run["frames"][-1][1])
+        height, end = max(height, tall), share(end_of(run))
         label = f"{LABELS.get(run['script'], run['script'])}, {run['sampler'].replace('_', '-')}"
         parts.append(
             f'<text class="h" x="{x:.4g}" y="34">{html.escape(label)}</text>'
