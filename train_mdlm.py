@@ -446,7 +446,7 @@ def draw_noise(cfg, n_rows, gen, bound=False):
         k = 1 + (u * T).long()
         k = torch.where(torch.rand(n_pairs, generator=gen) < 0.5, k, T + 1 - k)
         level = torch.stack((k, T + 1 - k), 1).flatten()[:n_rows]  # (R,)
-        sigma = -torch.log1p(-level / (T + 1))
+        sigma = -torch.log1p(-level / (cfg.seq_len + 1))  # the network counts the prompt, too
         order = torch.rand(n_rows, T, generator=gen).argsort(1)
         rank = torch.arange(T, dtype=torch.float32).expand(n_rows, T)
         score = torch.empty(n_rows, T).scatter_(1, order, rank)

@@ -470,7 +470,7 @@ def draw_noise(cfg, n_rows, gen, bound=False):
         k = 1 + (u * T).long()
         k = torch.where(coin, k, T + 1 - k)
         level = torch.stack((k, T + 1 - k), 1).flatten()[:n_rows]  # (R,)
-        sigma, weight = -torch.log1p(-level / (T + 1)), T / level
+        sigma, weight = -torch.log1p(-level / (cfg.seq_len + 1)), T / level
         order = torch.rand(n_rows, T, generator=gen).argsort(1)
         score = torch.empty(n_rows, T)
         score.scatter_(1, order, torch.arange(T, dtype=torch.float32).expand(n_rows, T))
