@@ -206,7 +206,7 @@ def test_the_change_of_one_goes_to_all_the_others(folder):
     assert all("print(loss())" in p.read_text() for p in training_scripts(folder))
 
 @pytest.mark.parametrize(("old", "new"), [
-    ("# <<< objective\n\n\ndef main", "\n\ndef main"),
+    ("# <<< objective\n\ndef main", "\n\ndef main"),
     ("# >>> objective\ndef", "def"),
     ("# >>> objective\ndef", "# >>> objective\n# >>> objective\ndef"),
     ("    loss()\n", "    loss()\n# >>> objective\n# <<< objective\n"),
