@@ -110,7 +110,7 @@ def test_exactness(check):
 
 MUTANTS = {
     "attention sees what lies ahead": (
-        "triu(1 + start)", "triu(T)",
+        "triu(1 + i * q[0].size(2))", "triu(T)",
         (check_attention, check_causality, check_likelihood_token_by_token)),
     "the input is not shifted": (
         "return F.pad(x0[:, :-1], (1, 0), value=cfg.vocab_size)", "return x0",
