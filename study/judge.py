@@ -28,7 +28,6 @@ that the first token counts; --no_start=1 leaves that out, as most papers do. --
 prepared folder with the tokens of the samples; --split=val. Its texts are beginnings of documents,
 as samples are by default; --start=anywhere: any windows, as of sample.py --start=anywhere.
 """
-import hashlib
 import json
 import math
 import os
@@ -46,7 +45,7 @@ sys.path.insert(0, str(ROOT))
 
 import sample  # noqa: E402
 from study.golf import require, run_cli  # noqa: E402
-from study.likelihood import STARTS, print_table, take_windows  # noqa: E402
+from study.likelihood import STARTS, digest, print_table, take_windows  # noqa: E402
 from study.mauve import C, mauve  # noqa: E402
 
 SCRIPT = sample.load_script(ROOT / "train_mdlm.py")  # reads data, like every script
@@ -228,11 +227,6 @@ def measure(judge, tokenizer, rows, no_start=False):
 
 
 # ----------------------------------------------------------------------------- command line
-def digest(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 def read_samples(path):
     """A .jsonl file -> its first line, [(tokens, which of them were given)], passes a sample"""
     try:
@@ -321,7 +315,7 @@ def run(flags):
               f"ceiling{f'; do not quote it, n is below {QUOTABLE}' * (n < QUOTABLE)}")
     print_rows(out)
     if flags.out:
-        about = dict(vars(flags), judge_sha256=judge.sha256, length=length)
+        about = dict(vars(flags), program="judge", judge_sha256=judge.sha256, length=length)
         Path(flags.out).write_text(json.dumps(dict(about=about, rows=out), indent=1) + "\n")
 
 

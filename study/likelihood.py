@@ -243,8 +243,31 @@ def print_table(rows, head):
         print("| " + " | ".join(row) + " |")
 
 
+def digest(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
 def shown(pair):
     return "" if pair is None else f"{pair[0]:.4f} ± {pair[1]:.4f}"
+
+
+def print_rows(done):
+    """The tables of what --out writes"""
+    table = []
+    for row in done["rows"]:
+        nfe = f"{row['nfe']:.1f}" if row["nfe"] else ""
+        table.append([row["order"], str(row["steps"] or ""), str(row["threshold"] or ""), nfe,
+                      shown(row["nats"]), f"{row['bpb']:.4f}", shown(row.get("minus_nelbo")),
+                      shown(row.get("minus_l2r"))])
+    print_table(table, ["order", "steps", "threshold", "NFE a window", "nats per token",
+                        "bits per byte", "minus NELBO", "minus l2r"])
+    if done["gap"]:
+        print(f"\nl2r minus {done['about']['against']}, nats per token:\n")
+        print_table([[f"{g['first']}-{g['last']}", f"{g['gap']:+.4f} ± {g['se']:.4f}",
+                      "" if g["bpb"] is None else f"{g['bpb']:+.4f}", f"{g['cumulative']:+.4f}",
+                      f"{g['tail']:+.4f}"] for g in done["gap"]],
+                    ["positions", "gap here", "bits per byte", "up to here", "from here on"])
 
 
 def run(flags):
@@ -285,31 +308,18 @@ def run(flags):
             nats=mean_and_error(mean), bpb=nats.sum().item() / bits,
             minus_nelbo=None if bound is None else mean_and_error(mean - bound),
             minus_l2r=None if base is None else mean_and_error(mean - base)))
-    table = []
-    for row in rows:
-        nfe = f"{row['nfe']:.1f}" if row["nfe"] else ""
-        table.append([row["order"], str(row["steps"] or ""), str(row["threshold"] or ""), nfe,
-                      shown(row["nats"]), f"{row['bpb']:.4f}", shown(row.get("minus_nelbo")),
-                      shown(row.get("minus_l2r"))])
-    print_table(table, ["order", "steps", "threshold", "NFE a window", "nats per token",
-                        "bits per byte", "minus NELBO", "minus l2r"])
     gap = None
     if other:
         arrays["against nats"] = causal_nats(other, x0).float().numpy()
         difference = torch.from_numpy(arrays["l2r nats"] - arrays["against nats"]).double()
         gap = prefix_gap(difference, n_bytes)
-        print(f"\nl2r minus {flags.against}, nats per token:\n")
-        print_table([[f"{g['first']}-{g['last']}", f"{g['gap']:+.4f} ± {g['se']:.4f}",
-                      "" if g["bpb"] is None else f"{g['bpb']:+.4f}", f"{g['cumulative']:+.4f}",
-                      f"{g['tail']:+.4f}"] for g in gap],
-                    ["positions", "gap here", "bits per byte", "up to here", "from here on"])
+    done = dict(about=dict(vars(flags), program="likelihood", checkpoint=digest(lm.path),
+                           script=lm.name, data=data, windows=N, seq_len=T, where=lm.where,
+                           torch=torch.__version__), rows=rows, gap=gap)
+    print_rows(done)
     if flags.out:
-        with open(lm.path, "rb") as f:
-            sha256 = hashlib.file_digest(f, "sha256").hexdigest()
-        about = dict(vars(flags), checkpoint=sha256, script=lm.name, data=data, windows=N,
-                     seq_len=T, where=lm.where, torch=torch.__version__)
         path = Path(flags.out)
-        path.write_text(json.dumps(dict(about=about, rows=rows, gap=gap), indent=1) + "\n")
+        path.write_text(json.dumps(done, indent=1) + "\n")
         np.savez_compressed(path.with_suffix(".npz"), **arrays)
 
 

@@ -1,0 +1,192 @@
+"""Run a matrix of experiments: begin and resume what is missing, or say how far each run is.
+
+    python study/run.py --matrix=objectives --scale=tiny --data=books --jobs=local:2
+    python study/run.py --matrix=schedules --token_entropy=books.npy --jobs=slurm --queue=8
+    python study/run.py --matrix=schedules --status=1
+
+A matrix names scripts and flags; each row is run with --seeds=3 seeds, in --out (out/study), folder
+MATRIX-SCALE/ROW_SEED. How far a run is, is read from its folder alone:
+
+    absent   not begun
+    running  its lock is held
+    stalled  neither locked nor done: killed, or out of time
+    failed   its output.txt ends with an error; mend it and delete that file to try again
+    done     the last evaluation is in log.txt
+
+The same command again begins what is absent and resumes what has stalled, and touches nothing else.
+--jobs=local:N keeps N runs going on this machine; Ctrl-C saves and ends them. --jobs=slurm submits
+slurm.sh, which queues itself again until a run is done, as long as fewer than --queue jobs of yours
+are in the queue, and leaves; call it again when there is room. study/table.py makes the table.
+"""
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from study.golf import require, run_cli  # noqa: E402
+
+SCALES = {  # 0.8M, 25M and 3.3B training tokens
+    "tiny": "--seq_len=256 --n_layer=4 --n_head=4 --n_embd=128 --batch_tokens=4096 "
+            "--micro_batch=16 --steps=200 --val_tokens=262144 --eval_every=0 --shuffle=1 --lr=0.03",
+    "10m": "--seq_len=256 --n_layer=6 --n_head=6 --n_embd=384 --batch_tokens=16384 "
+           "--micro_batch=64 --steps=1500 --val_tokens=1048576 --eval_every=250 --shuffle=1",
+    "124m": "--seq_len=1024 --n_layer=12 --n_head=6 --n_embd=768 --batch_tokens=131072 "
+            "--micro_batch=16 --steps=25000 --eval_every=1000 --shuffle=1",
+}
+# Network and optimizer of train_block as those of the other scripts.
+ALIKE = "--value_residual=0 --muon_beta2=0"
+COINS = "--estimator=bernoulli"
+SCHEDULES = ("linear", "cosine", "loglinear", "sqrt", "clipped_cosine", "sigmoid")
+MATRICES = {  # row -> script, flags; the first row is what the table compares with
+    "objectives": {
+        "gpt": ("gpt.py", ""),
+        "block": ("train_block.py", ALIKE),
+        "mdlm": ("train_mdlm.py", ""),
+        "absorb": ("train_sedd.py", "--val_draws=4"),
+        "uniform": ("train_sedd.py", "--graph=uniform --val_draws=4"),
+    },
+    "weights": {
+        "uniform": ("train_mdlm.py", "--loss_weight=uniform"),
+        "elbo": ("train_mdlm.py", "--loss_weight=elbo"),
+        "uniform_coins": ("train_mdlm.py", f"--loss_weight=uniform {COINS}"),
+        "elbo_coins": ("train_mdlm.py", f"--loss_weight=elbo {COINS}"),
+        "clipped_coins": ("train_mdlm.py", f"--loss_weight=clipped {COINS}"),
+    },
+    "schedules": {
+        **{name: ("train_mdlm.py", f"{COINS} --schedule={name}") for name in SCHEDULES},
+        **{f"{name}_entropy": ("train_mdlm.py", f"{COINS} --schedule={name} --token_entropy=FILE")
+           for name in SCHEDULES},
+        "gpt": ("gpt.py", ""),
+    },
+}
+ERROR = re.compile(r"^(\w+\.py: |(\[rank\d+\]: *)?Traceback )", re.M)  # in a run's output
+POLL = 0.2  # seconds
+
+
+# ----------------------------------------------------------------------------- states
+def is_locked(folder):
+    """Is a run at work there? A shared lock, so that this question holds up nobody."""
+    try:
+        import fcntl
+        with open(folder / "lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (ImportError, OSError):
+        pass  # Windows, or not begun
+    return False
+
+
+def read(path):
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+
+def state(folder):
+    """-> (state, what there is to say of it)"""
+    log, output = read(folder / "log.txt"), read(folder / "output.txt")
+    steps = re.findall(r"^step:(\d+/\d+) ", log, re.M)
+    at = f"step {steps[-1]}" if steps else ""
+    if is_locked(folder):
+        return "running", at
+    if re.search("^done: ", log, re.M):
+        return "done", re.findall(r"^step:\d+/\d+ (val_\S+ bpb:\S+)", log, re.M)[-1]
+    if ERROR.search(output):
+        return "failed", output.strip().splitlines()[-1]
+    return ("stalled", at) if log else ("absent", "")
+
+
+def runs_of(matrix, scale, seeds, out, data="", token_entropy=""):
+    """[(folder, command)], the first seed of all rows before the second."""
+    runs = []
+    for seed in range(seeds):
+        for row, (script, flags) in MATRICES[matrix].items():
+            folder = Path(out, f"{matrix}-{scale}", f"{row}_{seed}")
+            flags = flags.replace("=FILE", f"={token_entropy}").split()
+            runs.append((folder, [str(ROOT / script), f"--data={data}", *SCALES[scale].split(),
+                                  *flags, f"--seed={seed}", f"--out={folder}"]))
+    return runs
+
+
+def needs_work(folder):
+    return state(folder)[0] in ("absent", "stalled")
+
+
+# ----------------------------------------------------------------------------- starting
+def run_here(runs, n_jobs):
+    env = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // n_jobs)), **os.environ}
+    running = []
+    try:
+        for folder, command in runs:
+            while len(running) == n_jobs:
+                time.sleep(POLL)
+                running = [process for process in running if process.poll() is None]
+            if not needs_work(folder):
+                continue
+            print(f"{folder}: {state(folder)[0]}, started", flush=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(folder / "output.txt", "w") as output:
+                running.append(subprocess.Popen([sys.executable, *command, "--resume=1"], env=env,
+                                                stdout=output, stderr=output))
+        for process in running:
+            process.wait()
+    finally:  # after Ctrl-C: they save and end
+        for process in running:
+            process.terminate()
+            process.wait()
+
+
+def ask(*command):
+    done = subprocess.run(command, capture_output=True, text=True)
+    require(done.returncode == 0, f"{command[0]}: {done.stderr}")
+    return done.stdout
+
+
+def submit(runs, limit):
+    queue = ask("squeue", "--me", "--noheader", "--format=%j").split()
+    for folder, command in runs:
+        name = "/".join(folder.parts[-2:])
+        if name in queue or not needs_work(folder):
+            continue
+        if len(queue) >= limit:
+            print(f"{len(queue)} jobs in the queue: call again when there is room")
+            return
+        print(f"{folder}: {state(folder)[0]}, submitted")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "output.txt").unlink(missing_ok=True)
+        ask("sbatch", f"--job-name={name}", f"--output={folder}/output.txt",
+            str(ROOT / "slurm.sh"), *command)
+        queue.append(name)
+
+
+def run(flags):
+    require(not flags.files, f"{' '.join(flags.files)}: flags only, as in --matrix=schedules")
+    require(flags.matrix in MATRICES, f"--matrix={flags.matrix}: there are {', '.join(MATRICES)}")
+    require(flags.scale in SCALES, f"--scale={flags.scale}: there are {', '.join(SCALES)}")
+    where, _, n_jobs = flags.jobs.partition(":")
+    fits = flags.jobs == "slurm" or where == "local" and n_jobs.isdecimal() and int(n_jobs)
+    require(fits, f"--jobs={flags.jobs}: local:N or slurm")
+    runs = runs_of(flags.matrix, flags.scale, flags.seeds, flags.out, flags.data,
+                   flags.token_entropy)
+    if not flags.status:
+        lacks_file = not flags.token_entropy and "=FILE" in str(MATRICES[flags.matrix])
+        require(not lacks_file, "--token_entropy=FILE.npy: make it with study/entropy.py")
+        submit(runs, flags.queue) if where == "slurm" else run_here(runs, int(n_jobs))
+    found = [state(folder) for folder, _ in runs]
+    for (folder, _), (name, detail) in zip(runs, found, strict=True):
+        print(f"{folder.name:24} {name:8} {detail}".rstrip())
+    names = [name for name, _ in found]
+    print(", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names)))
+
+
+def main(argv):
+    run_cli("run.py", run, argv, __doc__, matrix="", scale="tiny", data="books", seeds=3,
+            jobs="local:1", queue=8, status=0, token_entropy="", out="out/study")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
