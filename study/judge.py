@@ -12,13 +12,12 @@ better text.
 
     gen ppl     exp of nats per judge token, pooled; errors over samples, by the delta method
     bits/byte   by the judge: the one figure that compares across tokenizers
-    entropy     of the frequencies of the tokens in a sample, mean over samples, in its own tokens
-    distinct-n  different n-grams / n-grams of a sample, mean over samples; own tokens
+    entropy     of the frequencies of the tokens in a sample, its own; mean over samples
+    distinct-n  different n-grams / n-grams of a sample, mean over samples
     repeated    share of tokens inside a 4-gram that the sample has had before
     retokenized share of judge tokens that are not those written; only with the same tokenizer
-    mauve       --mauve=1: study/mauve.py, on the judge's last features at the last token. Figures
-                of other judges, n, k or c do not compare. The row of real text is the ceiling: two
-                disjoint halves of it. Quote none below n = 2,000
+    mauve       --mauve=1: on the judge's last features at the last token; compares only for equal
+                judge, n, k and c. Real text, two disjoint halves of it, is the ceiling
 
 All samples and real text are cut to --length tokens (0: the longest of the shortest file) and at
 the end of a document (--cut=0 goes on behind it). What becomes shorter than half is counted, and

@@ -6,15 +6,11 @@
     python study/likelihood.py --ckpt=out/train_mdlm --orders=l2r --against=out/gpt
 
 A decoder begins with masks. In each pass its rule picks positions, and their tokens are drawn
-independently of each other. So the probability that it writes a given text is a product over
-passes, of the true tokens at the positions that the rule picks when the text so far is the true
-one. This is exact, needs no samples and no judge, and holds for several tokens a pass. It is a
-likelihood only because the rule sees revealed tokens alone: a rule that looks at the true token
-sums to more than 1 over all texts (a test).
-
-Each rule is a decoder of its own, not a tighter bound of one model. What the NELBO is the mean of
-are random orders with one token a pass, the row "random" (a test, too); with train_sedd only under
---normalized=1, since its NELBO also pays for scores that do not sum to 1.
+independently of each other. So the probability that it writes a text is a product over passes, of
+the true tokens at the positions that the rule picks when the text so far is the true one: exact,
+without samples or a judge, for several tokens a pass, too. It is a likelihood only because the rule
+sees revealed tokens alone. Each rule is a decoder of its own, not a tighter bound of one model. The
+NELBO is the mean over random orders with one token a pass; of train_sedd if --normalized=1.
 
     --orders     l2r, r2l, random[:K] (the mean over K orders) and any order of sample.py that ranks
                  (confidence, entropy, margin..); of gpt.py only l2r. train_block: inside each block
@@ -22,20 +18,20 @@ are random orders with one token a pass, the row "random" (a test, too); with tr
     --threshold  instead of them: one token a pass, and all whose top probability is above it
     --pace       even (default), cosine or cosine2, of the tokens over the steps
     --windows    how many, the first of --split (val) of --data (the run's); 64
-    --start      anywhere (default: windows as evaluation cuts them) or document: windows that begin
-                 at the beginning of a document
+    --start      anywhere (windows as evaluation cuts them) or document (they begin with one)
     --against    a checkpoint of gpt.py: nats per token minus its own, by position in the window
     --draws      of the noise of the NELBO; 8
     --out        FILE.json for all figures; FILE.npz beside it for nats and passes by position
     --script, --device, --dtype (fp32), --seed
 
-Another dtype or device rounds otherwise, which can change an order and so the figure slightly.
-Standard errors are over pairs of neighbouring windows, of differences on the same windows.
+Another dtype or device rounds otherwise, which can change an order. Errors are standard errors over
+pairs of neighbouring windows, of differences on the same windows.
 """
 import dataclasses
 import hashlib
 import json
 import math
+import re
 import sys
 import time
 from pathlib import Path
@@ -73,18 +69,14 @@ def chain_rule(model, cfg, kind, x0, choose, u, steps=None, is_blind=False):
             is_mask = tokens[:, here] == mask_id  # (B, L)
             if not is_mask.any():
                 break
-            state = dict(step=i, steps=steps, u=u[:, here])
-            if is_blind:  # the head has to answer for what is revealed alone
-                no_answers = torch.zeros(int(is_mask.sum()), 1)
-                is_left = choose(no_answers, is_mask, **state)
-                rows = (is_mask & ~is_left).flatten().nonzero()[:, 0]
+            rows, log_p = is_mask.flatten().nonzero()[:, 0], torch.zeros(int(is_mask.sum()), 1)
+            if not is_blind:
                 log_p = reader.read(tokens, start, rows).log_softmax(-1)  # (R, V)
-            else:
-                rows = is_mask.flatten().nonzero()[:, 0]
+            is_left = choose(log_p, is_mask, step=i, steps=steps, u=u[:, here])
+            is_picked = ~is_left.flatten()[rows]
+            rows, log_p = rows[is_picked], log_p[is_picked]
+            if is_blind:  # the head has to answer for what is revealed alone
                 log_p = reader.read(tokens, start, rows).log_softmax(-1)
-                is_left = choose(log_p, is_mask, **state)
-                is_picked = ~is_left.flatten()[rows]
-                rows, log_p = rows[is_picked], log_p[is_picked]
             true = x0[:, here].flatten()[rows]
             is_new = (is_mask & ~is_left).cpu()
             nats[:, here][is_new] = -log_p.gather(1, true[:, None])[:, 0].cpu().double()
@@ -211,30 +203,20 @@ def settings(flags, lm):
         fits = name in known and (not count or name == "random" and count.isdecimal())
         require(fits, f"--orders={order}: {lm.name} has {', '.join(known)}; random takes :K")
     require(lm.graph != "uniform", f"--ckpt={flags.ckpt}: nothing is masked under --graph=uniform")
-    try:
-        steps = [int(x) for x in flags.steps.split(",") if x]
-        thresholds = [float(x) for x in flags.threshold.split(",") if x]
-    except ValueError:
-        raise ValueError(f"--steps={flags.steps} --threshold={flags.threshold}: numbers, with "
-                         "commas") from None
-    ways = [(n, None) for n in steps] + [(None, x) for x in thresholds]
+    fits = re.fullmatch(r"[\d,]* [\d.,]*", f"{flags.steps} {flags.threshold}")
+    require(fits, f"--steps={flags.steps} --threshold={flags.threshold}: numbers, with commas")
+    ways = [(int(x), None) for x in flags.steps.split(",") if x]
+    ways += [(None, float(x)) for x in flags.threshold.split(",") if x]
     return [(order, *way) for order in orders for way in ways or [(None, None)]]
 
 
-def say_estimate(lm, x0, todo):
-    """Print how long it will take, from one pass of one batch."""
-    T, size = x0.size(1), lm.batch_rows(x0.size(1))
-    x = x0[:size].to(lm.device)
-    empty, rows = torch.full_like(x, lm.cfg.vocab_size), torch.arange(x.numel(), device=x.device)
-    L = lm.block_len or T
-    start = time.perf_counter()
-    with torch.no_grad(), lm.amp():
-        sample.Reader(lm.net, lm.cfg, lm.kind, L).read(empty, 0, rows[:len(x) * L])
-    seconds = (time.perf_counter() - start) * -(-len(x0) // size)
+def say_estimate(lm, x0, todo, seconds):
+    """Print how long it will take, if one pass over all windows takes so many seconds."""
+    T, L = x0.size(1), lm.block_len or x0.size(1)
     n_passes = sum(int(order.partition(":")[2] or 1) * min(T, T // L * (steps or L))
                    for order, steps, _ in todo)
-    print(f"{n_passes} passes over {len(x0)} windows of {T} tokens: {n_passes * seconds:.0f} s or "
-          "less", file=sys.stderr)
+    print(f"{n_passes} passes over {len(x0)} windows of {T} tokens: about "
+          f"{n_passes * seconds:.0f} s", file=sys.stderr)
 
 
 def print_table(rows, head):
@@ -279,17 +261,18 @@ def run(flags):
     N, T = x0.shape
     other = flags.against and sample.load(flags.against, **how)
     if other:
-        fits = other.kind == "gpt" and other.tokenizer.table == lm.tokenizer.table
-        require(fits and other.cfg.seq_len >= T, f"--against={flags.against}: not a checkpoint of "
-                f"gpt.py with the same tokens and a context of {T}")
-        fits = ("l2r", None, None) in todo
-        require(fits, "--against: needs --orders=l2r, without --steps and --threshold")
+        fits = (other.kind == "gpt" and other.tokenizer.table == lm.tokenizer.table
+                and other.cfg.seq_len >= T and ("l2r", None, None) in todo)
+        require(fits, f"--against={flags.against}: a gpt.py checkpoint with the same tokens and a "
+                f"context of {T}, beside --orders=l2r without --steps and --threshold")
     print(f"{lm.summary}\n{N} windows of {T} tokens of {data} ({flags.split}), begin: "
           f"{flags.start}, {lm.where}", file=sys.stderr)
+    start = time.perf_counter()
     bound = None if lm.kind == "gpt" else nelbo(lm, x0, flags.draws)
+    seconds = (time.perf_counter() - start) / flags.draws
     rows, arrays, base, bits = [], {}, None, math.log(2) * int(n_bytes.sum())
     if bound is not None:
-        say_estimate(lm, x0, todo)
+        say_estimate(lm, x0, todo, seconds)
         arrays["nelbo"] = bound.numpy()
         rows.append(dict(order="NELBO", steps=None, threshold=None, nfe=None,
                          nats=mean_and_error(bound), bpb=bound.sum().item() * T / bits))

@@ -4,19 +4,18 @@
     python study/run.py --matrix=schedules --token_entropy=books.npy --jobs=slurm --queue=8
     python study/run.py --matrix=schedules --status=1
 
-A matrix names scripts and flags; each row is run with --seeds=3 seeds, in --out (out/study), folder
-MATRIX-SCALE/ROW_SEED. How far a run is, is read from its folder alone:
+Each row of a matrix, a script with flags, is run with --seeds=3 seeds in a folder
+OUT/MATRIX-SCALE/ROW_SEED (OUT is out/study), from which alone is read how far it is:
 
     absent   not begun
     running  its lock is held
     stalled  neither locked nor done: killed, or out of time
-    failed   its output.txt ends with an error; mend it and delete that file to try again
-    done     the last evaluation is in log.txt
+    failed   there is an error in output.txt; delete that file to try again
+    done     log.txt says so
 
-The same command again begins what is absent and resumes what has stalled, and touches nothing else.
---jobs=local:N keeps N runs going on this machine; Ctrl-C saves and ends them. --jobs=slurm submits
-slurm.sh, which queues itself again until a run is done, as long as fewer than --queue jobs of yours
-are in the queue, and leaves; call it again when there is room. study/table.py makes the table.
+The same command again begins what is absent, resumes what has stalled, and touches nothing else.
+--jobs=local:N keeps N runs going here; Ctrl-C saves and ends them. --jobs=slurm submits slurm.sh,
+which queues itself again until a run is done, until --queue jobs of yours are in the queue.
 """
 import os
 import re
@@ -38,8 +37,7 @@ SCALES = {  # 0.8M, 25M and 3.3B training tokens
     "124m": "--seq_len=1024 --n_layer=12 --n_head=6 --n_embd=768 --batch_tokens=131072 "
             "--micro_batch=16 --steps=25000 --eval_every=1000 --shuffle=1",
 }
-# Network and optimizer of train_block as those of the other scripts.
-ALIKE = "--value_residual=0 --muon_beta2=0"
+ALIKE = "--value_residual=0 --muon_beta2=0"  # train_block's network as that of the others
 COINS = "--estimator=bernoulli"
 SCHEDULES = ("linear", "cosine", "loglinear", "sqrt", "clipped_cosine", "sigmoid")
 MATRICES = {  # row -> script, flags; the first row is what the table compares with
@@ -65,7 +63,7 @@ MATRICES = {  # row -> script, flags; the first row is what the table compares w
     },
 }
 ERROR = re.compile(r"^(\w+\.py: |(\[rank\d+\]: *)?Traceback )", re.M)  # in a run's output
-POLL = 0.2  # seconds
+TO_DO = "absent", "stalled"
 
 
 # ----------------------------------------------------------------------------- states
@@ -75,10 +73,8 @@ def is_locked(folder):
         import fcntl
         with open(folder / "lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except (ImportError, OSError):
-        pass  # Windows, or not begun
+    except (ImportError, OSError) as e:  # Windows, or not begun
+        return isinstance(e, BlockingIOError)
     return False
 
 
@@ -112,10 +108,6 @@ def runs_of(matrix, scale, seeds, out, data="", token_entropy=""):
     return runs
 
 
-def needs_work(folder):
-    return state(folder)[0] in ("absent", "stalled")
-
-
 # ----------------------------------------------------------------------------- starting
 def run_here(runs, n_jobs):
     env = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // n_jobs)), **os.environ}
@@ -123,11 +115,12 @@ def run_here(runs, n_jobs):
     try:
         for folder, command in runs:
             while len(running) == n_jobs:
-                time.sleep(POLL)
+                time.sleep(0.2)
                 running = [process for process in running if process.poll() is None]
-            if not needs_work(folder):
+            how_far, _ = state(folder)
+            if how_far not in TO_DO:
                 continue
-            print(f"{folder}: {state(folder)[0]}, started", flush=True)
+            print(f"{folder}: {how_far}, started", flush=True)
             folder.mkdir(parents=True, exist_ok=True)
             with open(folder / "output.txt", "w") as output:
                 running.append(subprocess.Popen([sys.executable, *command, "--resume=1"], env=env,
@@ -150,12 +143,13 @@ def submit(runs, limit):
     queue = ask("squeue", "--me", "--noheader", "--format=%j").split()
     for folder, command in runs:
         name = "/".join(folder.parts[-2:])
-        if name in queue or not needs_work(folder):
+        how_far, _ = state(folder)
+        if name in queue or how_far not in TO_DO:
             continue
         if len(queue) >= limit:
             print(f"{len(queue)} jobs in the queue: call again when there is room")
             return
-        print(f"{folder}: {state(folder)[0]}, submitted")
+        print(f"{folder}: {how_far}, submitted")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "output.txt").unlink(missing_ok=True)
         ask("sbatch", f"--job-name={name}", f"--output={folder}/output.txt",
@@ -167,15 +161,17 @@ def run(flags):
     require(not flags.files, f"{' '.join(flags.files)}: flags only, as in --matrix=schedules")
     require(flags.matrix in MATRICES, f"--matrix={flags.matrix}: there are {', '.join(MATRICES)}")
     require(flags.scale in SCALES, f"--scale={flags.scale}: there are {', '.join(SCALES)}")
-    where, _, n_jobs = flags.jobs.partition(":")
-    fits = flags.jobs == "slurm" or where == "local" and n_jobs.isdecimal() and int(n_jobs)
-    require(fits, f"--jobs={flags.jobs}: local:N or slurm")
+    require(re.fullmatch(r"slurm|local:[1-9]\d*", flags.jobs),
+            f"--jobs={flags.jobs}: local:N or slurm")
     runs = runs_of(flags.matrix, flags.scale, flags.seeds, flags.out, flags.data,
                    flags.token_entropy)
     if not flags.status:
         lacks_file = not flags.token_entropy and "=FILE" in str(MATRICES[flags.matrix])
         require(not lacks_file, "--token_entropy=FILE.npy: make it with study/entropy.py")
-        submit(runs, flags.queue) if where == "slurm" else run_here(runs, int(n_jobs))
+        if flags.jobs == "slurm":
+            submit(runs, flags.queue)
+        else:
+            run_here(runs, int(flags.jobs.removeprefix("local:")))
     found = [state(folder) for folder, _ in runs]
     for (folder, _), (name, detail) in zip(runs, found, strict=True):
         print(f"{folder.name:24} {name:8} {detail}".rstrip())

@@ -4,16 +4,16 @@
     python study/table.py out/study/objectives-tiny --judge=judge.json --zeroshot=zeroshot.json
     python study/table.py study/results/*.json            # the tables of these files, once more
 
-A folder is one that study/run.py has filled, ROW_SEED for every run. The first row of its matrix,
-or --first=ROW, is what the others are compared with, window by window (records/compare.py).
+A folder is one that study/run.py has filled. The first row of its matrix, or --first=ROW, is what
+the others are compared with, window by window (records/compare.py).
 
     nats per token  <= a bound; mean +- standard error over pairs of windows; sd over seeds
     minus ROW       mean difference +- its error over pairs of windows / over seeds
-    **bold**        the lowest, if it is below every other row by more than 2 errors, of windows and
-                    of seeds; a bound competes with bounds only
-    gen ppl..       of the rows of --judge and --zeroshot that are named ROW or ROW_SEED, their mean
+    **bold**        below every other row by more than 2 errors, of windows and of seeds; a bound
+                    competes with bounds
+    gen ppl..       mean of the rows of --judge and --zeroshot that are named ROW or ROW_SEED
 
-Runs that are not done are left out and named below. What is not known is -.
+Runs that are not done are left out, and named below. What is not known is -.
 """
 import json
 import re
@@ -44,9 +44,8 @@ def difference(runs, first):
 
 
 def is_best(runs, others):
-    """Below each of the others by more than two errors?"""
-    pairs = [difference(runs, other) for other in others]
-    return bool(pairs) and all(-mean > 2 * max(errors) for mean, *errors in pairs)
+    found = [difference(runs, other) for other in others]
+    return bool(found) and all(-mean > 2 * max(errors) for mean, *errors in found)
 
 
 def read_folder(folder):
@@ -68,74 +67,58 @@ def read_folder(folder):
 
 
 def read_extra(path):
-    """Name -> the columns of that row of a JSON of judge.py or zeroshot.py"""
+    """A JSON of judge.py or zeroshot.py -> {name of a row: its columns}"""
     rows = json.loads(Path(path).read_text())["rows"] if path else []
     return {row.get("name", row.get("text")): {
         key: row[key][0] if isinstance(row[key], list) else row[key] for key in EXTRA if key in row
     } for row in rows}
 
 
-def make_row(name, runs, rows, first):
-    if not runs:
-        return dict(name=name, seeds=[])
-    log, pairs, by_seed = runs[0].log, compare.over_windows(runs), compare.over_seeds(runs)
-    rivals = [other for key, other in rows.items()
-              if key != name and other and other[0].is_exact == runs[0].is_exact]
-    return dict(
-        name=name, script=check.objective_of(log.config), seeds=[run.seed for run in runs],
-        nats=[pairs.mean(), compare.standard_error(pairs)], by_seed=by_seed.tolist(),
-        is_bound=not runs[0].is_exact, is_best=is_best(runs, rivals),
-        bpb=float(np.mean([run.bpb for run in runs])),
-        difference=difference(runs, first) if first and runs is not first else None,
-        tokens=log.trained, parameters=float(log.parameters), mflop=log.mflop,
-        minutes=float(np.mean([run.log.seconds for run in runs])) / 60)
-
-
 def study(folder, flags):
     """A folder of runs -> the JSON of its table"""
-    rows, left_out = read_folder(folder)
-    name = flags.first or next((key for key, runs in rows.items() if runs), "")
-    require(rows.get(name), f"{folder}: no finished run for --first={name}")
-    on = rows[name][0].evaluated_on
-    for run in (run for runs in rows.values() for run in runs):
-        require(run.evaluated_on == on, f"{run.log.name}: evaluated on {run.evaluated_on}, "
-                f"{name} on {on}")
-    table = [make_row(key, runs, rows, rows[name]) for key, runs in rows.items()]
-    extras = read_extra(flags.judge) | read_extra(flags.zeroshot)
-    for row in table:
-        names = [row["name"], *(f"{row['name']}_{seed}" for seed in row["seeds"])]
-        given = [extras[key] for key in names if key in extras]
-        for key in EXTRA:
-            values = [extra[key] for extra in given if key in extra]
-            row |= {key: float(np.mean(values))} if values else {}
-    about = dict(program="table", folder=folder.name, first=name, left_out=left_out, **on)
-    return dict(about=about, rows=table)
-
-
-def cells(row, extra):
-    if not row["seeds"]:
-        return [row["name"], *["-"] * (8 + len(extra))]
-    nats, star = "{:.4f} ± {:.4f}".format(*row["nats"]), "**" * row["is_best"]
-    spread = f", sd {np.std(row['by_seed'], ddof=1):.4f}" if len(row["seeds"]) > 1 else ""
-    difference = "-"
-    if row["difference"]:
-        mean, *errors = row["difference"]
-        difference = f"{mean:+.4f} ± " + " / ".join(f"{x:.4f}" for x in errors)
-    return [row["name"], row["script"], f"{star}{'≤ ' * row['is_bound']}{nats}{star}",
-            f"{len(row['seeds'])}{spread}", f"{row['bpb']:.4f}", difference,
-            f"{row['tokens']:,}", f"{row['parameters']:.2f}M", f"{row['minutes']:.1f}",
-            *(f"{row[key]:.3f}" if key in row else "-" for key in extra)]
+    found, left_out = read_folder(folder)
+    first = flags.first or next((name for name, runs in found.items() if runs), "")
+    require(found.get(first), f"{folder}: no finished run for --first={first}")
+    on, extras = found[first][0].evaluated_on, read_extra(flags.judge) | read_extra(flags.zeroshot)
+    rows = []
+    for name, runs in found.items():
+        for run in runs:
+            require(run.evaluated_on == on, f"{run.log.name}: evaluated on {run.evaluated_on}, "
+                    f"{first} on {on}")
+        rows.append(dict(name=name, seeds=[run.seed for run in runs]))
+        if not runs:
+            continue
+        rivals = [others for key, others in found.items()
+                  if key != name and others and others[0].is_exact == runs[0].is_exact]
+        pairs, names = compare.over_windows(runs), [name, *(f"{name}_{run.seed}" for run in runs)]
+        given = [extras[x] for x in names if x in extras]
+        columns = {key: [x[key] for x in given if key in x] for key in EXTRA}
+        rows[-1] |= dict(
+            cells=compare.cells(name, runs, found[first]), is_best=is_best(runs, rivals),
+            nats=[pairs.mean(), compare.standard_error(pairs)], is_bound=not runs[0].is_exact,
+            by_seed=compare.over_seeds(runs).tolist(),
+            difference=difference(runs, found[first]) if name != first else None,
+            minutes=float(np.mean([run.log.seconds for run in runs])) / 60,
+            **{key: float(np.mean(values)) for key, values in columns.items() if values})
+    return dict(about=dict(program="table", folder=folder.name, first=first, left_out=left_out,
+                           **on), rows=rows)
 
 
 def print_study(done):
-    about, rows = done["about"], done["rows"]
-    extra = [key for key in EXTRA if any(key in row for row in rows)]
-    likelihood.print_table(
-        [cells(row, extra) for row in rows],
-        ["run", "script", "nats per token", "seeds", "bits per byte", f"minus {about['first']}",
-         "training tokens", "parameters", "minutes", *(EXTRA[key] for key in extra)])
-    print(f"\n{about['data']}, {about['split']}: {about['tokens']:,} tokens, {about['bytes']:,} "
-          f"bytes, windows of {about['seq_len']}.")
+    about, table = done["about"], []
+    extra = [key for key in EXTRA if any(key in row for row in done["rows"])]
+    for row in done["rows"]:
+        cells = row.get("cells", [row["name"], *[""] * 8])
+        if row.get("is_best"):
+            cells[6] = f"**{cells[6]}**"
+        cells += [f"{row[key]:.3f}" if key in row else "" for key in ("minutes", *extra)]
+        table.append([cell or "-" for cell in cells])
+    likelihood.print_table(table, [
+        "run", "script", "parameters", "training tokens", "MFLOP per token", "seeds",
+        "nats per token", "bits per byte", f"minus {about['first']}", "minutes",
+        *(EXTRA[key] for key in extra)])
+    print("\n{data}, {split}: {tokens:,} tokens, {bytes:,} bytes, windows of {seq_len}.".format(
+        **about))
     if about["left_out"]:
         print(f"Left out: {', '.join(about['left_out'])}.")
 
@@ -143,10 +126,12 @@ def print_study(done):
 def run(flags):
     require(flags.files, "name a folder of runs, or the JSON files of tables")
     for path in map(Path, flags.files):
-        is_table = path.suffix == ".json"
-        done = json.loads(path.read_text()) if is_table else study(path, flags)
-        if flags.out and not is_table:
-            Path(flags.out).write_text(json.dumps(done, indent=1) + "\n")
+        if path.suffix == ".json":
+            done = json.loads(path.read_text())
+        else:
+            done = study(path, flags)
+            if flags.out:
+                Path(flags.out).write_text(json.dumps(done, indent=1) + "\n")
         program = done["about"].get("program")
         require(program in PRINT, f"{path}: not written by a program of study/")
         print(f"### {path.stem}\n")

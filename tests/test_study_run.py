@@ -181,11 +181,13 @@ def test_plots_hold_what_the_files_say(finished, tmp_path):
             ("gap", "a", {"a: here": [[0, 1, 2], [0, 0.1, 0.3]],
                           "a: mean up to here": [[0, 1, 2], [0.2] * 3]}),
             ("frontier", "j", {"mdlm": [[2, 2.5], [4, 6]], "real text": [[3], [5]]})):
-        made = points(plot.draw(*plot.KINDS[kind]([f"{tmp_path}/{file}.json"], None)))
+        curves = plot.KINDS[kind]([f"{tmp_path}/{file}.json"], None)
+        made = points(plot.draw(*curves, f"{tmp_path}/a.svg"))
         assert made.keys() == want.keys()
         assert all(np.allclose(made[name], want[name]) for name in want), made
     flags = types.SimpleNamespace(x="tokens")
-    made = points(plot.draw(*plot.loss([finished / "mdlm_0"], flags)))["mdlm_0"]
+    curves = plot.loss([finished / "mdlm_0"], flags)
+    made = points(plot.draw(*curves, f"{tmp_path}/a.png"))["mdlm_0"]
     logged = [line for line in runs.log(finished / "mdlm_0") if "loss" in line]
     assert made == [[line["step"] * runs.ROWS * runs.SEQ_LEN for line in logged],
                     [line["loss"] for line in logged]]
@@ -196,11 +198,11 @@ def test_plots_hold_what_the_files_say(finished, tmp_path):
 
 def test_every_schedule_has_all_of_the_loss():
     """Between its least and its greatest masked fraction; linear: 2 x."""
-    curves = {curve.label: curve for curve in plot.density([], None)[0]}
+    curves = {curve["label"]: curve for curve in plot.density([], None)[0]}
     for name in run.SCHEDULES:
         curve = curves[name]
-        assert np.trapezoid(curve.y, curve.x) == pytest.approx(1, abs=0.05), name
-    assert np.allclose(curves["linear"].y, 2 * np.array(curves["linear"].x), atol=1e-4)
+        assert np.trapezoid(curve["y"], curve["x"]) == pytest.approx(1, abs=0.05), name
+    assert np.allclose(curves["linear"]["y"], 2 * curves["linear"]["x"], atol=1e-4)
 
 
 # ----------------------------------------------------------------------------- zero-shot
