@@ -7,11 +7,10 @@ training text. The entropy of a token id is the mean, over the places where it s
 entropy of the judge's prediction there; --what=surprisal: of -log p(token). Ids that occur fewer
 than --min_count (10) times are taken for average ones.
 
-Training masks a token more often by a factor of 2 - entropy / unit, between .5 and 1.5. Taken over
-the vocabulary, the unit is the entropy of rare tokens, and the text is masked more than its
-schedule says: a second thing that changes. So FILE.npy (V,) float32 is in the unit that makes the
-mean factor over the text exactly 1, clamps included. FILE.json has that unit in nats, the mean
-factors, and how much of vocabulary and text has been counted.
+Training masks a token more often by a factor of 2 - entropy / unit, between .5 and 1.5. With the
+mean over the vocabulary as unit the text is masked more than its schedule says. FILE.npy (V,)
+float32 is in the unit that makes the mean factor over the text exactly 1, clamps included.
+FILE.json has that unit in nats, the mean factors, and how much has been counted.
 """
 import json
 import sys

@@ -5,24 +5,21 @@
         --threshold=.5,.9
     python study/likelihood.py --ckpt=out/train_mdlm --orders=l2r --against=out/gpt
 
-A decoder begins with masks. In each pass its rule picks positions, and their tokens are drawn
-independently of each other. So the probability that it writes a text is a product over passes, of
-the true tokens at the positions that the rule picks when the text so far is the true one: exact,
-without samples or a judge, for several tokens a pass, too. It is a likelihood only because the rule
-sees revealed tokens alone. Each rule is a decoder of its own, not a tighter bound of one model. The
-NELBO is the mean over random orders with one token a pass; of train_sedd if --normalized=1.
+A decoder begins with masks. In each pass its rule picks positions, whose tokens are drawn
+independently. So the probability that it writes a text is a product over passes, of the true tokens
+at the positions that the rule picks when the text so far is the true one: exact, without samples or
+a judge, for several tokens a pass, too. Each rule is a decoder of its own, not a tighter bound of
+one model. The NELBO is the mean over random orders, one token a pass (train_sedd: --normalized=1).
 
     --orders     l2r, r2l, random[:K] (the mean over K orders) and any order of sample.py that ranks
                  (confidence, entropy, margin..); of gpt.py only l2r. train_block: inside each block
     --steps      passes, of train_block in each block, with commas; without it one token a pass
     --threshold  instead of them: one token a pass, and all whose top probability is above it
-    --pace       even (default), cosine or cosine2, of the tokens over the steps
     --windows    how many, the first of --split (val) of --data (the run's); 64
     --start      anywhere (windows as evaluation cuts them) or document (they begin with one)
     --against    a checkpoint of gpt.py: nats per token minus its own, by position in the window
     --draws      of the noise of the NELBO; 8
     --out        FILE.json for all figures; FILE.npz beside it for nats and passes by position
-    --script, --device, --dtype (fp32), --seed
 
 Another dtype or device rounds otherwise, which can change an order. Errors are standard errors over
 pairs of neighbouring windows, of differences on the same windows.
@@ -86,7 +83,7 @@ def chain_rule(model, cfg, kind, x0, choose, u, steps=None, is_blind=False):
     return nats, when
 
 
-def make_rule(order, shape, gen, threshold=None, pace="even"):
+def make_rule(order, shape, gen, threshold=None):
     """An order -> (choose, u (N, T) float64), as sample.py would use it. l2r and r2l are its random
     order with numbers that are not random."""
     u = torch.rand(shape, generator=gen, dtype=torch.float64)
@@ -94,16 +91,16 @@ def make_rule(order, shape, gen, threshold=None, pace="even"):
         u = torch.arange(shape[1], dtype=torch.float64).expand(shape) / shape[1]
         u = 1 - u if order == "l2r" else u
     name = "random" if order in BLIND else order
-    return sample.ordered(name, threshold, pace), u
+    return sample.ordered(name, threshold), u
 
 
-def decoder_nats(lm, x0, order, steps=None, threshold=None, pace="even", seed=0):
+def decoder_nats(lm, x0, order, steps=None, threshold=None, seed=0):
     """x0 (N, T) -> nats (N, T), which pass revealed each token (N, T), how many there were (N,);
     each a mean over the K orders of random:K"""
     order, _, count = order.partition(":")
     parts, gen = [], torch.Generator().manual_seed(seed)
     for _ in range(int(count or 1)):
-        choose, u = make_rule(order, x0.shape, gen, threshold, pace)
+        choose, u = make_rule(order, x0.shape, gen, threshold)
         is_blind, found = order in BLIND and threshold is None, []
         for rows in torch.arange(len(x0)).split(lm.batch_rows(x0.size(1))):
             with lm.amp():
@@ -230,26 +227,32 @@ def digest(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def shown(pair):
-    return "" if pair is None else f"{pair[0]:.4f} ± {pair[1]:.4f}"
+def finish(done, print_rows, out):
+    """Print the tables of what a program has found, and write it to --out"""
+    print_rows(done)
+    if out:
+        Path(out).write_text(json.dumps(done, indent=1) + "\n")
+
+
+def shown(pair, digits=4, star=""):
+    return "" if pair is None else f"{pair[0]:.{digits}f}{star} ± {pair[1]:.{digits}f}"
 
 
 def print_rows(done):
     """The tables of what --out writes"""
-    table = []
-    for row in done["rows"]:
-        nfe = f"{row['nfe']:.1f}" if row["nfe"] else ""
-        table.append([row["order"], str(row["steps"] or ""), str(row["threshold"] or ""), nfe,
-                      shown(row["nats"]), f"{row['bpb']:.4f}", shown(row.get("minus_nelbo")),
-                      shown(row.get("minus_l2r"))])
-    print_table(table, ["order", "steps", "threshold", "NFE a window", "nats per token",
-                        "bits per byte", "minus NELBO", "minus l2r"])
+    print_table([
+        [row["order"], str(row["steps"] or ""), str(row["threshold"] or ""),
+         f"{row['nfe']:.1f}" if row["nfe"] else "", shown(row["nats"]), f"{row['bpb']:.4f}",
+         shown(row.get("minus_nelbo")), shown(row.get("minus_l2r"))] for row in done["rows"]],
+        ["order", "steps", "threshold", "NFE a window", "nats per token", "bits per byte",
+         "minus NELBO", "minus l2r"])
     if done["gap"]:
         print(f"\nl2r minus {done['about']['against']}, nats per token:\n")
-        print_table([[f"{g['first']}-{g['last']}", f"{g['gap']:+.4f} ± {g['se']:.4f}",
-                      "" if g["bpb"] is None else f"{g['bpb']:+.4f}", f"{g['cumulative']:+.4f}",
-                      f"{g['tail']:+.4f}"] for g in done["gap"]],
-                    ["positions", "gap here", "bits per byte", "up to here", "from here on"])
+        print_table([
+            [f"{g['first']}-{g['last']}", shown((g["gap"], g["se"])), str(g["bpb"] and
+             round(g["bpb"], 4)), f"{g['cumulative']:.4f}", f"{g['tail']:.4f}"]
+            for g in done["gap"]],
+            ["positions", "gap here", "bits per byte", "up to here", "from here on"])
 
 
 def run(flags):
@@ -281,7 +284,7 @@ def run(flags):
             nats, when = causal_nats(lm, x0), torch.arange(1.0, T + 1).expand(N, T)
             nfe = when[:, -1]
         else:
-            nats, when, nfe = decoder_nats(lm, x0, order, steps, threshold, flags.pace, flags.seed)
+            nats, when, nfe = decoder_nats(lm, x0, order, steps, threshold, flags.seed)
         name = f"{order} {steps or ''}{threshold or ''}".strip()
         arrays |= {f"{name} nats": nats.float().numpy(), f"{name} pass": when.float().numpy()}
         mean = nats.mean(1)
@@ -299,16 +302,14 @@ def run(flags):
     done = dict(about=dict(vars(flags), program="likelihood", checkpoint=digest(lm.path),
                            script=lm.name, data=data, windows=N, seq_len=T, where=lm.where,
                            torch=torch.__version__), rows=rows, gap=gap)
-    print_rows(done)
+    finish(done, print_rows, flags.out)
     if flags.out:
-        path = Path(flags.out)
-        path.write_text(json.dumps(done, indent=1) + "\n")
-        np.savez_compressed(path.with_suffix(".npz"), **arrays)
+        np.savez_compressed(Path(flags.out).with_suffix(".npz"), **arrays)
 
 
 def main(argv):
     run_cli("likelihood.py", run, argv, __doc__, ckpt="", script="", orders="l2r,confidence,random",
-            steps="", threshold="", pace="even", windows=64, data="", split="val", start="anywhere",
+            steps="", threshold="", windows=64, data="", split="val", start="anywhere",
             against="", draws=8, seed=0, out="", device="auto", dtype="fp32")
 
 

@@ -78,16 +78,14 @@ def is_locked(folder):
     return False
 
 
-def read(path):
-    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-
-
 def state(folder):
     """-> (state, what there is to say of it)"""
-    log, output = read(folder / "log.txt"), read(folder / "output.txt")
+    locked = is_locked(folder)  # asked first: a run may end while its log is read
+    log, output = (path.read_text(errors="replace") if path.exists() else ""
+                   for path in (folder / "log.txt", folder / "output.txt"))
     steps = re.findall(r"^step:(\d+/\d+) ", log, re.M)
     at = f"step {steps[-1]}" if steps else ""
-    if is_locked(folder):
+    if locked:
         return "running", at
     if re.search("^done: ", log, re.M):
         return "done", re.findall(r"^step:\d+/\d+ (val_\S+ bpb:\S+)", log, re.M)[-1]
@@ -123,13 +121,10 @@ def run_here(runs, n_jobs):
             print(f"{folder}: {how_far}, started", flush=True)
             folder.mkdir(parents=True, exist_ok=True)
             with open(folder / "output.txt", "w") as output:
-                running.append(subprocess.Popen([sys.executable, *command, "--resume=1"], env=env,
-                                                stdout=output, stderr=output))
+                running.append(subprocess.Popen([sys.executable, *command, "--resume=1"],
+                                                stdout=output, stderr=output, env=env))
+    finally:  # after Ctrl-C, too, which makes them save and end
         for process in running:
-            process.wait()
-    finally:  # after Ctrl-C: they save and end
-        for process in running:
-            process.terminate()
             process.wait()
 
 

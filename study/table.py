@@ -4,16 +4,11 @@
     python study/table.py out/study/objectives-tiny --judge=judge.json --zeroshot=zeroshot.json
     python study/table.py study/results/*.json            # the tables of these files, once more
 
-A folder is one that study/run.py has filled. The first row of its matrix, or --first=ROW, is what
-the others are compared with, window by window (records/compare.py).
-
-    nats per token  <= a bound; mean +- standard error over pairs of windows; sd over seeds
-    minus ROW       mean difference +- its error over pairs of windows / over seeds
-    **bold**        below every other row by more than 2 errors, of windows and of seeds; a bound
-                    competes with bounds
-    gen ppl..       mean of the rows of --judge and --zeroshot that are named ROW or ROW_SEED
-
-Runs that are not done are left out, and named below. What is not known is -.
+A folder is one that study/run.py has filled. The columns are those of records/compare.py; what the
+others are compared with is the first row of the matrix, or --first=ROW. Further columns are the
+means of the rows of --judge and --zeroshot that are named ROW or ROW_SEED. **Bold** is below every
+other row by more than 2 errors, of windows and of seeds; a bound competes with bounds. Runs that
+are not done are left out, and named below. What is not known is -.
 """
 import json
 import re
@@ -26,7 +21,6 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "records")]
 
-import check  # noqa: E402
 import compare  # noqa: E402
 
 from study import judge, likelihood, zeroshot  # noqa: E402
@@ -51,19 +45,15 @@ def is_best(runs, others):
 def read_folder(folder):
     """-> {row: its finished runs}, in the order of the matrix; [what is left out]"""
     found, left_out = defaultdict(list), []
-    names = list(MATRICES.get(folder.name.rpartition("-")[0], ()))
-    paths = [path for path in folder.iterdir() if re.fullmatch(r".+_\d+", path.name)]
-    for path in sorted(paths, key=lambda path: int(path.name.rpartition("_")[2])):
+    for path in sorted(folder.glob("*_*")):
         how_far, detail = state(path)
         if how_far == "done":
-            found[path.name.rpartition("_")[0]].append(compare.read_run(path))
+            found[path.name.rpartition("_")[0]].append(str(path))
         else:
             left_out.append(f"{path.name} ({how_far} {detail}".rstrip() + ")")
-    names += sorted(found.keys() - set(names))
-    for runs in found.values():
-        for run in runs[1:]:
-            check.check_same_recipe(run.log, runs[0].log)
-    return {name: found[name] for name in names}, left_out
+    names = {**MATRICES.get(folder.name.rpartition("-")[0], {}), **found}
+    return {name: compare.read_row(f"{name}={','.join(found[name])}")[1] if name in found else []
+            for name in names}, left_out
 
 
 def read_extra(path):
@@ -104,11 +94,11 @@ def study(folder, flags):
                            **on), rows=rows)
 
 
-def print_study(done):
+def print_rows(done):
     about, table = done["about"], []
     extra = [key for key in EXTRA if any(key in row for row in done["rows"])]
     for row in done["rows"]:
-        cells = row.get("cells", [row["name"], *[""] * 8])
+        cells = [*row.get("cells", [row["name"], *[""] * 8])]
         if row.get("is_best"):
             cells[6] = f"**{cells[6]}**"
         cells += [f"{row[key]:.3f}" if key in row else "" for key in ("minutes", *extra)]
@@ -123,6 +113,10 @@ def print_study(done):
         print(f"Left out: {', '.join(about['left_out'])}.")
 
 
+PRINT = {"table": print_rows, "judge": judge.print_rows, "zeroshot": zeroshot.print_rows,
+         "likelihood": likelihood.print_rows}
+
+
 def run(flags):
     require(flags.files, "name a folder of runs, or the JSON files of tables")
     for path in map(Path, flags.files):
@@ -130,18 +124,11 @@ def run(flags):
             done = json.loads(path.read_text())
         else:
             done = study(path, flags)
-            if flags.out:
-                Path(flags.out).write_text(json.dumps(done, indent=1) + "\n")
-        program = done["about"].get("program")
+        program = done.get("about", {}).get("program")
         require(program in PRINT, f"{path}: not written by a program of study/")
         print(f"### {path.stem}\n")
-        PRINT[program](done)
+        likelihood.finish(done, PRINT[program], path.suffix != ".json" and flags.out)
         print()
-
-
-PRINT = {"table": print_study, "judge": lambda done: judge.print_rows(done["rows"]),
-         "likelihood": likelihood.print_rows, "zeroshot": lambda done: zeroshot.print_rows(
-             done["rows"])}
 
 
 def main(argv):

@@ -3,23 +3,18 @@
     python study/zeroshot.py wikitext2 --ckpt=out/train_mdlm,out/gpt --out=zeroshot.json
     python study/zeroshot.py wikitext2 --input=wiki.test.raw --ckpt=out/gpt     # a file at hand
 
-    wikitext2, wikitext103  (raw) an article, from a line "= Title =" to the next, is a document
-    ptb                     the file is one document
-    lambada, lm1b           every line, or row of JSON, is a document
+In wikitext2 and wikitext103 (raw) an article, from one line "= Title =" to the next, is a document;
+in ptb the file; in lambada and lm1b every line or row. All are split into words, with spaces before
+commas, which is undone as well as rules do it (--raw=1 leaves it). Documents begin with the
+checkpoint's bos_id and are cut into windows, which its script evaluates as always. Printed:
 
-The usual files are split into words, with spaces before commas. That is undone as well as rules do
-it, since no other text looks so (--raw=1 leaves it). Documents begin with the checkpoint's bos_id
-and are cut into windows of its context; its script evaluates them as always. Printed:
+    nats/token, ppl  of the checkpoint's tokens: compare among equal tokenizers
+    ppl_word         exp(nats of the text / words of the original file, between white space):
+                     compares across tokenizers. Other counts of WikiText add a word for every line
+    bits/byte        nats of the text / ln 2 / bytes of the text that was read
 
-    nats/token   of the checkpoint's tokens, and its error over pairs of windows
-    ppl          exp of that; compares only among equal tokenizers
-    ppl_word     exp(nats of the text / words of the original file, between white space): compares
-                 across tokenizers. The usual count of WikiText adds a word for every line
-    bits/byte    nats of the text / ln 2 / bytes of the text that was read
-
-Tokens that fill no whole window are not read; nats of the text are nats per token times all tokens.
-Published figures differ by what is a document, by tokens that begin or end it, and by the rules.
---split=test (default) or validation; --tokens=N: no more than that; --draws of the bound's noise.
+The nats of the text are nats per token times all tokens; the last ones that fill no window are not
+read. --split=test or validation; --tokens=N: no more than that; --draws of the bound's noise.
 """
 import argparse
 import json
@@ -36,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 import prepare_data  # noqa: E402
 from study.golf import bound, open_checkpoint, require, run_cli  # noqa: E402
-from study.likelihood import digest, mean_and_error, print_table  # noqa: E402
+from study.likelihood import digest, finish, mean_and_error, print_table  # noqa: E402
 
 CONVERTED = "refs/convert/parquet"  # where the hub keeps what was a program once
 SOURCES = {  # data set of the hub, configuration, field, revision
@@ -128,11 +123,14 @@ def evaluate(name, texts, n_words, flags):
                 words=n_words, **size)
 
 
-def print_rows(rows):
+def print_rows(done):
+    about = done["about"]
+    print(f"{about['files'][0]}, {about['input'] or about['split']}, "
+          f"{'as in the file' if about['raw'] else 'detokenized'}\n")
     table = [[row["name"], row["script"],
               f"{'≤ ' * row['is_bound']}{row['nats'][0]:.4f} ± {row['nats'][1]:.4f}",
               f"{row['ppl']:.3f}", f"{row['ppl_word']:.1f}", f"{row['bpb']:.4f}",
-              *(f"{row[key]:,}" for key in COUNTS)] for row in rows]
+              *(f"{row[key]:,}" for key in COUNTS)] for row in done["rows"]]
     print_table(table, ["run", "script", "nats/token", "ppl", "ppl_word", "bits/byte", *COUNTS])
 
 
@@ -145,12 +143,7 @@ def run(flags):
     require(texts, f"--input={flags.input}: no text in it")
     n_words = sum(len(line.split()) for line in lines)
     rows = [evaluate(name, texts, n_words, flags) for name in flags.ckpt.split(",")]
-    as_is = "as in the file" if flags.raw else "detokenized"
-    print(f"{source}, {flags.input or flags.split}, {as_is}\n")
-    print_rows(rows)
-    if flags.out:
-        about = dict(vars(flags), program="zeroshot")
-        Path(flags.out).write_text(json.dumps(dict(about=about, rows=rows), indent=1) + "\n")
+    finish(dict(about=dict(vars(flags), program="zeroshot"), rows=rows), print_rows, flags.out)
 
 
 def main(argv):
