@@ -1,13 +1,11 @@
 """How good are samples? Generative perplexity, always beside entropy, repetition and real text.
 
     python sample.py --ckpt=out/train_mdlm --n=64 --length=256 --save=mdlm.jsonl
-    python study/judge.py mdlm.jsonl block.jsonl --reference=books --judge=out/gpt
-    python study/judge.py *.jsonl --reference=openwebtext --judge=gpt2-large --mauve=1
+    python study/judge.py mdlm.jsonl block.jsonl --reference=books --judge=out/gpt --mauve=1
 
 A judge, a checkpoint of gpt.py or a GPT-2 of transformers, reads the samples as text, in tokens of
-its own. Its perplexity alone says little: a model that repeats itself is easy to predict. So every
-figure stands beside that of real text of the same length, and an asterisk marks an entropy more
-than .15 nats below that of real text.
+its own. A model that repeats itself is easy to predict, so every figure stands beside that of real
+text, and an asterisk marks an entropy more than .15 nats below that of real text.
 
     gen ppl     exp of nats per judge token, pooled; errors over samples, by the delta method
     bits/byte   by the judge: the one figure that compares across tokenizers
@@ -26,7 +24,6 @@ tokens of the samples; its texts begin documents, as samples do; --start=anywher
 """
 import json
 import math
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +39,7 @@ sys.path.insert(0, str(ROOT))
 import sample  # noqa: E402
 from study import likelihood  # noqa: E402
 from study.golf import require, run_cli  # noqa: E402
-from study.likelihood import STARTS, shown  # noqa: E402
+from study.likelihood import shown  # noqa: E402
 from study.mauve import C, mauve  # noqa: E402
 
 SCRIPT = sample.load_script(ROOT / "train_mdlm.py")  # reads data, like every script
@@ -55,7 +52,6 @@ BATCH_TOKENS = 2**13
 
 # ----------------------------------------------------------------------------- judges
 class Judge(NamedTuple):
-    """A causal model that reads text."""
     name: str
     encode: Callable  # text -> tokens
     table: list  # bytes of every token
@@ -106,9 +102,8 @@ def gpt2_judge(name, device, dtype, no_start=False, model=None):
 
 
 def load_judge(name, device, dtype, no_start=False):
-    if name.startswith("gpt2") or os.path.exists(os.path.join(name, "config.json")):
-        return gpt2_judge(name, device, dtype, no_start)
-    return gpt_judge(name, device, dtype)
+    is_gpt2 = name.startswith("gpt2") or Path(name, "config.json").exists()
+    return gpt2_judge(name, device, dtype, no_start) if is_gpt2 else gpt_judge(name, device, dtype)
 
 
 @torch.no_grad()
@@ -172,9 +167,7 @@ def grams(tokens, n):
 
 
 def distinct(tokens, n):
-    """Different n-grams / n-grams"""
-    found = grams(tokens, n)
-    return len(set(found)) / max(1, len(found))
+    return len(set(grams(tokens, n))) / max(1, len(tokens) - n + 1)
 
 
 def repeated(tokens):
@@ -233,9 +226,8 @@ def read_samples(path):
 
 
 def print_rows(done):
-    """The table of what --out writes; its first row is real text."""
     rows = done["rows"]
-    table, least = [], rows[0]["entropy"][0] - LOW_ENTROPY
+    table, least = [], rows[0]["entropy"][0] - LOW_ENTROPY  # the first row is real text
     for row in rows:
         share = row["retokenized"]
         table.append([
@@ -259,14 +251,13 @@ def run(flags):
     judge = load_judge(flags.judge, flags.device, flags.dtype, flags.no_start)
     files = [(Path(path).stem, *read_samples(path)) for path in flags.files]
     length = flags.length or min(max(len(tokens) for tokens, _ in rows) for _, _, rows, _ in files)
-    require(flags.start in STARTS, f"--start={flags.start}: there are {', '.join(STARTS)}")
     cfg = SCRIPT.Config(data=flags.reference, split=flags.split, eval_only=True,
                         seq_len=length + (flags.start == "document"))  # whose start is not scored
     _, windows, meta = SCRIPT.open_data(cfg)
     tokenizer = sample.Tokenizer(meta, meta["vocab_size"])
     for name, about, _, _ in files:
-        require(about["tokenizer"] == tokenizer.name, f"{name}: {about['tokenizer']} tokens, but "
-                f"{cfg.data} has {tokenizer.name} tokens")
+        fits = about["tokenizer"] == tokenizer.name
+        require(fits, f"{name}: {about['tokenizer']} tokens, other ones than {cfg.data} has")
     n, text = max(len(rows) for _, _, rows, _ in files), Path(cfg.data).name
     need = n * (1 + flags.mauve)  # the second half is what texts are compared with
     real = likelihood.take_windows(windows, meta, need, flags.start).tolist()

@@ -1,28 +1,26 @@
 """The exact likelihood of a decoder, by order and number of passes; and where it lags behind AR.
 
     python study/likelihood.py --ckpt=out/train_mdlm --orders=l2r,r2l,confidence,entropy,random:4
-    python study/likelihood.py --ckpt=out/train_mdlm --orders=l2r,confidence --steps=8,32 \\
-        --threshold=.5,.9
+    python study/likelihood.py --ckpt=out/train_mdlm --orders=l2r,confidence --steps=8,32
     python study/likelihood.py --ckpt=out/train_mdlm --orders=l2r --against=out/gpt
 
 A decoder begins with masks. In each pass its rule picks positions, whose tokens are drawn
 independently. So the probability that it writes a text is a product over passes, of the true tokens
 at the positions that the rule picks when the text so far is the true one: exact, without samples or
 a judge, for several tokens a pass, too. Each rule is a decoder of its own, not a tighter bound of
-one model. The NELBO is the mean over random orders, one token a pass (train_sedd: --normalized=1).
+one model. The NELBO, here over --draws=8 of its noise, is the mean over random orders with one token
+a pass (of train_sedd: if --normalized=1).
 
-    --orders     l2r, r2l, random[:K] (the mean over K orders) and any order of sample.py that ranks
-                 (confidence, entropy, margin..); of gpt.py only l2r. train_block: inside each block
+    --orders     l2r, r2l, random[:K] (mean over K orders), and those of sample.py: confidence,
+                 entropy, margin..; of gpt.py only l2r. train_block: inside each block
     --steps      passes, of train_block in each block, with commas; without it one token a pass
     --threshold  instead of them: one token a pass, and all whose top probability is above it
-    --windows    how many, the first of --split (val) of --data (the run's); 64
-    --start      anywhere (windows as evaluation cuts them) or document (they begin with one)
+    --windows    how many (64), the first of --split (val) of --data (the run's); --start=document:
+                 the first that begin with a document
     --against    a checkpoint of gpt.py: nats per token minus its own, by position in the window
-    --draws      of the noise of the NELBO; 8
     --out        FILE.json for all figures; FILE.npz beside it for nats and passes by position
 
-Another dtype or device rounds otherwise, which can change an order. Errors are standard errors over
-pairs of neighbouring windows, of differences on the same windows.
+Another dtype or device rounds otherwise, which can change an order. Errors: over pairs of windows.
 """
 import dataclasses
 import hashlib
@@ -53,7 +51,7 @@ def chain_rule(model, cfg, kind, x0, choose, u, steps=None, is_blind=False):
     """-log p of x0 (B, T) for the decoder whose rule is choose (sample.ordered), in `steps` passes
     for every block; None: as many as it has tokens. u (B, T): random numbers of the rule. is_blind:
     the rule does not look at log-probabilities.
-    -> nats (B, T) float64; which pass of its row revealed each token, (B, T), from 1 on"""
+    -> nats (B, T) float64; which pass of its row, from 1 on, revealed each token, (B, T)"""
     (B, T), mask_id = x0.shape, cfg.vocab_size
     L = cfg.block_len if kind == "block" else T
     reader = sample.Reader(model, cfg, kind, L)
@@ -165,6 +163,7 @@ def prefix_gap(difference, n_bytes):
 def take_windows(windows, meta, n, start):
     """The first n windows (.., T) of a split, or fewer if it has no more: as evaluation cuts them
     (anywhere), or those that begin with a document, without overlap."""
+    require(start in STARTS, f"--start={start}: there are {', '.join(STARTS)}")
     if start == "anywhere":
         return windows.read(range(min(n, len(windows))), meta["vocab_size"])
     rows, T = [], windows.shards[0].shape[1]
@@ -178,7 +177,6 @@ def take_windows(windows, meta, n, start):
 
 def read_windows(lm, flags):
     """-> x0 (N, T), bytes (N, T) of its tokens, the name of the data"""
-    require(flags.start in STARTS, f"--start={flags.start}: there are {', '.join(STARTS)}")
     cfg = dataclasses.replace(lm.cfg, data=flags.data or lm.cfg.data, split=flags.split,
                               eval_only=True, init_from="")
     _, windows, meta = lm.script.open_data(cfg)
@@ -223,8 +221,7 @@ def print_table(rows, head):
 
 
 def digest(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def finish(done, print_rows, out):
@@ -239,7 +236,6 @@ def shown(pair, digits=4, star=""):
 
 
 def print_rows(done):
-    """The tables of what --out writes"""
     print_table([
         [row["order"], str(row["steps"] or ""), str(row["threshold"] or ""),
          f"{row['nfe']:.1f}" if row["nfe"] else "", shown(row["nats"]), f"{row['bpb']:.4f}",

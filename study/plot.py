@@ -50,9 +50,9 @@ def loss(paths, flags):
 
 
 def read(path, key):
-    found = json.loads(Path(path).read_text()).get(key)
-    require(found, f"{path}: no {key} in it")
-    return found
+    done = json.loads(Path(path).read_text())
+    require(done.get(key), f"{path}: no {key} in it")
+    return done[key]
 
 
 def nfe(paths, flags):

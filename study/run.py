@@ -4,19 +4,14 @@
     python study/run.py --matrix=schedules --token_entropy=books.npy --jobs=slurm --queue=8
     python study/run.py --matrix=schedules --status=1
 
-Each row of a matrix, a script with flags, is run with --seeds=3 seeds in a folder
-OUT/MATRIX-SCALE/ROW_SEED (OUT is out/study), from which alone is read how far it is:
-
-    absent   not begun
-    running  its lock is held
-    stalled  neither locked nor done: killed, or out of time
-    failed   there is an error in output.txt; delete that file to try again
-    done     log.txt says so
-
-The same command again begins what is absent, resumes what has stalled, and touches nothing else.
+Each row of a matrix, a script with flags, is run with --seeds=3 seeds in OUT/MATRIX-SCALE/ROW_SEED
+(OUT is out/study). From that folder alone is read how far a run is: absent; running, if its lock is
+held; done; failed, if there is an error in output.txt (delete that file to try again); else
+stalled. The same command again begins what is absent and resumes what has stalled, nothing else.
 --jobs=local:N keeps N runs going here; Ctrl-C saves and ends them. --jobs=slurm submits slurm.sh,
 which queues itself again until a run is done, until --queue jobs of yours are in the queue.
 """
+import itertools
 import os
 import re
 import subprocess
@@ -63,7 +58,6 @@ MATRICES = {  # row -> script, flags; the first row is what the table compares w
     },
 }
 ERROR = re.compile(r"^(\w+\.py: |(\[rank\d+\]: *)?Traceback )", re.M)  # in a run's output
-TO_DO = "absent", "stalled"
 
 
 # ----------------------------------------------------------------------------- states
@@ -107,22 +101,27 @@ def runs_of(matrix, scale, seeds, out, data="", token_entropy=""):
 
 
 # ----------------------------------------------------------------------------- starting
+def unfinished(runs):
+    """Those that are absent or stalled when their turn comes"""
+    for folder, command in runs:
+        how_far, _ = state(folder)
+        if how_far in ("absent", "stalled"):
+            print(f"{folder}: {how_far}, started", flush=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            yield folder, command
+
+
 def run_here(runs, n_jobs):
     env = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // n_jobs)), **os.environ}
     running = []
     try:
-        for folder, command in runs:
-            while len(running) == n_jobs:
-                time.sleep(0.2)
-                running = [process for process in running if process.poll() is None]
-            how_far, _ = state(folder)
-            if how_far not in TO_DO:
-                continue
-            print(f"{folder}: {how_far}, started", flush=True)
-            folder.mkdir(parents=True, exist_ok=True)
+        for folder, command in unfinished(runs):
             with open(folder / "output.txt", "w") as output:
                 running.append(subprocess.Popen([sys.executable, *command, "--resume=1"],
                                                 stdout=output, stderr=output, env=env))
+            while len(running) == n_jobs:
+                time.sleep(0.2)
+                running = [process for process in running if process.poll() is None]
     finally:  # after Ctrl-C, too, which makes them save and end
         for process in running:
             process.wait()
@@ -136,20 +135,12 @@ def ask(*command):
 
 def submit(runs, limit):
     queue = ask("squeue", "--me", "--noheader", "--format=%j").split()
-    for folder, command in runs:
+    runs = [job for job in runs if "/".join(job[0].parts[-2:]) not in queue]
+    for folder, command in itertools.islice(unfinished(runs), max(0, limit - len(queue))):
         name = "/".join(folder.parts[-2:])
-        how_far, _ = state(folder)
-        if name in queue or how_far not in TO_DO:
-            continue
-        if len(queue) >= limit:
-            print(f"{len(queue)} jobs in the queue: call again when there is room")
-            return
-        print(f"{folder}: {how_far}, submitted")
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / "output.txt").unlink(missing_ok=True)
         ask("sbatch", f"--job-name={name}", f"--output={folder}/output.txt",
             str(ROOT / "slurm.sh"), *command)
-        queue.append(name)
 
 
 def run(flags):

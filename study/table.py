@@ -56,8 +56,7 @@ def read_folder(folder):
             for name in names}, left_out
 
 
-def read_extra(path):
-    """A JSON of judge.py or zeroshot.py -> {name of a row: its columns}"""
+def read_extra(path):  # -> {name of a row: its columns}
     rows = json.loads(Path(path).read_text())["rows"] if path else []
     return {row.get("name", row.get("text")): {
         key: row[key][0] if isinstance(row[key], list) else row[key] for key in EXTRA if key in row
@@ -120,14 +119,12 @@ PRINT = {"table": print_rows, "judge": judge.print_rows, "zeroshot": zeroshot.pr
 def run(flags):
     require(flags.files, "name a folder of runs, or the JSON files of tables")
     for path in map(Path, flags.files):
-        if path.suffix == ".json":
-            done = json.loads(path.read_text())
-        else:
-            done = study(path, flags)
+        is_old = path.suffix == ".json"
+        done = json.loads(path.read_text()) if is_old else study(path, flags)
         program = done.get("about", {}).get("program")
         require(program in PRINT, f"{path}: not written by a program of study/")
         print(f"### {path.stem}\n")
-        likelihood.finish(done, PRINT[program], path.suffix != ".json" and flags.out)
+        likelihood.finish(done, PRINT[program], not is_old and flags.out)
         print()
 
 

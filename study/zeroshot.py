@@ -17,14 +17,13 @@ The nats of the text are nats per token times all tokens; the last ones that fil
 read. --split=test or validation; --tokens=N: no more than that; --draws of the bound's noise.
 """
 import argparse
+import contextlib
 import json
 import math
 import re
 import sys
 import tempfile
 from pathlib import Path
-
-import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -89,28 +88,20 @@ def documents(source, lines, raw=False):
     else:
         texts = [" ".join(line.strip() for line in lines)] if source == "ptb" else lines
     texts = [text if raw else detokenize(text) for text in texts]
-    return [text.replace("\0", "") for text in texts if text.strip()]
-
-
-def write_data(folder, texts, meta):
-    """Documents -> a data folder in a checkpoint's tokens -> what meta.json says of them"""
-    meta = {key: meta[key] for key in prepare_data.TOKENIZER_KEYS}
-    encode, header = prepare_data.make_encoder(meta), np.zeros(256, "<i4")
-    (_, ids), = encode([("val", True, text) for text in texts])
-    header[:5] = (prepare_data.MAGIC, prepare_data.VERSION, len(ids), ids.itemsize,
-                  meta["vocab_size"])
-    prepare_data.write_atomically(folder / "val_000000.bin", header.data, ids.data)
-    described = prepare_data.describe(folder, meta)
-    (folder / "meta.json").write_text(json.dumps(meta | described))
-    return described["splits"]["val"]
+    return [text for text in texts if text.strip()]
 
 
 def evaluate(name, texts, n_words, flags):
-    """A checkpoint -> its figures, by its own script"""
+    """A checkpoint -> its figures, by its own script, on shards in its tokens"""
     path, ckpt, module = open_checkpoint(name)
     ckpt["config"]["split"] = "val"
-    with tempfile.TemporaryDirectory() as folder:
-        size = write_data(Path(folder), texts, ckpt["meta"])
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+        file = Path(folder, "texts.jsonl")
+        file.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+        prepare_data.prepare(prepare_data.Config(
+            name="files", input=(str(file),), val_input=(str(file),), tokenizer=str(path),
+            out=folder))
+        size = json.loads(Path(folder, "meta.json").read_text())["splits"]["val"]
         _, nats = bound(ckpt, module, argparse.Namespace(
             data=folder, val_tokens=flags.tokens or size["tokens"], val_draws=flags.draws,
             device=flags.device))
@@ -136,8 +127,8 @@ def print_rows(done):
 
 def run(flags):
     source, *rest = flags.files or [""]
-    fits = source in SOURCES and not rest and flags.ckpt
-    require(fits, f"{' '.join(flags.files)}: give one of {', '.join(SOURCES)}, and --ckpt=PATH")
+    require(source in SOURCES and not rest and flags.ckpt,
+            f"{' '.join(flags.files)}: give one of {', '.join(SOURCES)}, and --ckpt=PATH")
     lines = read_lines(source, flags.input, flags.split)
     texts = documents(source, lines, flags.raw)
     require(texts, f"--input={flags.input}: no text in it")

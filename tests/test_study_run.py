@@ -87,13 +87,12 @@ def test_slurm_gets_what_fits_into_the_queue_and_is_not_in_it(study):
     call, folder = study
     calls, queue = folder.parent / "calls", folder.parent / "calls.queue"
     queue.write_text("toy-tiny/mdlm_0\nother\n")
-    result = call("--jobs=slurm", "--queue=4")
+    assert call("--jobs=slurm", "--queue=4").status == 0
     jobs = [line.split() for line in calls.read_text().splitlines()]
     assert [job[0] for job in jobs] == ["--job-name=toy-tiny/gpt_0", "--job-name=toy-tiny/broken_0"]
     assert jobs[0][1] == f"--output={folder}/gpt_0/output.txt"
     assert [Path(word).name for word in jobs[0][2:4]] == ["slurm.sh", "gpt.py"]
     assert {"--seed=0", f"--out={folder}/gpt_0"} < set(jobs[0]), jobs
-    assert "4 jobs in the queue" in result.out
     queue.unlink()
     runs.assert_refused(call("--jobs=slurm"), "squeue")
 
