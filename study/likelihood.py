@@ -8,7 +8,7 @@ A decoder begins with masks. In each pass its rule picks positions, whose tokens
 independently. So the probability that it writes a text is a product over passes, of the true tokens
 at the positions that the rule picks when the text so far is the true one: exact, without samples or
 a judge, for several tokens a pass, too. Each rule is a decoder of its own, not a tighter bound of
-one model. The NELBO, here over --draws=8 of its noise, is the mean over random orders with one token
+one model. The NELBO, here over --draws=8 of its noise, is the mean over random orders, one token
 a pass (of train_sedd: if --normalized=1).
 
     --orders     l2r, r2l, random[:K] (mean over K orders), and those of sample.py: confidence,
