@@ -4,7 +4,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import types
 from pathlib import Path
 
@@ -17,9 +16,7 @@ from test_golf import make_checkpoint
 
 from study import plot, run, table, zeroshot
 
-MATRIX = {"mdlm": ("train_mdlm.py", ""), "gpt": ("gpt.py", ""),
-          "broken": ("train_mdlm.py", "--n_head=3")}
-STAND_INS = {"squeue": 'cat "$CALLS.queue"', "sbatch": 'echo "$@" >> "$CALLS"'}
+MATRIX = dict(mdlm=("train_mdlm.py", ""), gpt=("gpt.py", ""), broken=("gpt.py", "--n_head=3"))
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +29,8 @@ def study(data, tmp_path, monkeypatch):
     """(flags) -> what study/run.py says of a matrix of tiny runs; the folder of its runs"""
     monkeypatch.setitem(run.MATRICES, "toy", MATRIX)
     monkeypatch.setitem(run.SCALES, "tiny", " ".join(runs.tiny("--steps=30", "--ckpt_every=3")))
-    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    for name, text in STAND_INS.items():
+    for name, text in (("squeue", "cat $0.queue"), ("sbatch", "echo $@ >> $0.calls")):
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
 
@@ -46,9 +42,8 @@ def study(data, tmp_path, monkeypatch):
 
 
 def states(result):
-    assert result.status == 0, result
-    return {line.split()[0]: line.split()[1] for line in result.out.splitlines()
-            if line.split()[1] in ("absent", "running", "stalled", "failed", "done")}
+    lines = map(str.split, result.out.splitlines()[:-1])
+    return {line[0]: line[1] for line in lines if "started" not in line}
 
 
 # ----------------------------------------------------------------------------- runner
@@ -56,11 +51,10 @@ def test_runs_are_begun_resumed_and_left_alone(study, data):
     call, folder = study
     assert set(states(call("--status=1")).values()) == {"absent"} and not folder.exists()
     # One that was killed, and one that another process is at.
-    path, command = run.runs_of("toy", "tiny", 1, folder.parent, data)[0]
+    _, command = run.runs_of("toy", "tiny", 1, folder.parent, data)[0]
     killed = runs.launch(*command)
     runs.wait_for(killed, "step:7/")
-    assert path == folder / "mdlm_0"
-    os.kill(killed.pid, signal.SIGKILL)
+    killed.kill()
     killed.wait()
     (folder / "gpt_1").mkdir()
     with open(folder / "gpt_1" / "lock", "w") as lock:
@@ -79,15 +73,13 @@ def test_runs_are_begun_resumed_and_left_alone(study, data):
     result = call("--jobs=local:1")
     assert result.out.count("started") == 1 and states(result)["gpt_1"] == "done"
     assert runs.tree(folder / "mdlm_0") == before
-    (folder / "broken_0" / "output.txt").unlink()
-    assert states(call("--status=1"))["broken_0"] == "absent"
 
 
 def test_slurm_gets_what_fits_into_the_queue_and_is_not_in_it(study):
     call, folder = study
-    calls, queue = folder.parent / "calls", folder.parent / "calls.queue"
+    calls, queue = folder.parent / "sbatch.calls", folder.parent / "squeue.queue"
     queue.write_text("toy-tiny/mdlm_0\nother\n")
-    assert call("--jobs=slurm", "--queue=4").status == 0
+    call("--jobs=slurm", "--queue=4")
     jobs = [line.split() for line in calls.read_text().splitlines()]
     assert [job[0] for job in jobs] == ["--job-name=toy-tiny/gpt_0", "--job-name=toy-tiny/broken_0"]
     assert jobs[0][1] == f"--output={folder}/gpt_0/output.txt"
@@ -103,9 +95,7 @@ def test_mistakes_are_refused(study):
     runs.assert_refused(call("--jobs=local"), "local:N")
     runs.assert_refused(call("--matrix=schedules"), "--token_entropy")
     for script, flags in [row for rows in run.MATRICES.values() for row in rows.values()]:
-        config = __import__(script.removesuffix(".py")).parse_flags  # every flag exists
-        for scale in run.SCALES.values():
-            config([*scale.split(), *flags.split()])
+        __import__(script.removesuffix(".py")).parse_flags(flags.split())  # every flag exists
 
 
 # ----------------------------------------------------------------------------- table
@@ -137,9 +127,6 @@ def test_table_of_run_folders(finished, tmp_path):
     assert rows["high"]["difference"] == pytest.approx(want, abs=6e-5)
     assert rows["mdlm"]["nats"][0] == pytest.approx(nats["mdlm"].mean())
     assert rows["mdlm"]["gen_ppl"] == 2.5 and "gen_ppl" not in rows["high"]
-    gap, *errors = want
-    best = [name for name, row in rows.items() if row["is_best"]]
-    assert best == ([] if abs(gap) < 2 * max(errors) else ["mdlm" if gap > 0 else "high"])
     lines = out.out.splitlines()
     assert lines[4].startswith("| high |") and lines[4].endswith("| - |"), out
     assert "Left out: part_0 (stalled step 2/2)." in out.out
@@ -149,11 +136,8 @@ def test_table_of_run_folders(finished, tmp_path):
 
 
 def test_best_means_by_two_errors():
-    def row(nats):
-        return [types.SimpleNamespace(nats=np.array(nats), seed=0)]
-
-    low, high = row([1.0, 1.0, 1.2, 1.2]), row([1.5, 1.5, 1.6, 1.6])
-    near = row([1.3, 1.3, 1.0, 1.0])
+    low, high, near = ([types.SimpleNamespace(nats=np.array(nats), seed=0)] for nats in (
+        [1.0, 1.0, 1.2, 1.2], [1.5, 1.5, 1.6, 1.6], [1.3, 1.3, 1.0, 1.0]))
     assert table.is_best(low, [high]) and not table.is_best(high, [low])
     assert not table.is_best(low, [high, near]) and not table.is_best(low, [])
 
@@ -166,12 +150,11 @@ def points(figure):
 
 def test_plots_hold_what_the_files_say(finished, tmp_path):
     pytest.importorskip("matplotlib")
-    rows = [dict(order=order, threshold=limit, nfe=nfe, nats=[nats, 0.1]) for
-            order, limit, nfe, nats in (("NELBO", None, None, 2.0), ("l2r", None, 8, 2.5),
-                                        ("l2r", None, 4, 3.0), ("l2r", 0.9, 5, 2.7))]
+    rows = [dict(order="l2r", threshold=limit, nfe=nfe, nats=[nats, 0.1]) for limit, nfe, nats in (
+        (None, None, 2.0), (None, 8, 2.5), (None, 4, 3.0), (0.9, 5, 2.7))]
     gaps = [dict(first=first, last=last, gap=0.1 * last, se=0.01, cumulative=0.2)
             for first, last in ((0, 0), (1, 1), (2, 3))]
-    judged = [dict(text=text, entropy=[x, 0.1], gen_ppl=[y, 0.2], about=dict(temperature=x))
+    judged = [dict(text=text, entropy=[x, 0.1], gen_ppl=[y, 0.2])
               for text, x, y in (("real text", 3, 5), ("mdlm_a", 2, 4), ("mdlm_b", 2.5, 6))]
     (tmp_path / "a.json").write_text(json.dumps(dict(rows=rows, gap=gaps)))
     (tmp_path / "j.json").write_text(json.dumps(dict(rows=judged)))
@@ -184,47 +167,29 @@ def test_plots_hold_what_the_files_say(finished, tmp_path):
         made = points(plot.draw(*curves, f"{tmp_path}/a.svg"))
         assert made.keys() == want.keys()
         assert all(np.allclose(made[name], want[name]) for name in want), made
-    flags = types.SimpleNamespace(x="tokens")
-    curves = plot.loss([finished / "mdlm_0"], flags)
+    curves = plot.loss([finished / "mdlm_0"], types.SimpleNamespace(x="tokens"))
     made = points(plot.draw(*curves, f"{tmp_path}/a.png"))["mdlm_0"]
     logged = [line for line in runs.log(finished / "mdlm_0") if "loss" in line]
     assert made == [[line["step"] * runs.ROWS * runs.SEQ_LEN for line in logged],
                     [line["loss"] for line in logged]]
-    out = runs.train("nfe", f"{tmp_path}/a.json", f"--out={tmp_path}/a.svg", script=plot)
-    assert out.status == 0 and "nats per token" in (tmp_path / "a.svg").read_text(), out
     runs.assert_refused(runs.train("pie", script=plot), "pie", "frontier")
-
-
-def test_every_schedule_has_all_of_the_loss():
-    """Between its least and its greatest masked fraction; linear: 2 x."""
-    curves = {curve["label"]: curve for curve in plot.density([], None)[0]}
-    for name in run.SCHEDULES:
-        curve = curves[name]
-        assert np.trapezoid(curve["y"], curve["x"]) == pytest.approx(1, abs=0.05), name
-    assert np.allclose(curves["linear"]["y"], 2 * curves["linear"]["x"], atol=1e-4)
+    curves, _ = plot.density([], None)
+    for curve in curves:
+        assert np.trapezoid(curve["y"], curve["x"]) == pytest.approx(1, abs=0.05), curve["label"]
+    assert np.allclose(curves[0]["y"], 2 * curves[0]["x"], atol=1e-4)  # of the linear schedule
 
 
 # ----------------------------------------------------------------------------- zero-shot
-WIKI = """
- = Bird Song =
-
- The players ' " old song " , 1 @,@ 000 @-@ odd ( loud ) , isn 't it .
- = = Notes = =
- It cost $ 5 , said Anna 's aunt : it 's 3 @.@ 5 % .
-
- = Tree =
-
- Green ; tall ."""
-
-
 def test_wiki_lines_become_articles():
-    lines = WIKI.split("\n")
+    lines = ("| = Bird Song = || The players ' \" old song \" , 1 @,@ 000 @-@ odd ( loud ) . |"
+             " = = Notes = = | It didn 't cost $ 5 , said Anna 's aunt : 3 @.@ 5 % .||"
+             " = Tree = || Green ; tall .").split("|")
     song, tree = zeroshot.documents("wikitext2", lines)
-    assert song == ('= Bird Song =\nThe players\' "old song", 1,000-odd (loud), isn\'t it.\n'
-                    "== Notes ==\nIt cost $5, said Anna's aunt: it's 3.5%.")
+    assert song == ('= Bird Song =\nThe players\' "old song", 1,000-odd (loud).\n== Notes ==\n'
+                    "It didn't cost $5, said Anna's aunt: 3.5%.")
     assert tree == "= Tree =\nGreen; tall."
     raw = zeroshot.documents("wikitext2", lines, raw=True)
-    assert "\n".join(raw).split() == WIKI.split()
+    assert "\n".join(raw) == "\n".join(lines[1:])
     assert zeroshot.documents("ptb", [" no it was n't ", " a <unk> "]) == ["no it wasn't a <unk>"]
     assert zeroshot.documents("lm1b", ["a .", "", "b ."]) == ["a.", "b."]
 
@@ -247,10 +212,9 @@ def test_a_uniform_model_in_closed_form(tmp_path):
     assert [row["is_bound"] for row in rows] == [False, True], out
     for row in rows:
         assert (row["tokens"], row["bytes"], row["words"]) == (n_bytes + 1, n_bytes, n_words)
-        assert row["nats"][0] == pytest.approx(math.log(256), rel=1e-2 if row["is_bound"] else 1e-6)
-    row = rows[0]
-    assert row["ppl_word"] == pytest.approx(256 ** ((n_bytes + 1) / n_words), rel=1e-4)
-    assert row["bpb"] == pytest.approx(8 * (n_bytes + 1) / n_bytes)
+        assert row["nats"][0] == pytest.approx(math.log(256))
+        assert row["ppl_word"] == pytest.approx(256 ** ((n_bytes + 1) / n_words), rel=1e-4)
+        assert row["bpb"] == pytest.approx(8 * (n_bytes + 1) / n_bytes)
     again = runs.train(tmp_path / "z.json", script=table)
     assert again.out.splitlines()[2:] == [*out.out.splitlines(), ""]
     runs.assert_refused(runs.train("wikitext5", script=zeroshot), "wikitext5", "lm1b")
