@@ -6,9 +6,10 @@
     python study/plot.py frontier judge.json --out=frontier.svg # perplexity against entropy
     python study/plot.py density --out=density.svg              # what the schedules train on
 
-out/a is a run folder, orders.json of study/likelihood.py (gap: with --against), judge.json of
-study/judge.py, where rows named NAME_x make one line. density: how much of the training loss lies
-at each masked fraction, under --loss_weight=uniform. Bars are standard errors.
+out/a is a run folder, orders.json of study/likelihood.py (gap: with --against; nfe: files of one
+checkpoint share lines), judge.json of study/judge.py, where rows named NAME_x make one line.
+density: how much of the training loss lies at each masked fraction, under --loss_weight=uniform.
+Bars are standard errors.
 """
 import json
 import re
@@ -56,19 +57,19 @@ def read(path, key):
 
 
 def nfe(paths, flags):
-    curves = []
+    curves, lines = [], defaultdict(list)
     for path in paths:
-        lines = defaultdict(list)
+        about = read(path, "about")
         for row in read(path, "rows"):
-            if row["nfe"]:
-                lines[row["order"], row["threshold"] is not None].append(row)
-        for (order, by_threshold), rows in lines.items():
-            rows = sorted(rows, key=lambda row: row["nfe"])
-            nats, errors = zip(*(row["nats"] for row in rows), strict=True)
-            label = f"{Path(path).stem}: " * (len(paths) > 1) + order
-            style, label = ("o--", f"{label}, by threshold") if by_threshold else ("o-", label)
-            curves.append(dict(label=label, x=[row["nfe"] for row in rows], y=nats, yerr=errors,
-                               fmt=style))
+            row["nfe"] = row["nfe"] or about["seq_len"]  # what the NELBO is the mean of
+            key = Path(about["ckpt"]).name, row["order"], row["threshold"] is not None
+            lines[key].append(row)
+    for (name, order, by_threshold), rows in lines.items():
+        rows.sort(key=lambda row: row["nfe"])
+        nats, errors = zip(*(row["nats"] for row in rows), strict=True)
+        label = f"{name}: {order}" + ", by threshold" * by_threshold
+        curves.append(dict(label=label, x=[row["nfe"] for row in rows], y=nats, yerr=errors,
+                           fmt="o--" if by_threshold else "o-"))
     return curves, dict(xlabel="passes of the network a window (NFE)", ylabel="nats per token",
                         xscale="log")
 

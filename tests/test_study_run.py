@@ -91,7 +91,6 @@ def test_slurm_gets_what_fits_into_the_queue_and_is_not_in_it(study):
 
 def test_mistakes_are_refused(study):
     call, _ = study
-    runs.assert_refused(call("--matrix=best"), "=best", "schedules")
     runs.assert_refused(call("--jobs=local"), "local:N")
     runs.assert_refused(call("--matrix=schedules"), "--token_entropy")
     for script, flags in [row for rows in run.MATRICES.values() for row in rows.values()]:
@@ -150,16 +149,18 @@ def points(figure):
 
 def test_plots_hold_what_the_files_say(finished, tmp_path):
     pytest.importorskip("matplotlib")
-    rows = [dict(order="l2r", threshold=limit, nfe=nfe, nats=[nats, 0.1]) for limit, nfe, nats in (
-        (None, None, 2.0), (None, 8, 2.5), (None, 4, 3.0), (0.9, 5, 2.7))]
+    rows = [dict(order=order, threshold=limit, nfe=nfe, nats=[y, 0.1]) for order, limit, nfe, y in (
+        ("NELBO", None, None, 2), ("l2r", None, 8, 3), ("l2r", None, 4, 4), ("l2r", 1, 5, 6))]
     gaps = [dict(first=first, last=last, gap=0.1 * last, se=0.01, cumulative=0.2)
             for first, last in ((0, 0), (1, 1), (2, 3))]
-    judged = [dict(text=text, entropy=[x, 0.1], gen_ppl=[y, 0.2])
-              for text, x, y in (("real text", 3, 5), ("mdlm_a", 2, 4), ("mdlm_b", 2.5, 6))]
-    (tmp_path / "a.json").write_text(json.dumps(dict(rows=rows, gap=gaps)))
+    judged = [dict(text=name, entropy=[x, 0.1], gen_ppl=[y, 0.2]) for name, x, y in (
+        ("real text", 3, 5), ("mdlm_a", 2, 4), ("mdlm_b", 2.5, 6))]
+    about = dict(seq_len=9, ckpt="out/a")
+    (tmp_path / "a.json").write_text(json.dumps(dict(rows=rows, gap=gaps, about=about)))
     (tmp_path / "j.json").write_text(json.dumps(dict(rows=judged)))
     for kind, file, want in (
-            ("nfe", "a", {"l2r": [[4, 8], [3.0, 2.5]], "l2r, by threshold": [[5], [2.7]]}),
+            ("nfe", "a", {"a: NELBO": [[9], [2]], "a: l2r": [[4, 8], [4, 3]],
+                          "a: l2r, by threshold": [[5], [6]]}),
             ("gap", "a", {"a: here": [[0, 1, 2], [0, 0.1, 0.3]],
                           "a: mean up to here": [[0, 1, 2], [0.2] * 3]}),
             ("frontier", "j", {"mdlm": [[2, 2.5], [4, 6]], "real text": [[3], [5]]})):
