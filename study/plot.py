@@ -8,8 +8,7 @@
 
 out/a is a run folder, orders.json of study/likelihood.py (gap: with --against; nfe: files of one
 checkpoint share lines), judge.json of study/judge.py, where rows named NAME_x make one line.
-density: how much of the training loss lies at each masked fraction, under --loss_weight=uniform.
-Bars are standard errors.
+density: of the training loss, under --loss_weight=uniform. Bars are standard errors.
 """
 import json
 import re

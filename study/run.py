@@ -24,9 +24,11 @@ sys.path.insert(0, str(ROOT))
 
 from study.golf import require, run_cli  # noqa: E402
 
-SCALES = {  # 0.8M, 25M and 3.3B training tokens
-    "tiny": "--seq_len=256 --n_layer=4 --n_head=4 --n_embd=128 --batch_tokens=4096 "
-            "--micro_batch=16 --steps=200 --val_tokens=262144 --eval_every=0 --shuffle=1 --lr=0.03",
+TINY = ("--seq_len=256 --n_layer=4 --n_head=4 --n_embd=128 --batch_tokens=4096 --micro_batch=16 "
+        "--val_tokens=262144 --eval_every=0 --shuffle=1 --lr=0.03")
+SCALES = {  # 0.4M, 0.8M, 25M and 3.3B training tokens
+    "mini": f"{TINY} --steps=100",
+    "tiny": f"{TINY} --steps=200",
     "10m": "--seq_len=256 --n_layer=6 --n_head=6 --n_embd=384 --batch_tokens=16384 "
            "--micro_batch=64 --steps=1500 --val_tokens=1048576 --eval_every=250 --shuffle=1",
     "124m": "--seq_len=1024 --n_layer=12 --n_head=6 --n_embd=768 --batch_tokens=131072 "
@@ -112,8 +114,7 @@ def unfinished(runs):
 
 
 def run_here(runs, n_jobs):
-    env = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // n_jobs)), **os.environ}
-    running = []
+    env, running = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // n_jobs)), **os.environ}, []
     try:
         for folder, command in unfinished(runs):
             with open(folder / "output.txt", "w") as output:
