@@ -42,7 +42,6 @@ import sample  # noqa: E402
 from study.golf import require, run_cli  # noqa: E402
 
 BLIND = ("l2r", "r2l", "random")  # orders that do not look at the network's answers
-STARTS = "document", "anywhere"
 NELBO_SEED = 20240520
 
 
@@ -163,7 +162,7 @@ def prefix_gap(difference, n_bytes):
 def take_windows(windows, meta, n, start):
     """The first n windows (.., T) of a split, or fewer if it has no more: as evaluation cuts them
     (anywhere), or those that begin with a document, without overlap."""
-    require(start in STARTS, f"--start={start}: there are {', '.join(STARTS)}")
+    require(start in ("document", "anywhere"), f"--start={start}: document or anywhere")
     if start == "anywhere":
         return windows.read(range(min(n, len(windows))), meta["vocab_size"])
     rows, T = [], windows.shards[0].shape[1]

@@ -123,7 +123,9 @@ def run_here(runs, n_jobs):
             while len(running) == n_jobs:
                 time.sleep(0.2)
                 running = [process for process in running if process.poll() is None]
-    finally:  # after Ctrl-C, too, which makes them save and end
+    except KeyboardInterrupt:
+        print("interrupted; the runs save and end", flush=True)
+    finally:
         for process in running:
             process.wait()
 
@@ -145,7 +147,6 @@ def submit(runs, limit):
 
 
 def run(flags):
-    require(not flags.files, f"{' '.join(flags.files)}: flags only, as in --matrix=schedules")
     require(flags.matrix in MATRICES, f"--matrix={flags.matrix}: there are {', '.join(MATRICES)}")
     require(flags.scale in SCALES, f"--scale={flags.scale}: there are {', '.join(SCALES)}")
     require(re.fullmatch(r"slurm|local:[1-9]\d*", flags.jobs),
