@@ -27,7 +27,7 @@ from study.golf import require, run_cli  # noqa: E402
 TINY = ("--seq_len=256 --n_layer=4 --n_head=4 --n_embd=128 --batch_tokens=4096 --micro_batch=16 "
         "--val_tokens=262144 --eval_every=0 --shuffle=1 --lr=0.03")
 SCALES = {  # 0.4M, 0.8M, 25M and 3.3B training tokens
-    "mini": f"{TINY} --steps=100",
+    "mini": f"{TINY} --steps=100 --compile=0",  # compiling takes longer than this
     "tiny": f"{TINY} --steps=200",
     "10m": "--seq_len=256 --n_layer=6 --n_head=6 --n_embd=384 --batch_tokens=16384 "
            "--micro_batch=64 --steps=1500 --val_tokens=1048576 --eval_every=250 --shuffle=1",
