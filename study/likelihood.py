@@ -205,12 +205,12 @@ def settings(flags, lm):
 
 
 def say_estimate(lm, x0, todo, seconds):
-    """Print how long it will take, if one pass over all windows takes so many seconds."""
+    """Print how long it will take, if a pass over all of all windows takes so many seconds."""
     T, L = x0.size(1), lm.block_len or x0.size(1)
     n_passes = sum(int(order.partition(":")[2] or 1) * min(T, T // L * (steps or L))
                    for order, steps, _ in todo)
     print(f"{n_passes} passes over {len(x0)} windows of {T} tokens: about "
-          f"{n_passes * seconds:.0f} s", file=sys.stderr)
+          f"{n_passes * seconds * L / T:.0f} s", file=sys.stderr)
 
 
 def print_table(rows, head):
