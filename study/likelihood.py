@@ -204,8 +204,7 @@ def settings(flags, lm):
     return [(order, *way) for order in orders for way in ways or [(None, None)]]
 
 
-def say_estimate(lm, x0, todo, seconds):
-    """Print how long it will take, if a pass over all of all windows takes so many seconds."""
+def say_estimate(lm, x0, todo, seconds):  # of a pass over whole windows
     T, L = x0.size(1), lm.block_len or x0.size(1)
     n_passes = sum(int(order.partition(":")[2] or 1) * min(T, T // L * (steps or L))
                    for order, steps, _ in todo)
@@ -224,7 +223,6 @@ def digest(path):
 
 
 def finish(done, print_rows, out):
-    """Print the tables of what a program has found, and write it to --out"""
     print_rows(done)
     if out:
         Path(out).write_text(json.dumps(done, indent=1) + "\n")

@@ -29,7 +29,7 @@ from study.golf import require, run_cli  # noqa: E402
 
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "nanodlm", "axes.grid": True, "grid.alpha": 0.3,
          "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-         "lines.markersize": 4, "lines.linewidth": 1.4, "errorbar.capsize": 2}
+         "lines.markersize": 4, "lines.linewidth": 1.4, "errorbar.capsize": 2, "xtick.labelsize": 8}
 
 
 # Each kind of plot: paths -> curves, as matplotlib's errorbar takes them, and what the axes say.
@@ -63,12 +63,14 @@ def nfe(paths, flags):
             row["nfe"] = row["nfe"] or about["seq_len"]  # what the NELBO is the mean of
             key = Path(about["ckpt"]).name, row["order"], row["threshold"] is not None
             lines[key].append(row)
+    names, orders = (list(dict.fromkeys(key[i] for key in lines)) for i in (0, 1))
     for (name, order, by_threshold), rows in lines.items():
         rows.sort(key=lambda row: row["nfe"])
         nats, errors = zip(*(row["nats"] for row in rows), strict=True)
-        label = f"{name}: {order}" + ", by threshold" * by_threshold
-        curves.append(dict(label=label, x=[row["nfe"] for row in rows], y=nats, yerr=errors,
-                           fmt="o--" if by_threshold else "o-"))
+        style = "x:" if by_threshold else ("o-", "s--", "^-.")[names.index(name) % 3]
+        curves.append(dict(label=f"{name}: {order}" + ", by threshold" * by_threshold, fmt=style,
+                           x=[row["nfe"] for row in rows], y=nats, yerr=errors,
+                           color=f"C{orders.index(order)}"))
     return curves, dict(xlabel="passes of the network a window (NFE)", ylabel="nats per token",
                         xscale="log")
 
@@ -126,7 +128,7 @@ def draw(curves, settings, path):
     except ImportError:
         raise ValueError("needs matplotlib: pip install matplotlib") from None
     with matplotlib.rc_context(STYLE):
-        figure = Figure((6, 4), layout="constrained")
+        figure = Figure((7.5, 4), layout="constrained")
         axes = figure.subplots()
         for curve in curves:
             names = curve.pop("names", ())
@@ -138,7 +140,7 @@ def draw(curves, settings, path):
             ticks = sorted({2 ** round(np.log2(x)) for curve in curves for x in curve["x"]})
             axes.set_xticks(ticks, map(str, ticks))
             axes.minorticks_off()
-        axes.legend(fontsize=8)
+        figure.legend(fontsize=8, loc="outside right upper")
         figure.savefig(path, metadata={"Date": None} if path.endswith(".svg") else None)
     return figure
 
