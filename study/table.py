@@ -7,8 +7,8 @@
 A folder is one that study/run.py has filled. The columns are those of records/compare.py; what the
 others are compared with is the first row of the matrix, or --first=ROW. Further columns are the
 means of the rows of --judge and --zeroshot that are named ROW or ROW_SEED. **Bold** is below every
-other row by more than 2 errors, of windows and of seeds; a bound competes with bounds. Runs that
-are not done are left out, and named below. What is not known is -.
+other row by more than 2 errors, of windows and of seeds (several); a bound competes with bounds.
+Runs that are not done are left out, and named below. What is not known is -.
 """
 import json
 import re
@@ -39,7 +39,8 @@ def difference(runs, first):
 
 def is_best(runs, others):
     found = [difference(runs, other) for other in others]
-    return bool(found) and all(-mean > 2 * max(errors) for mean, *errors in found)
+    return bool(found) and all(len(errors) > 1 and -mean > 2 * max(errors)
+                               for mean, *errors in found)
 
 
 def read_folder(folder):
