@@ -184,8 +184,7 @@ def measure(judge, tokenizer, rows, no_start=False):
     texts, scored, sizes, n_changed = [], [], [], 0
     for tokens, known in rows:
         parts = tokenizer.spans(tokens, known)
-        given = np.concatenate([np.full(len(text.encode()), bool(is_known))
-                                for text, is_known in parts])  # None: half a character at the end
+        given = np.concatenate([np.full(len(text.encode()), bool(kind)) for text, kind in parts])
         texts.append(judge.encode("".join(text for text, _ in parts)))
         sizes.append(np.array([len(judge.table[token]) for token in texts[-1]]))
         end = sizes[-1].cumsum()

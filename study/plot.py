@@ -100,7 +100,7 @@ def frontier(paths, flags):
         x = [row["entropy"][0] for row in rows]
         y, errors = zip(*(row["gen_ppl"] for row in rows), strict=True)
         curves.append(dict(label=name, x=x, y=y, yerr=errors, fmt="k*" if real in rows else "o-",
-                           names=[row["text"].rpartition("_")[2] for row in rows]))
+                           names=[row["text"][len(name) + 1:] for row in rows]))
     return curves, dict(xlabel="entropy of a sample, nats", ylabel="generative perplexity")
 
 

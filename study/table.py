@@ -39,8 +39,7 @@ def difference(runs, first):
 
 def is_best(runs, others):
     found = [difference(runs, other) for other in others]
-    return bool(found) and all(len(errors) > 1 and -mean > 2 * max(errors)
-                               for mean, *errors in found)
+    return bool(found) and all(errors[1:] and -mean > 2 * max(errors) for mean, *errors in found)
 
 
 def read_folder(folder):

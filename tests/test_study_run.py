@@ -134,9 +134,9 @@ def test_table_of_run_folders(finished, tmp_path):
 
 
 def test_best_means_by_two_errors():
-    low, high, near = ([types.SimpleNamespace(nats=np.array(nats) + seed / 9, seed=seed)
-                        for seed in range(2)] for nats in (
-        [1.0, 1.0, 1.2, 1.2], [1.5, 1.5, 1.6, 1.6], [1.3, 1.3, 1.0, 1.0]))
+    low, high, near = (
+        [types.SimpleNamespace(nats=np.array(nats), seed=seed) for seed in range(2)]
+        for nats in ([1.0, 1.0, 1.2, 1.2], [1.5, 1.5, 1.6, 1.6], [1.3, 1.3, 1.0, 1.0]))
     assert table.is_best(low, [high]) and not table.is_best(high, [low])
     assert not table.is_best(low, [high, near]) and not table.is_best(low[:1], [high[:1]])
 
@@ -173,7 +173,6 @@ def test_plots_hold_what_the_files_say(finished, tmp_path):
     logged = [line for line in runs.log(finished / "mdlm_0") if "loss" in line]
     assert made == [[line["step"] * runs.ROWS * runs.SEQ_LEN for line in logged],
                     [line["loss"] for line in logged]]
-    runs.assert_refused(runs.train("pie", script=plot), "pie", "frontier")
     curves, _ = plot.density([], None)
     for curve in curves:
         assert np.trapezoid(curve["y"], curve["x"]) == pytest.approx(1, abs=0.05), curve["label"]
