@@ -7,11 +7,9 @@ training text. The entropy of a token id is the mean, over the places where it s
 entropy of the judge's prediction there; --what=surprisal: of -log p(token). Ids that occur fewer
 than --min_count (10) times are taken for average ones.
 
-Training masks a token more often by a factor of 2 - entropy / unit, between .5 and 1.5. Taken over
-the vocabulary, the unit is the entropy of rare tokens, and the text is masked more than its
-schedule says: a second thing that changes. So FILE.npy (V,) float32 is in the unit that makes the
-mean factor over the text exactly 1, clamps included. FILE.json has that unit in nats, the mean
-factors, and how much of vocabulary and text has been counted.
+Training masks a token more often by a factor of 2 - entropy / unit, between .5 and 1.5. FILE.npy
+(V,) float32 is in the unit that makes its mean over the text exactly 1, clamps included; FILE.json
+has that unit in nats, the mean factors in other units, and how much has been counted.
 """
 import json
 import sys
@@ -47,10 +45,6 @@ def add_up(judge, batches, vocab_size, what):
     return total, count
 
 
-def tilt(entropy, unit):
-    return (2 - entropy / unit).clamp(TILT_MIN, TILT_MAX)
-
-
 def in_units(total, count, min_count):
     """Sums and counts (V,) -> entropies (V,) in the unit that makes the mean tilt over the text 1;
     {how the unit is taken: mean tilt}, and that unit in nats"""
@@ -59,7 +53,8 @@ def in_units(total, count, min_count):
     share = count[is_known] / count[is_known].sum()
 
     def mean_tilt(unit):
-        return float((share * tilt(entropy, unit)).sum())
+        tilt = (2 - entropy / unit).clamp(TILT_MIN, TILT_MAX)
+        return float((share * tilt).sum())
 
     low, high = 0.0, 4 * float(entropy.max())
     for _ in range(100):

@@ -1,37 +1,29 @@
 """How good are samples? Generative perplexity, always beside entropy, repetition and real text.
 
     python sample.py --ckpt=out/train_mdlm --n=64 --length=256 --save=mdlm.jsonl
-    python study/judge.py mdlm.jsonl block.jsonl --reference=books --judge=out/gpt
-    python study/judge.py *.jsonl --reference=openwebtext --judge=gpt2-large --mauve=1
+    python study/judge.py mdlm.jsonl block.jsonl --reference=books --judge=out/gpt --mauve=1
 
 A judge, a checkpoint of gpt.py or a GPT-2 of transformers, reads the samples as text, in tokens of
-its own. Its perplexity alone says little: a model that repeats itself is easy to predict. So every
-figure stands beside that of real text of the same length, and a system gets an asterisk where its
-entropy is more than .15 nats below that of real text: lower perplexity at lower entropy is no
-better text.
+its own. A model that repeats itself is easy to predict, so every figure stands beside that of real
+text, and an asterisk marks an entropy more than .15 nats below that of real text.
 
     gen ppl     exp of nats per judge token, pooled; errors over samples, by the delta method
     bits/byte   by the judge: the one figure that compares across tokenizers
-    entropy     of the frequencies of the tokens in a sample, mean over samples, in its own tokens
-    distinct-n  different n-grams / n-grams of a sample, mean over samples; own tokens
+    entropy     of the frequencies of the tokens in a sample, its own; mean over samples
+    distinct-n  different n-grams / n-grams of a sample, mean over samples
     repeated    share of tokens inside a 4-gram that the sample has had before
     retokenized share of judge tokens that are not those written; only with the same tokenizer
-    mauve       --mauve=1: study/mauve.py, on the judge's last features at the last token. Figures
-                of other judges, n, k or c do not compare. The row of real text is the ceiling: two
-                disjoint halves of it. Quote none below n = 2,000
+    mauve       --mauve=1: on the judge's last features at the last token; compares only for equal
+                judge, n, k and c. Real text, two disjoint halves of it, is the ceiling
 
-All samples and real text are cut to --length tokens (0: the longest of the shortest file) and at
-the end of a document (--cut=0 goes on behind it). What becomes shorter than half is counted, and
-nothing is drawn again; a sample is left out only if no token remains. Prompts, which a file lists
-as known, and tokens that begin a document are not scored. The judge begins with its own start, so
-that the first token counts; --no_start=1 leaves that out, as most papers do. --reference is a
-prepared folder with the tokens of the samples; --split=val. Its texts are beginnings of documents,
-as samples are by default; --start=anywhere: any windows, as of sample.py --start=anywhere.
+All texts are cut to --length tokens (0: the longest of the shortest file) and at the end of a
+document (--cut=0 goes on behind it); those shorter than half are counted. Prompts and tokens that
+begin a document are not scored. The judge begins with its own start, so that the first token
+counts; --no_start=1 leaves that out, as most papers do. --reference is a prepared folder with the
+tokens of the samples; its texts begin documents, as samples do; --start=anywhere: any windows.
 """
-import hashlib
 import json
 import math
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -45,22 +37,21 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import sample  # noqa: E402
+from study import likelihood  # noqa: E402
 from study.golf import require, run_cli  # noqa: E402
-from study.likelihood import STARTS, print_table, take_windows  # noqa: E402
+from study.likelihood import shown  # noqa: E402
 from study.mauve import C, mauve  # noqa: E402
 
 SCRIPT = sample.load_script(ROOT / "train_mdlm.py")  # reads data, like every script
 LOW_ENTROPY = 0.15  # nats below real text
 QUOTABLE = 2000  # texts a side, for MAUVE
 GRAM = 4  # of repetition
-ABOUT = "script parameters sampler steps temperature top_k top_p seed device".split()
+ABOUT = "script", "parameters", "sampler", "seed", "device"
 BATCH_TOKENS = 2**13
-GPT2 = "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"  # names of the hub
 
 
 # ----------------------------------------------------------------------------- judges
 class Judge(NamedTuple):
-    """A causal model that reads text."""
     name: str
     encode: Callable  # text -> tokens
     table: list  # bytes of every token
@@ -85,7 +76,7 @@ def gpt_judge(path, device, dtype):
         return logits, F.rms_norm(h, (h.size(-1),))
 
     return Judge(Path(path).name, lm.tokenizer.encode, lm.tokenizer.table, [lm.cfg.vocab_size],
-                 lm.cfg.seq_len, forward, digest(lm.path), Path(lm.cfg.data).name)
+                 lm.cfg.seq_len, forward, likelihood.digest(lm.path), Path(lm.cfg.data).name)
 
 
 def gpt2_judge(name, device, dtype, no_start=False, model=None):
@@ -111,9 +102,8 @@ def gpt2_judge(name, device, dtype, no_start=False, model=None):
 
 
 def load_judge(name, device, dtype, no_start=False):
-    if name in GPT2 or os.path.exists(os.path.join(name, "config.json")):
-        return gpt2_judge(name, device, dtype, no_start)
-    return gpt_judge(name, device, dtype)
+    is_gpt2 = name.startswith("gpt2") or Path(name, "config.json").exists()
+    return gpt2_judge(name, device, dtype, no_start) if is_gpt2 else gpt_judge(name, device, dtype)
 
 
 @torch.no_grad()
@@ -166,10 +156,6 @@ def ratio(above, below):
     return float(mean), float((n / (n - 1) * rest) ** 0.5 / below.sum())
 
 
-def mean_and_error(values):
-    return float(np.mean(values)), float(np.std(values, ddof=1) / len(values) ** 0.5)
-
-
 def entropy(tokens):
     """Nats of the frequencies of tokens in a sample."""
     share = np.unique(tokens, return_counts=True)[1] / len(tokens)
@@ -181,9 +167,7 @@ def grams(tokens, n):
 
 
 def distinct(tokens, n):
-    """Different n-grams / n-grams"""
-    found = grams(tokens, n)
-    return len(set(found)) / max(1, len(found))
+    return len(set(grams(tokens, n))) / max(1, len(tokens) - n + 1)
 
 
 def repeated(tokens):
@@ -200,7 +184,7 @@ def measure(judge, tokenizer, rows, no_start=False):
     texts, scored, sizes, n_changed = [], [], [], 0
     for tokens, known in rows:
         parts = tokenizer.spans(tokens, known)
-        given = np.concatenate([np.full(len(text.encode()), is_known) for text, is_known in parts])
+        given = np.concatenate([np.full(len(text.encode()), bool(kind)) for text, kind in parts])
         texts.append(judge.encode("".join(text for text, _ in parts)))
         sizes.append(np.array([len(judge.table[token]) for token in texts[-1]]))
         end = sizes[-1].cumsum()
@@ -221,18 +205,13 @@ def measure(judge, tokenizer, rows, no_start=False):
     return dict(
         n=len(rows), tokens=sum(map(len, new)), judge_tokens=int(sum(count)),
         gen_ppl=(ppl, ppl * per_token[1]), nats_per_judge_token=per_token, bits_per_byte=bits,
-        entropy=mean_and_error(list(map(entropy, new))), **by_n,
+        entropy=ratio([entropy(row) for row in new], [1] * len(new)), **by_n,
         repeated=float(np.mean(list(map(repeated, new)))),
         retokenized=n_changed / sum(map(len, texts)) if judge.table == tokenizer.table else None,
     ), features
 
 
 # ----------------------------------------------------------------------------- command line
-def digest(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 def read_samples(path):
     """A .jsonl file -> its first line, [(tokens, which of them were given)], passes a sample"""
     try:
@@ -246,25 +225,21 @@ def read_samples(path):
         raise ValueError(f"{path}: not the samples of sample.py --save=FILE.jsonl ({e})") from None
 
 
-def pair(value, digits=3, star=""):
-    return "" if value is None else f"{value[0]:.{digits}f}{star} ± {value[1]:.{digits}f}"
-
-
-def print_rows(rows):
-    """The first one is real text."""
-    table, least = [], rows[0]["entropy"][0] - LOW_ENTROPY
+def print_rows(done):
+    rows = done["rows"]
+    table, least = [], rows[0]["entropy"][0] - LOW_ENTROPY  # the first row is real text
     for row in rows:
         share = row["retokenized"]
         table.append([
             row["text"], str(row["n"]), f"{row['nfe']:g}" if row["nfe"] else "", str(row["tokens"]),
-            pair(row["gen_ppl"], 2, "*" * (row["entropy"][0] < least)), pair(row["bits_per_byte"]),
-            pair(row["entropy"]), " ".join(f"{row[f'distinct_{n}']:.3f}" for n in range(1, 5)),
+            shown(row["gen_ppl"], 2, "*" * (row["entropy"][0] < least)),
+            shown(row["bits_per_byte"], 3), shown(row["entropy"], 3),
+            " ".join(f"{row[f'distinct_{n}']:.3f}" for n in range(1, 5)),
             f"{row['repeated']:.3f}", "" if share is None else f"{share:.3f}",
-            *[pair(row[key]) for key in ("mauve", "mauve_star") if key in row]])
+            *[shown(row[key], 3) for key in ("mauve", "mauve_star") if key in row]])
     head = ["text", "n", "NFE", "tokens", "gen ppl", "bits/byte", "entropy", "distinct-1..4",
             "repeated", "retokenized", "mauve", "mauve star"]
-    print()
-    print_table(table, head[:len(table[0])])
+    likelihood.print_table(table, head[:len(table[0])])
     if any(row["entropy"][0] < least for row in rows):
         print("\n\\* entropy more than .15 nats below real text: lower perplexity at lower entropy "
               "is no better text")
@@ -276,18 +251,16 @@ def run(flags):
     judge = load_judge(flags.judge, flags.device, flags.dtype, flags.no_start)
     files = [(Path(path).stem, *read_samples(path)) for path in flags.files]
     length = flags.length or min(max(len(tokens) for tokens, _ in rows) for _, _, rows, _ in files)
-    require(flags.start in STARTS, f"--start={flags.start}: there are {', '.join(STARTS)}")
-    # What begins a document is not scored.
     cfg = SCRIPT.Config(data=flags.reference, split=flags.split, eval_only=True,
-                        seq_len=length + (flags.start == "document"))
+                        seq_len=length + (flags.start == "document"))  # whose start is not scored
     _, windows, meta = SCRIPT.open_data(cfg)
     tokenizer = sample.Tokenizer(meta, meta["vocab_size"])
     for name, about, _, _ in files:
-        require(about["tokenizer"] == tokenizer.name, f"{name}: {about['tokenizer']} tokens, but "
-                f"{cfg.data} has {tokenizer.name} tokens")
+        fits = about["tokenizer"] == tokenizer.name
+        require(fits, f"{name}: {about['tokenizer']} tokens, other ones than {cfg.data} has")
     n, text = max(len(rows) for _, _, rows, _ in files), Path(cfg.data).name
     need = n * (1 + flags.mauve)  # the second half is what texts are compared with
-    real = take_windows(windows, meta, need, flags.start).tolist()
+    real = likelihood.take_windows(windows, meta, need, flags.start).tolist()
     require(len(real) == need, f"--reference={cfg.data}: {need} windows of {length} tokens are "
             f"needed, {flags.split} has {len(real)} for --start={flags.start}")
     fits = not flags.mauve or all(len(rows) == n for _, _, rows, _ in files)
@@ -309,20 +282,16 @@ def run(flags):
         out.append(dict(text=name + is_judge, nfe=nfe, short=n_short, about=about, **figures))
     is_known = ", trained on this text" * (judge.data == text)
     first = "first token not scored" if flags.no_start else "all tokens scored"
-    cut = ", cut at the end of a document" * flags.cut
-    short = ", ".join(str(row["short"]) for row in out)
-    print(f"judge {judge.name}{is_known}, {first}; {length} tokens a text{cut}; shorter than half: "
-          f"{short}")
+    print(f"judge {judge.name}{is_known}, {first}; {length} tokens a text"
+          f"{', cut at the end of a document' * flags.cut}; shorter than half:",
+          *(row["short"] for row in out))
     for row in out[1:]:
-        known = [f"{key} {row['about'][key]}" for key in ABOUT if row["about"].get(key) is not None]
-        print(f"{row['text']}: {', '.join(known)}")
+        print(f"{row['text']}:", *(f"{key} {row['about'].get(key)}" for key in ABOUT))
     if flags.mauve:
         print(f"mauve[{judge.name}], n = {n}, k = {out[0]['k']}, c = {C}; of real text: the "
               f"ceiling{f'; do not quote it, n is below {QUOTABLE}' * (n < QUOTABLE)}")
-    print_rows(out)
-    if flags.out:
-        about = dict(vars(flags), judge_sha256=judge.sha256, length=length)
-        Path(flags.out).write_text(json.dumps(dict(about=about, rows=out), indent=1) + "\n")
+    about = dict(vars(flags), program="judge", judge_sha256=judge.sha256, length=length)
+    likelihood.finish(dict(about=about, rows=out), print_rows, flags.out)
 
 
 def main(argv):

@@ -1,41 +1,32 @@
 """The exact likelihood of a decoder, by order and number of passes; and where it lags behind AR.
 
     python study/likelihood.py --ckpt=out/train_mdlm --orders=l2r,r2l,confidence,entropy,random:4
-    python study/likelihood.py --ckpt=out/train_mdlm --orders=l2r,confidence --steps=8,32 \\
-        --threshold=.5,.9
+    python study/likelihood.py --ckpt=out/train_mdlm --orders=l2r,confidence --steps=8,32
     python study/likelihood.py --ckpt=out/train_mdlm --orders=l2r --against=out/gpt
 
-A decoder begins with masks. In each pass its rule picks positions, and their tokens are drawn
-independently of each other. So the probability that it writes a given text is a product over
-passes, of the true tokens at the positions that the rule picks when the text so far is the true
-one. This is exact, needs no samples and no judge, and holds for several tokens a pass. It is a
-likelihood only because the rule sees revealed tokens alone: a rule that looks at the true token
-sums to more than 1 over all texts (a test).
+A decoder begins with masks. In each pass its rule picks positions, whose tokens are drawn
+independently. So the probability that it writes a text is a product over passes, of the true tokens
+at the positions that the rule picks when the text so far is the true one: exact, without samples or
+a judge, for several tokens a pass, too. Each rule is a decoder of its own, not a tighter bound of
+one model. The NELBO, here over --draws=8 of its noise, is the mean over random orders, one token
+a pass (of train_sedd: if --normalized=1).
 
-Each rule is a decoder of its own, not a tighter bound of one model. What the NELBO is the mean of
-are random orders with one token a pass, the row "random" (a test, too); with train_sedd only under
---normalized=1, since its NELBO also pays for scores that do not sum to 1.
-
-    --orders     l2r, r2l, random[:K] (the mean over K orders) and any order of sample.py that ranks
-                 (confidence, entropy, margin..); of gpt.py only l2r. train_block: inside each block
+    --orders     l2r, r2l, random[:K] (mean over K orders), and those of sample.py: confidence,
+                 entropy, margin..; of gpt.py only l2r. train_block: inside each block
     --steps      passes, of train_block in each block, with commas; without it one token a pass
     --threshold  instead of them: one token a pass, and all whose top probability is above it
-    --pace       even (default), cosine or cosine2, of the tokens over the steps
-    --windows    how many, the first of --split (val) of --data (the run's); 64
-    --start      anywhere (default: windows as evaluation cuts them) or document: windows that begin
-                 at the beginning of a document
+    --windows    how many (64), the first of --split (val) of --data (the run's); --start=document:
+                 the first that begin with a document
     --against    a checkpoint of gpt.py: nats per token minus its own, by position in the window
-    --draws      of the noise of the NELBO; 8
     --out        FILE.json for all figures; FILE.npz beside it for nats and passes by position
-    --script, --device, --dtype (fp32), --seed
 
-Another dtype or device rounds otherwise, which can change an order and so the figure slightly.
-Standard errors are over pairs of neighbouring windows, of differences on the same windows.
+Another dtype or device rounds otherwise, which can change an order. Errors: over pairs of windows.
 """
 import dataclasses
 import hashlib
 import json
 import math
+import re
 import sys
 import time
 from pathlib import Path
@@ -51,7 +42,6 @@ import sample  # noqa: E402
 from study.golf import require, run_cli  # noqa: E402
 
 BLIND = ("l2r", "r2l", "random")  # orders that do not look at the network's answers
-STARTS = "document", "anywhere"
 NELBO_SEED = 20240520
 
 
@@ -60,7 +50,7 @@ def chain_rule(model, cfg, kind, x0, choose, u, steps=None, is_blind=False):
     """-log p of x0 (B, T) for the decoder whose rule is choose (sample.ordered), in `steps` passes
     for every block; None: as many as it has tokens. u (B, T): random numbers of the rule. is_blind:
     the rule does not look at log-probabilities.
-    -> nats (B, T) float64; which pass of its row revealed each token, (B, T), from 1 on"""
+    -> nats (B, T) float64; which pass of its row, from 1 on, revealed each token, (B, T)"""
     (B, T), mask_id = x0.shape, cfg.vocab_size
     L = cfg.block_len if kind == "block" else T
     reader = sample.Reader(model, cfg, kind, L)
@@ -73,18 +63,14 @@ def chain_rule(model, cfg, kind, x0, choose, u, steps=None, is_blind=False):
             is_mask = tokens[:, here] == mask_id  # (B, L)
             if not is_mask.any():
                 break
-            state = dict(step=i, steps=steps, u=u[:, here])
-            if is_blind:  # the head has to answer for what is revealed alone
-                no_answers = torch.zeros(int(is_mask.sum()), 1)
-                is_left = choose(no_answers, is_mask, **state)
-                rows = (is_mask & ~is_left).flatten().nonzero()[:, 0]
+            rows, log_p = is_mask.flatten().nonzero()[:, 0], torch.zeros(int(is_mask.sum()), 1)
+            if not is_blind:
                 log_p = reader.read(tokens, start, rows).log_softmax(-1)  # (R, V)
-            else:
-                rows = is_mask.flatten().nonzero()[:, 0]
+            is_left = choose(log_p, is_mask, step=i, steps=steps, u=u[:, here])
+            is_picked = ~is_left.flatten()[rows]
+            rows, log_p = rows[is_picked], log_p[is_picked]
+            if is_blind:  # the head has to answer for what is revealed alone
                 log_p = reader.read(tokens, start, rows).log_softmax(-1)
-                is_left = choose(log_p, is_mask, **state)
-                is_picked = ~is_left.flatten()[rows]
-                rows, log_p = rows[is_picked], log_p[is_picked]
             true = x0[:, here].flatten()[rows]
             is_new = (is_mask & ~is_left).cpu()
             nats[:, here][is_new] = -log_p.gather(1, true[:, None])[:, 0].cpu().double()
@@ -94,7 +80,7 @@ def chain_rule(model, cfg, kind, x0, choose, u, steps=None, is_blind=False):
     return nats, when
 
 
-def make_rule(order, shape, gen, threshold=None, pace="even"):
+def make_rule(order, shape, gen, threshold=None):
     """An order -> (choose, u (N, T) float64), as sample.py would use it. l2r and r2l are its random
     order with numbers that are not random."""
     u = torch.rand(shape, generator=gen, dtype=torch.float64)
@@ -102,16 +88,16 @@ def make_rule(order, shape, gen, threshold=None, pace="even"):
         u = torch.arange(shape[1], dtype=torch.float64).expand(shape) / shape[1]
         u = 1 - u if order == "l2r" else u
     name = "random" if order in BLIND else order
-    return sample.ordered(name, threshold, pace), u
+    return sample.ordered(name, threshold), u
 
 
-def decoder_nats(lm, x0, order, steps=None, threshold=None, pace="even", seed=0):
+def decoder_nats(lm, x0, order, steps=None, threshold=None, seed=0):
     """x0 (N, T) -> nats (N, T), which pass revealed each token (N, T), how many there were (N,);
     each a mean over the K orders of random:K"""
     order, _, count = order.partition(":")
     parts, gen = [], torch.Generator().manual_seed(seed)
     for _ in range(int(count or 1)):
-        choose, u = make_rule(order, x0.shape, gen, threshold, pace)
+        choose, u = make_rule(order, x0.shape, gen, threshold)
         is_blind, found = order in BLIND and threshold is None, []
         for rows in torch.arange(len(x0)).split(lm.batch_rows(x0.size(1))):
             with lm.amp():
@@ -176,6 +162,7 @@ def prefix_gap(difference, n_bytes):
 def take_windows(windows, meta, n, start):
     """The first n windows (.., T) of a split, or fewer if it has no more: as evaluation cuts them
     (anywhere), or those that begin with a document, without overlap."""
+    require(start in ("document", "anywhere"), f"--start={start}: document or anywhere")
     if start == "anywhere":
         return windows.read(range(min(n, len(windows))), meta["vocab_size"])
     rows, T = [], windows.shards[0].shape[1]
@@ -189,7 +176,6 @@ def take_windows(windows, meta, n, start):
 
 def read_windows(lm, flags):
     """-> x0 (N, T), bytes (N, T) of its tokens, the name of the data"""
-    require(flags.start in STARTS, f"--start={flags.start}: there are {', '.join(STARTS)}")
     cfg = dataclasses.replace(lm.cfg, data=flags.data or lm.cfg.data, split=flags.split,
                               eval_only=True, init_from="")
     _, windows, meta = lm.script.open_data(cfg)
@@ -211,30 +197,19 @@ def settings(flags, lm):
         fits = name in known and (not count or name == "random" and count.isdecimal())
         require(fits, f"--orders={order}: {lm.name} has {', '.join(known)}; random takes :K")
     require(lm.graph != "uniform", f"--ckpt={flags.ckpt}: nothing is masked under --graph=uniform")
-    try:
-        steps = [int(x) for x in flags.steps.split(",") if x]
-        thresholds = [float(x) for x in flags.threshold.split(",") if x]
-    except ValueError:
-        raise ValueError(f"--steps={flags.steps} --threshold={flags.threshold}: numbers, with "
-                         "commas") from None
-    ways = [(n, None) for n in steps] + [(None, x) for x in thresholds]
+    fits = re.fullmatch(r"[\d,]* [\d.,]*", f"{flags.steps} {flags.threshold}")
+    require(fits, f"--steps={flags.steps} --threshold={flags.threshold}: numbers, with commas")
+    ways = [(int(x), None) for x in flags.steps.split(",") if x]
+    ways += [(None, float(x)) for x in flags.threshold.split(",") if x]
     return [(order, *way) for order in orders for way in ways or [(None, None)]]
 
 
-def say_estimate(lm, x0, todo):
-    """Print how long it will take, from one pass of one batch."""
-    T, size = x0.size(1), lm.batch_rows(x0.size(1))
-    x = x0[:size].to(lm.device)
-    empty, rows = torch.full_like(x, lm.cfg.vocab_size), torch.arange(x.numel(), device=x.device)
-    L = lm.block_len or T
-    start = time.perf_counter()
-    with torch.no_grad(), lm.amp():
-        sample.Reader(lm.net, lm.cfg, lm.kind, L).read(empty, 0, rows[:len(x) * L])
-    seconds = (time.perf_counter() - start) * -(-len(x0) // size)
+def say_estimate(lm, x0, todo, seconds):  # of a pass over whole windows
+    T, L = x0.size(1), lm.block_len or x0.size(1)
     n_passes = sum(int(order.partition(":")[2] or 1) * min(T, T // L * (steps or L))
                    for order, steps, _ in todo)
-    print(f"{n_passes} passes over {len(x0)} windows of {T} tokens: {n_passes * seconds:.0f} s or "
-          "less", file=sys.stderr)
+    print(f"{n_passes} passes over {len(x0)} windows of {T} tokens: about "
+          f"{n_passes * seconds * L / T:.0f} s", file=sys.stderr)
 
 
 def print_table(rows, head):
@@ -243,8 +218,34 @@ def print_table(rows, head):
         print("| " + " | ".join(row) + " |")
 
 
-def shown(pair):
-    return "" if pair is None else f"{pair[0]:.4f} ± {pair[1]:.4f}"
+def digest(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def finish(done, print_rows, out):
+    print_rows(done)
+    if out:
+        Path(out).write_text(json.dumps(done, indent=1) + "\n")
+
+
+def shown(pair, digits=4, star=""):
+    return "" if pair is None else f"{pair[0]:.{digits}f}{star} ± {pair[1]:.{digits}f}"
+
+
+def print_rows(done):
+    print_table([
+        [row["order"], str(row["steps"] or ""), str(row["threshold"] or ""),
+         f"{row['nfe']:.1f}" if row["nfe"] else "", shown(row["nats"]), f"{row['bpb']:.4f}",
+         shown(row.get("minus_nelbo")), shown(row.get("minus_l2r"))] for row in done["rows"]],
+        ["order", "steps", "threshold", "NFE a window", "nats per token", "bits per byte",
+         "minus NELBO", "minus l2r"])
+    if done["gap"]:
+        print(f"\nl2r minus {done['about']['against']}, nats per token:\n")
+        print_table([
+            [f"{g['first']}-{g['last']}", shown((g["gap"], g["se"])), str(g["bpb"] and
+             round(g["bpb"], 4)), f"{g['cumulative']:.4f}", f"{g['tail']:.4f}"]
+            for g in done["gap"]],
+            ["positions", "gap here", "bits per byte", "up to here", "from here on"])
 
 
 def run(flags):
@@ -256,17 +257,18 @@ def run(flags):
     N, T = x0.shape
     other = flags.against and sample.load(flags.against, **how)
     if other:
-        fits = other.kind == "gpt" and other.tokenizer.table == lm.tokenizer.table
-        require(fits and other.cfg.seq_len >= T, f"--against={flags.against}: not a checkpoint of "
-                f"gpt.py with the same tokens and a context of {T}")
-        fits = ("l2r", None, None) in todo
-        require(fits, "--against: needs --orders=l2r, without --steps and --threshold")
+        fits = (other.kind == "gpt" and other.tokenizer.table == lm.tokenizer.table
+                and other.cfg.seq_len >= T and ("l2r", None, None) in todo)
+        require(fits, f"--against={flags.against}: a gpt.py checkpoint with the same tokens and a "
+                f"context of {T}, beside --orders=l2r without --steps and --threshold")
     print(f"{lm.summary}\n{N} windows of {T} tokens of {data} ({flags.split}), begin: "
           f"{flags.start}, {lm.where}", file=sys.stderr)
+    start = time.perf_counter()
     bound = None if lm.kind == "gpt" else nelbo(lm, x0, flags.draws)
+    seconds = (time.perf_counter() - start) / flags.draws
     rows, arrays, base, bits = [], {}, None, math.log(2) * int(n_bytes.sum())
     if bound is not None:
-        say_estimate(lm, x0, todo)
+        say_estimate(lm, x0, todo, seconds)
         arrays["nelbo"] = bound.numpy()
         rows.append(dict(order="NELBO", steps=None, threshold=None, nfe=None,
                          nats=mean_and_error(bound), bpb=bound.sum().item() * T / bits))
@@ -275,7 +277,7 @@ def run(flags):
             nats, when = causal_nats(lm, x0), torch.arange(1.0, T + 1).expand(N, T)
             nfe = when[:, -1]
         else:
-            nats, when, nfe = decoder_nats(lm, x0, order, steps, threshold, flags.pace, flags.seed)
+            nats, when, nfe = decoder_nats(lm, x0, order, steps, threshold, flags.seed)
         name = f"{order} {steps or ''}{threshold or ''}".strip()
         arrays |= {f"{name} nats": nats.float().numpy(), f"{name} pass": when.float().numpy()}
         mean = nats.mean(1)
@@ -285,37 +287,22 @@ def run(flags):
             nats=mean_and_error(mean), bpb=nats.sum().item() / bits,
             minus_nelbo=None if bound is None else mean_and_error(mean - bound),
             minus_l2r=None if base is None else mean_and_error(mean - base)))
-    table = []
-    for row in rows:
-        nfe = f"{row['nfe']:.1f}" if row["nfe"] else ""
-        table.append([row["order"], str(row["steps"] or ""), str(row["threshold"] or ""), nfe,
-                      shown(row["nats"]), f"{row['bpb']:.4f}", shown(row.get("minus_nelbo")),
-                      shown(row.get("minus_l2r"))])
-    print_table(table, ["order", "steps", "threshold", "NFE a window", "nats per token",
-                        "bits per byte", "minus NELBO", "minus l2r"])
     gap = None
     if other:
         arrays["against nats"] = causal_nats(other, x0).float().numpy()
         difference = torch.from_numpy(arrays["l2r nats"] - arrays["against nats"]).double()
         gap = prefix_gap(difference, n_bytes)
-        print(f"\nl2r minus {flags.against}, nats per token:\n")
-        print_table([[f"{g['first']}-{g['last']}", f"{g['gap']:+.4f} ± {g['se']:.4f}",
-                      "" if g["bpb"] is None else f"{g['bpb']:+.4f}", f"{g['cumulative']:+.4f}",
-                      f"{g['tail']:+.4f}"] for g in gap],
-                    ["positions", "gap here", "bits per byte", "up to here", "from here on"])
+    done = dict(about=dict(vars(flags), program="likelihood", checkpoint=digest(lm.path),
+                           script=lm.name, data=data, windows=N, seq_len=T, where=lm.where,
+                           torch=torch.__version__), rows=rows, gap=gap)
+    finish(done, print_rows, flags.out)
     if flags.out:
-        with open(lm.path, "rb") as f:
-            sha256 = hashlib.file_digest(f, "sha256").hexdigest()
-        about = dict(vars(flags), checkpoint=sha256, script=lm.name, data=data, windows=N,
-                     seq_len=T, where=lm.where, torch=torch.__version__)
-        path = Path(flags.out)
-        path.write_text(json.dumps(dict(about=about, rows=rows, gap=gap), indent=1) + "\n")
-        np.savez_compressed(path.with_suffix(".npz"), **arrays)
+        np.savez_compressed(Path(flags.out).with_suffix(".npz"), **arrays)
 
 
 def main(argv):
     run_cli("likelihood.py", run, argv, __doc__, ckpt="", script="", orders="l2r,confidence,random",
-            steps="", threshold="", pace="even", windows=64, data="", split="val", start="anywhere",
+            steps="", threshold="", windows=64, data="", split="val", start="anywhere",
             against="", draws=8, seed=0, out="", device="auto", dtype="fp32")
 
 

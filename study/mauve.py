@@ -19,12 +19,7 @@ def k_means(x, k, gen):
     """x (N, D) float64 -> cluster (N,) of the best of several starts, by Lloyd's algorithm."""
     best = math.inf, None
     for _ in range(STARTS):
-        centers = x[torch.randint(len(x), (1,), generator=gen)]
-        while len(centers) < k:  # k-means++
-            far = torch.cdist(x, centers).amin(1).square()
-            far = far if far.sum() > 0 else torch.ones_like(far)
-            centers = torch.cat((centers, x[torch.multinomial(far, 1, generator=gen)]))
-        before = None
+        centers, before = x[torch.randperm(len(x), generator=gen)[:k]], None
         for _ in range(STEPS):
             distance, cluster = torch.cdist(x, centers).min(1)
             if before is not None and torch.equal(cluster, before):
