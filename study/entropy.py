@@ -7,9 +7,12 @@ training text. The entropy of a token id is the mean, over the places where it s
 entropy of the judge's prediction there; --what=surprisal: of -log p(token). Ids that occur fewer
 than --min_count (10) times are taken for average ones.
 
-Training masks a token more often by a factor of 2 - entropy / unit, between .5 and 1.5. FILE.npy
-(V,) float32 is in the unit that makes its mean over the text exactly 1, clamps included; FILE.json
-has that unit in nats, the mean factors in other units, and how much has been counted.
+Training takes the total noise of a token times 2 - entropy / unit, between .5 and 1.5. With the
+mean over the vocabulary as unit, which rare tokens rule, the text is masked more than its schedule
+says: a second thing that changes. So FILE.npy (V,) float32 is in the unit for which the linear
+schedule masks as much of the text as without, clamps included: a tilt w masks w / (1 + w) of a
+token's occurrences. FILE.json has that unit in nats, the masked shares relative to the schedule's,
+and how much of vocabulary and text has been counted.
 """
 import json
 import sys
@@ -46,26 +49,26 @@ def add_up(judge, batches, vocab_size, what):
 
 
 def in_units(total, count, min_count):
-    """Sums and counts (V,) -> entropies (V,) in the unit that makes the mean tilt over the text 1;
-    {how the unit is taken: mean tilt}, and that unit in nats"""
+    """Sums and counts (V,) -> entropies (V,) in the unit that masks as much of the text as without;
+    {how the unit is taken: masked share, relative to that}, and that unit in nats"""
     is_known = count >= min_count
     entropy = total[is_known] / count[is_known]
     share = count[is_known] / count[is_known].sum()
 
-    def mean_tilt(unit):
+    def masked(unit):
         tilt = (2 - entropy / unit).clamp(TILT_MIN, TILT_MAX)
-        return float((share * tilt).sum())
+        return float((share * 2 * tilt / (1 + tilt)).sum())
 
     low, high = 0.0, 4 * float(entropy.max())
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if mean_tilt(middle) < 1 else (low, middle)
+        low, high = (middle, high) if masked(middle) < 1 else (low, middle)
     result = torch.ones(len(count), dtype=torch.float64)
     result[is_known] = entropy / high
     mean = float((share * entropy).sum())
-    tilts = {"by vocabulary": mean_tilt(float(entropy.mean())), "by mean of text": mean_tilt(mean),
-             "by text": mean_tilt(high), "unit": high}
-    return result, tilts
+    shares = {"by vocabulary": masked(float(entropy.mean())), "by mean of text": masked(mean),
+             "by text": masked(high), "unit": high}
+    return result, shares
 
 
 def run(flags):
@@ -82,18 +85,18 @@ def run(flags):
     size = max(1, BATCH_TOKENS // judge.context)
     batches = (windows.read(places[i:i + size].tolist(), V) for i in range(0, n, size))
     total, count = add_up(judge, batches, V, flags.what)
-    result, tilts = in_units(total, count, flags.min_count)
+    result, shares = in_units(total, count, flags.min_count)
     is_known = count >= flags.min_count
-    unit, ids = tilts.pop("unit"), float(is_known.double().mean())
+    unit, ids = shares.pop("unit"), float(is_known.double().mean())
     occurrences = float(count[is_known].sum() / count.sum())
     print(f"{flags.what} of {n * judge.context} tokens of {cfg.data} by {judge.name}: "
           f"{float(total.sum() / count.sum()):.4f} nats a token, unit {unit:.4f} nats")
     print(f"counted {ids:.1%} of the ids, {occurrences:.2%} of the text")
-    print("mean factor over the text, " + ", ".join(f"{k}: {v:.4f}" for k, v in tilts.items()))
+    print("masked share / the schedule's, " + ", ".join(f"{k}: {v:.4f}" for k, v in shares.items()))
     path = Path(flags.out)
     np.save(path, result.float().numpy())
     about = dict(judge=judge.name, judge_sha256=judge.sha256, data=cfg.data, what=flags.what,
-                 tokens=n * judge.context, min_count=flags.min_count, unit=unit, mean_tilt=tilts,
+                 tokens=n * judge.context, min_count=flags.min_count, unit=unit, masked=shares,
                  coverage=dict(ids=ids, occurrences=occurrences))
     path.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
 
