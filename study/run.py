@@ -51,6 +51,7 @@ MATRICES = {  # row -> script, flags; the first row is what the table compares w
         "uniform_coins": ("train_mdlm.py", f"--loss_weight=uniform {COINS}"),
         "elbo_coins": ("train_mdlm.py", f"--loss_weight=elbo {COINS}"),
         "clipped_coins": ("train_mdlm.py", f"--loss_weight=clipped {COINS}"),
+        "row_mean_coins": ("train_mdlm.py", f"--loss_weight=row_mean {COINS}"),
     },
     "schedules": {
         **{name: ("train_mdlm.py", f"{COINS} --schedule={name}") for name in SCHEDULES},
