@@ -46,7 +46,7 @@ from study.puzzles import PAD, TASKS, draw_fact  # noqa: E402
 
 HOLE = "_"  # a byte that is asked for
 HELD_OUT = 5  # one key in so many
-ROWS = 128  # windows a training step
+STEP_TOKENS = 4096  # in a training step, or a little less
 TRUNK = ("--n_layer=4", "--n_head=4", "--n_embd=64", "--lr=0.03", "--shuffle=1", "--eval_every=0",
          "--ckpt_every=0", "--log_every=100", "--compile=0")
 OWN = {"train_block": ("--value_residual=0", "--muon_beta2=0")}  # so that all have one trunk
@@ -184,11 +184,12 @@ def run_cell(flags, name, seed, script, orders, passes):
     # A fact has to be learned from both ends.
     given = () if name == "reversal" else (f"--prompt_len={task.prompt_len}",)
     own = OWN.get(script, ()) + (f"--block_len={task.block_len}",) * (script == "train_block")
-    n_tokens = ROWS * task.seq_len
+    n_rows = STEP_TOKENS // task.seq_len // 2 * 2  # pairs, for train_mdlm
+    n_tokens = n_rows * task.seq_len
     print(f"{name}: {script}, seed {seed}", file=sys.stderr)
     done = subprocess.run([
         sys.executable, ROOT / f"{script}.py", *TRUNK, *own, *given, f"--data={data}",
-        f"--seq_len={task.seq_len}", f"--batch_tokens={n_tokens}", f"--micro_batch={ROWS}",
+        f"--seq_len={task.seq_len}", f"--batch_tokens={n_tokens}", f"--micro_batch={n_rows}",
         f"--steps={flags.tokens // n_tokens}", f"--seed={seed}", f"--out={folder}", "--resume=1"],
         stdout=subprocess.DEVNULL)
     require(done.returncode == 0, f"{script}.py: status {done.returncode}")
