@@ -189,3 +189,33 @@ def test_a_network_of_gpt2s_shape_trains_and_writes(tmp_path):
     out = runs.train_tiny(f"--data={data}", f"--out={tmp_path}/b", "--n_positions=32",
                           script=gpt2_mdlm)
     runs.assert_refused(out, "--seq_len=32", "n_positions")
+
+
+# ----------------------------------------------------------------------------- harness
+def test_the_harness_asks_and_is_answered(tmp_path):
+    pytest.importorskip("lm_eval", reason="pip install lm_eval")
+    from study import harness
+    rows = [dict(q="ab", choices=["cd", "xy"], gold=0), dict(q="a c", choices=["c", "yz"], gold=1)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = dict(task="pick", output_type="multiple_choice", dataset_path="json", test_split="test",
+                dataset_kwargs=dict(data_files=dict(test=f"{tmp_path}/rows.jsonl"),
+                                    cache_dir=str(tmp_path)),
+                doc_to_text="{{q}}", doc_to_choice="choices", doc_to_target="gold")
+    (tmp_path / "pick.yaml").write_text(json.dumps(task))  # which is yaml, too
+    for name in ("gpt", "train_mdlm"):
+        ckpt = make_checkpoint(tmp_path / f"{name}.pt", name)
+        ckpt["model"]["head.weight"][[*range(32), *range(127, 256)]] = 0  # writes what can be read
+        train_mdlm.save_checkpoint(str(tmp_path / f"{name}.pt"), ckpt)
+        done = call(f"--ckpt={tmp_path}/{name}.pt", "--tasks=pick", f"--include={tmp_path}",
+                    main=harness.main)
+        assert done.status == 0 and "|acc " in done.out and "4 likelihoods" in done.out, done
+        model = harness.Adapter(sample.load(tmp_path / f"{name}.pt", dtype="fp32"), draws=400)
+        text = model.write("ab", 4, temperature=0.0)
+        asked = [types.SimpleNamespace(args=args) for args in (("ab", text), ("ab", "zzz"))]
+        (given, is_greedy), (_, other) = model.loglikelihood(asked)
+        assert (is_greedy, other) == (True, False)
+        whole, part = model.loglikelihood_rolling(
+            [types.SimpleNamespace(args=(x,)) for x in (f"ab{text}", "ab")])
+        assert name != "gpt" or given == pytest.approx(whole - part, abs=1e-4)
+        ask = types.SimpleNamespace(args=(40 * "b" + "ab", dict(until=text[1], max_gen_toks=4)))
+        assert text[1] not in model.generate_until([ask])[0]
