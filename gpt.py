@@ -7,16 +7,13 @@ The chain rule gives the likelihood of a window exactly, where diffusion has a b
 
 All T terms come from one pass: the network reads x = [start, x0_1 .. x0_{T-1}], attention is causal
 and output i predicts x0_i. So the same T tokens of the same windows are scored as in the other
-scripts, the first one too. Their mask is no input here, so its id, vocab_size, is the start: of a
-window, wherever in a document that begins; a document begins with its own token, as everywhere.
-Training minimises the mean of these terms, evaluation reports it: val_nll, nats per token.
+scripts, the first one too. The start of a window has the id of their mask, vocab_size. Training
+minimises the mean of these terms, evaluation reports it: val_nll, nats per token.
 
     python prepare_data.py stdlib && python gpt.py --preset=tiny    # minutes on a CPU
     torchrun --nproc_per_node=8 gpt.py                              # FineWeb-Edu
     python gpt.py --eval_only=1 --init_from=out/gpt-tiny/ckpt.pt    # bits per byte
     python sample.py --ckpt=out/gpt-tiny/ckpt.pt --prompt="def "    # text
-
-The other scripts differ from this one only here and between the objective marks.
 """
 
 import contextlib
@@ -25,6 +22,7 @@ import datetime
 import difflib
 import functools
 import inspect
+import itertools
 import json
 import math
 import os
@@ -32,6 +30,7 @@ import re
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -43,8 +42,8 @@ from torch.utils.checkpoint import checkpoint
 
 from muon import Muon
 
-SCRIPT = os.path.splitext(os.path.basename(__file__))[0]
-
+FILE = Path(__file__).absolute()
+SCRIPT = FILE.stem
 
 # ----------------------------------------------------------------------------- configuration
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +53,7 @@ class Config:
     out: str = ""  # run folder; empty: out/<script>-<preset>
     preset: str = ""  # named settings; flags given beside it win
     seq_len: int = 1024  # context T, tokens
+    prompt_len: int = 0  # first tokens of a window that are given: never masked and not scored
     seed: int = 0  # weights, data order, noise and dropout all derive from it
     shuffle: bool = True  # windows in random order; 0: in file order
     vocab_size: int = 0  # real tokens, without the mask; 0: from the data
@@ -110,20 +110,16 @@ class Config:
     # no field of its own
     # <<< objective
 
-
 SHAPE_FIELDS = (  # what a checkpoint and the model that takes its weights have in common
     "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "mlp", "mlp_ratio", "cond_dim",
     "tied", "unet", "value_residual", "softcap")
 
-
 class UserError(ValueError):
     """A user's mistake, in one line that names the flag or file and the remedy."""
-
 
 def require(condition, message):
     if not condition:
         raise UserError(message)
-
 
 @contextlib.contextmanager
 def reading(path):
@@ -135,95 +131,79 @@ def reading(path):
     except Exception as e:
         raise UserError(f"{path}: {type(e).__name__}: {e}") from None
 
-
 def parse_flags(argv):
     """['--name=value', ..] -> {name: value}, typed."""
     fields, flags = {f.name: f for f in dataclasses.fields(Config)}, {}
     for arg in argv:
         name, _, text = arg.removeprefix("--").partition("=")
         near = (difflib.get_close_matches(name, fields, 1) or ["help"])[0]
-        is_known = arg.startswith(f"--{name}=") and name in fields
-        require(is_known, f"unknown flag {arg}: did you mean --{near}=VALUE?")
+        require(arg.startswith(f"--{name}=") and name in fields,
+                f"unknown flag {arg}: did you mean --{near}=VALUE?")
         kind = type(fields[name].default)
         choices = ("0", "1") if kind is bool else get_args(fields[name].type)
         require(not choices or text in choices, f"{arg}: there are {', '.join(choices)}")
-        try:
+        with reading(arg):
             flags[name] = text == "1" if kind is bool else kind(text)
-        except ValueError:
-            raise UserError(f"{arg}: {kind.__name__} expected") from None
     return flags
-
 
 def read_preset(name):
     """presets/<objective>/<name>.txt, a flag a line, -> {name: value}."""
-    folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "presets", OBJECTIVE)
-    names = [file.removesuffix(".txt") for file in sorted(os.listdir(folder))]
-    require(name in names, f"--preset={name}: there are {', '.join(names)}")
-    with open(os.path.join(folder, f"{name}.txt"), encoding="utf-8") as f:
-        return parse_flags(re.sub("#.*", "", f.read()).split())
-
+    files = {f.stem: f for f in sorted((FILE.parent / "presets" / OBJECTIVE).iterdir())}
+    require(name in files, f"--preset={name}: there are {', '.join(files)}")
+    return parse_flags(re.sub("#.*", "", files[name].read_text("utf-8")).split())
 
 def make_config(argv):
-    """Flags, which win over the preset -> (Config, the checkpoint to start from or None).
-
-    --resume=1 goes on with the settings of the run in --out, if there is one; --init_from fixes the
-    shape of the model and, unless a flag says otherwise, the context."""
+    """Flags -> (Config, the checkpoint to start from or None). They win over the preset, and over
+    what a checkpoint says: all settings with --resume=1, shape and context with --init_from."""
     if {"--help", "-h"} & set(argv):
         print(__doc__, inspect.getsource(Config), sep="\n")
         raise SystemExit(0)
     flags = parse_flags(argv)
-    preset, source = flags.get("preset", ""), flags.get("init_from", "")
-    base = {"out": os.path.join("out", f"{SCRIPT}-{preset}".rstrip("-"))}
-    base |= read_preset(preset) if preset else {}
-    path = os.path.join(flags.get("out", base["out"]), "ckpt.pt")
-    flags["resume"] = flags.get("resume", False) and os.path.exists(path)
-    if flags["resume"]:
-        source = flags["init_from"] = path
-    goes_on = flags["resume"] or flags.get("eval_only", False)
+    base = {"out": f"out/{SCRIPT}-{flags.get('preset', '')}".rstrip("-")}
+    base |= read_preset(flags["preset"]) if "preset" in flags else {}
+    cfg = Config(**(base | flags))
+    path = f"{cfg.out}/ckpt.pt"
+    flags["resume"] = cfg.resume and os.path.exists(path)
+    source = flags["init_from"] = path if flags["resume"] else cfg.init_from
+    goes_on = flags["resume"] or cfg.eval_only
     if not source:
         require(not goes_on, "--eval_only=1 needs a checkpoint: --init_from=PATH")
         return Config(**(base | flags)), None
     ckpt = load_checkpoint(source)
-    fits = ckpt["script"] == SCRIPT or ckpt["script"] in INIT_FROM and not goes_on
-    require(fits, f"{source}: a checkpoint of {ckpt['script']}.py")
+    require(ckpt["script"] == SCRIPT or ckpt["script"] in INIT_FROM and not goes_on,
+            f"{source}: a checkpoint of {ckpt['script']}.py")
     names = ckpt["config"] if goes_on else (*SHAPE_FIELDS, "seq_len")
     saved = {name: ckpt["config"][name] for name in names}
-    for name in flags.keys() & set(SHAPE_FIELDS):
-        require(flags[name] == saved[name], f"--{name}={flags[name]}: {source} has {saved[name]}")
     return Config(**(base | saved | flags)), ckpt
-
 
 def validate(cfg, world):
     """Refuse what cannot work, before anything is written."""
     for name in "seq_len n_layer n_head steps batch_tokens micro_batch log_every".split():
         require(getattr(cfg, name) > 0, f"--{name}={getattr(cfg, name)}: must be positive")
-    fits = cfg.n_embd % (2 * cfg.n_head) == cfg.n_head % (cfg.n_kv_head or 1) == 0
-    require(fits, f"--n_head={cfg.n_head}: must divide half of --n_embd={cfg.n_embd}, and "
-            f"--n_kv_head={cfg.n_kv_head} must divide it")
+    require(0 <= cfg.prompt_len < cfg.seq_len, f"--prompt_len={cfg.prompt_len}: below --seq_len")
+    require(cfg.n_embd % (2 * cfg.n_head) == cfg.n_head % (cfg.n_kv_head or 1) == 0,
+            f"--n_head={cfg.n_head}: must divide half of --n_embd; --n_kv_head must divide it")
     n_rows = cfg.batch_tokens // cfg.seq_len
     micro = min(cfg.micro_batch, max(1, n_rows // world))
-    unit = cfg.seq_len * world * cfg.micro_batch
-    fits = cfg.batch_tokens % (cfg.seq_len * world * micro) == 0
-    require(fits, f"--batch_tokens={cfg.batch_tokens}: not {world} ranks times {micro} rows of "
-            f"{cfg.seq_len} tokens; take {-(-cfg.batch_tokens // unit) * unit}")
+    unit = world * micro * cfg.seq_len
+    require(cfg.batch_tokens % unit == 0, f"--batch_tokens={cfg.batch_tokens}: must be a multiple "
+            f"of {unit} = {world} ranks x {micro} rows x {cfg.seq_len} tokens")
     check_objective(cfg, n_rows, micro)
-
 
 # ----------------------------------------------------------------------------- data
 class Windows:
     """All windows of seq_len tokens of one split: shards of llm.c's format, one after another."""
     def __init__(self, folder, split, seq_len):
-        self.paths = sorted(entry.path for entry in os.scandir(folder)
-                            if re.fullmatch(rf"(.*_)?{split}(_.*)?\.bin", entry.name))
+        self.paths = sorted(Path(folder).glob(f"*{split}*.bin"))
         require(self.paths, f"--data={folder}: no {split}_*.bin in it")
         self.shards = []  # (n, seq_len) each, on disk; a shard's last tokens are left out
         for path in self.paths:
             header = np.fromfile(path, "<i4", 256)
-            is_shard = len(header) == 256 and header[0] == 20240520
-            require(is_shard, f"{path}: not a token shard; make them with prepare_data.py")
+            require(len(header) == 256 and header[0] == 20240520,
+                    f"{path}: not a token shard; make them with prepare_data.py")
             n, kind = int(header[2]), np.uint8 if header[3] == 1 else "<u2"
-            is_whole = os.path.getsize(path) == 1024 + n * np.dtype(kind).itemsize
-            require(is_whole, f"{path}: cut short or damaged: prepare it again")
+            require(os.path.getsize(path) == 1024 + n * np.dtype(kind).itemsize,
+                    f"{path}: cut short or damaged: prepare it again")
             tokens = np.memmap(path, kind, "r", 1024, n)
             self.shards.append(tokens[:n // seq_len * seq_len].reshape(-1, seq_len))
         self.starts = np.cumsum([0] + [len(s) for s in self.shards])
@@ -236,35 +216,29 @@ class Windows:
         places = np.searchsorted(self.starts, indices, "right") - 1  # the shard of each
         rows = [self.shards[i][n - self.starts[i]] for i, n in zip(places, indices, strict=True)]
         rows = np.stack(rows).astype(np.int64)
-        fits = rows.max() < vocab_size
-        require(fits, f"{self.paths[0]}..: token {rows.max()} of a vocabulary of {vocab_size}")
+        require(rows.max() < vocab_size,
+                f"{self.paths[0]}..: token {rows.max()} of a vocabulary of {vocab_size}")
         return torch.from_numpy(rows)
 
-
 def open_data(cfg, ckpt=None):
-    """-> (training windows, evaluation windows, what meta.json says of the tokens), checked against
-    cfg and the checkpoint to start from. bos_id begins a document and stands for no text."""
-    folder = cfg.data if os.path.isdir(cfg.data) else os.path.join("data", cfg.data)
+    """-> (training windows, evaluation windows, meta.json, which describes the tokens)"""
+    folder = cfg.data if os.path.isdir(cfg.data) else f"data/{cfg.data}"
     require(os.path.isdir(folder), f"--data={cfg.data}: no such folder, nor {folder}: make it with "
             "prepare_data.py")
-    path, n_rows = os.path.join(folder, "meta.json"), cfg.batch_tokens // cfg.seq_len
+    path, n_rows = f"{folder}/meta.json", cfg.batch_tokens // cfg.seq_len
     require(os.path.exists(path), f"--data={folder}: no meta.json: run prepare_data.py again, or, "
             f"if these are published shards: python prepare_data.py meta {folder}")
     with reading(path), open(path, encoding="utf-8") as f:
         meta = json.load(f)
-        n_ids, _ = meta["vocab_size"], meta["byte_length"]
     for name in ("token_bytes", "pattern", "bos_id") if ckpt else ():
         require(ckpt["meta"][name] == meta[name], f"--data={cfg.data}: another vocabulary than that"
                 f" of {cfg.init_from}: prepare the text again with --tokenizer={cfg.init_from}")
-    fits = cfg.vocab_size == 0 or cfg.vocab_size >= n_ids
-    require(fits, f"--vocab_size={cfg.vocab_size}: {folder} has {n_ids} tokens")
     val = Windows(folder, cfg.split, cfg.seq_len)
     train = val if cfg.eval_only else Windows(folder, "train", cfg.seq_len)
-    fits = len(val) > 1 and (cfg.eval_only or len(train) >= n_rows)
-    require(fits, f"--data={cfg.data}: {len(train)} windows of --seq_len={cfg.seq_len} for batches "
-            f"of {n_rows} rows, {len(val)} for {cfg.split}: lower --batch_tokens or --seq_len")
+    require(len(val) > 1 and (cfg.eval_only or len(train) >= n_rows),
+            f"--data={cfg.data}: {len(train)} windows of --seq_len={cfg.seq_len} for batches of "
+            f"{n_rows} rows, {len(val)} for {cfg.split}: lower --batch_tokens or --seq_len")
     return train, val, meta
-
 
 # ----------------------------------------------------------------------------- layers
 class Ctx(NamedTuple):
@@ -277,17 +251,13 @@ class Ctx(NamedTuple):
     mask: object = None  # what attend makes of it
     attend: object = None  # a sampler's own attention, in place of attend
 
-
-def norm(x, shift=None, scale=None):
-    x = F.rms_norm(x, (x.size(-1),))
-    return x if scale is None else x * (1 + scale) + shift
-
+def norm(x):
+    return F.rms_norm(x, (x.size(-1),))
 
 def rotary(x, cos, sin):
     """Rotate pairs (i, i + d/2) of x (B, H, S, d) by the angles of cos, sin (S, d/2)."""
     a, b = x.float().chunk(2, -1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), -1).type_as(x)
-
 
 def matrix(n_in, n_out, zero=False):
     """A linear map, without bias; zero, or uniform with PyTorch's variance 1 / (3 n_in)."""
@@ -295,7 +265,6 @@ def matrix(n_in, n_out, zero=False):
     if zero:
         nn.init.zeros_(linear.weight)
     return linear
-
 
 class Layer(nn.Module):
     """Attention and MLP, pre-norm, each added to the residual stream."""
@@ -322,10 +291,10 @@ class Layer(nn.Module):
         B, S, D = h.shape
         N, d = n_query or S, D // self.cfg.n_head
         h = self.residual[0] * h + self.residual[1] * ctx.h0  # (B, S, D)
-        mods = 6 * [None] if self.mod is None else self.mod(ctx.cond)[:, None].chunk(6, -1)
+        mods = (0, 0, 1, 0, 0, 1) if self.mod is None else self.mod(ctx.cond)[:, None].chunk(6, -1)
         shift_a, scale_a, gain_a, shift_m, scale_m, gain_m = mods  # (B, 1, D) each
 
-        x = norm(h, shift_a, scale_a)
+        x = norm(h) * (1 + scale_a) + shift_a
         v = self.v(x) if ctx.v0 is None else self.v(x) + ctx.v0
         q = self.q(x[:, :N]).view(B, N, -1, d).transpose(1, 2)  # (B, H, N, d)
         k = self.k(x).view(B, S, -1, d).transpose(1, 2)  # (B, Hkv, S, d)
@@ -334,14 +303,11 @@ class Layer(nn.Module):
         k = rotary(norm(k), ctx.cos, ctx.sin)
         y = (ctx.attend or attend)(q, k, v, ctx)  # (B, H, N, d)
         y = self.o(y.transpose(1, 2).reshape(B, N, D))
-        y = F.dropout(y, self.cfg.dropout, self.training)
-        h = h[:, :N] + (y if gain_a is None else gain_a * y)
+        h = h[:, :N] + gain_a * F.dropout(y, self.cfg.dropout, self.training)
 
-        x = norm(h, shift_m, scale_m)
+        x = norm(h) * (1 + scale_m) + shift_m
         x = F.relu(self.up(x)).square() if self.gate is None else F.silu(self.gate(x)) * self.up(x)
-        y = F.dropout(self.down(x), self.cfg.dropout, self.training)
-        return h + (y if gain_m is None else gain_m * y)
-
+        return h + gain_m * F.dropout(self.down(x), self.cfg.dropout, self.training)
 
 class Trunk(nn.Module):
     """Embedding, layers and head; Model below says what goes in and what comes out."""
@@ -363,10 +329,8 @@ class Trunk(nn.Module):
     def predict(self, tokens, positions, sigma=None, rows=None, n_query=None, mask=None,
                 attend=None):
         """tokens (B, S) int64 at positions (S,), noise levels sigma (B,) -> logits (B, N, V)
-        float32, or (R, V) at the flat positions rows (R,) of the N = n_query or S outputs.
-
-        A sampler that keeps keys and values gives an attention of its own: attend(q, k, v, ctx),
-        called layer after layer."""
+        float32, or (R, V) at the flat positions rows (R,) of the N = n_query or S outputs. A
+        sampler that keeps keys and values gives an attention of its own."""
         cfg, device, n = self.cfg, tokens.device, len(self.layers)
         head_dim = cfg.n_embd // cfg.n_head
         freq = 10_000.0 ** (-torch.arange(0, head_dim, 2, device=device) / head_dim)
@@ -374,11 +338,11 @@ class Trunk(nn.Module):
         h = norm(self.embed(tokens))  # (B, S, D)
         if torch.is_autocast_enabled(device.type):
             h = h.to(torch.get_autocast_dtype(device.type))
-        cond, mods = None, (None, None)
+        cond, shift, scale = None, 0, 0
         if self.sigma_mlp is not None:  # sines of log sigma, of 1/32 to 32 radians per unit
             wave = sigma.log()[:, None] * torch.logspace(-5, 5, 128, 2, device=device)
             cond = self.sigma_mlp(torch.cat((wave.cos(), wave.sin()), -1))  # (B, cond_dim)
-            mods = self.final_mod(cond)[:, None].chunk(2, -1)
+            shift, scale = self.final_mod(cond)[:, None].chunk(2, -1)
         ctx = Ctx(angle.cos(), angle.sin(), h, cond, mask=mask, attend=attend)
 
         v0 = None if self.value is None else self.layers[0].v(h)  # (B, S, Hkv d)
@@ -396,25 +360,23 @@ class Trunk(nn.Module):
             if self.skip is not None and i < n // 2:
                 skips.append(h)
 
-        h = norm(h, *mods)  # (B, N, D)
+        h = norm(h) * (1 + scale) + shift  # (B, N, D)
         if rows is not None:
             h = h.flatten(0, 1).index_select(0, rows)  # (R, D)
         # Only real tokens: what stands for a hidden one is never predicted.
         logits = F.linear(h, self.embed.weight[:-1] if cfg.tied else self.head.weight).float()
         return cfg.softcap * torch.tanh(logits / cfg.softcap) if cfg.softcap else logits
 
-
 # ----------------------------------------------------------------------------- objective
 # >>> objective
 OBJECTIVE = "gpt"  # presets/gpt has its presets
 METRIC = "val_nll"  # nats per token, exact
-INIT_FROM = ("gpt",)  # scripts whose checkpoints fit --init_from, besides this one
-
+CPU_SHORT = 512  # positions
+INIT_FROM = ("gpt",)  # --init_from takes checkpoints of these, too
 
 def check_objective(cfg, n_rows, micro):
     require(cfg.cond_dim == 0, f"--cond_dim={cfg.cond_dim}: there is no noise level here: drop it")
     require(cfg.val_draws == 1, f"--val_draws={cfg.val_draws}: the likelihood is exact: drop it")
-
 
 def flops_per_token(cfg, n_weights):
     """Training FLOPs per token of x0: 6 per weight used, plus 6 n_layer D T for attention over the
@@ -422,27 +384,21 @@ def flops_per_token(cfg, n_weights):
     head = cfg.n_embd * cfg.vocab_size
     return 6 * (n_weights + head) + 6 * cfg.n_layer * cfg.n_embd * cfg.seq_len
 
-
-CPU_SHORT, N_STRIPS = 512, 4  # positions; parts of them
-
-
 def attend(q, k, v, ctx):
     """Every position sees itself and those before it.
     q (B, H, T, d), k and v (B, Hkv, T, d) -> (B, H, T, d)"""
     T, is_grouped = q.size(2), q.size(1) != k.size(1)
     if q.device.type != "cpu" or T > CPU_SHORT:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=is_grouped)
-    # Plain products, faster at this length, by strips of queries and the keys up to them.
+    # Plain products, faster at this length, by four strips of queries and the keys up to them.
     k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))
-    q, k, v = (x.split(math.ceil(T / N_STRIPS), 2) for x in (q * q.size(-1) ** -0.5, k, v))
-    parts = []
-    for i in range(len(q)):
-        keys, values = (torch.cat(x[:i + 1], 2) for x in (k, v))
-        scores = (q[i] @ keys.transpose(-1, -2)).float()  # (B, H, width, end of the strip)
-        future = torch.full(scores.shape[2:], -math.inf).triu(1 + i * q[0].size(2))
-        parts.append((scores + future).softmax(-1).type_as(values) @ values)
+    q, width, parts = q * q.size(-1) ** -0.5, math.ceil(T / 4), []
+    for start in range(0, T, width):
+        end = start + width
+        scores = (q[:, :, start:end] @ k[:, :, :end].transpose(-1, -2)).float()
+        future = torch.full(scores.shape[2:], -math.inf).triu(1 + start)
+        parts.append((scores + future).softmax(-1).type_as(v) @ v[:, :, :end])
     return torch.cat(parts, 2)
-
 
 class Model(Trunk):
     """p(x0_i | x0 before i) for every i at once."""
@@ -451,34 +407,28 @@ class Model(Trunk):
         the flat positions rows (R,)."""
         return self.predict(x, torch.arange(x.size(1), device=x.device), rows=rows)
 
-
 class Noise(NamedTuple):
-    """Nothing is random here; the first dimension alone says how many rows there are."""
+    """Nothing is random here; the first dimension says how many rows there are."""
     none: Tensor  # (R, 0)
-
 
 def draw_noise(cfg, n_rows, gen, bound=False):
     """What evaluation and training take where other objectives have noise -> Noise."""
     return Noise(torch.empty(n_rows, 0))
 
-
 def corrupt(x0, noise, cfg):
     """x0 (B, T) -> x (B, T), what the network reads: the start and all but the last token."""
     return F.pad(x0[:, :-1], (1, 0), value=cfg.vocab_size)
 
-
 def loss_fn(model, x0, noise, cfg):
-    """Training loss, nats per token: the mean over all B T tokens."""
-    return nelbo_fn(model, x0, noise, cfg).mean() / x0.size(1)
-
+    """Training loss, nats per token: the mean over all scored tokens."""
+    return nelbo_fn(model, x0, noise, cfg).mean() / (x0.size(1) - cfg.prompt_len)
 
 def nelbo_fn(model, x0, noise, cfg):
     """-log p(x0) in nats per sequence, (B,), by the chain rule: exact, no bound."""
     logits = model(corrupt(x0, noise, cfg))  # (B, T, V)
     ce = F.cross_entropy(logits.flatten(0, 1), x0.flatten(), reduction="none")
-    return ce.view(x0.shape).sum(1)
+    return ce.view(x0.shape)[:, cfg.prompt_len:].sum(1)
 # <<< objective
-
 
 # ----------------------------------------------------------------------------- optimizer
 GROUPS = {  # what each group of parameters is called in Model
@@ -486,9 +436,7 @@ GROUPS = {  # what each group of parameters is called in Model
     "embed": r"embed\.weight",
     "head": r"head\.weight",
     "scalar": r"skip|value|layers\.\d+\.residual",
-    "cond": r"(layers\.\d+\.mod|final_mod|sigma_mlp\.\d+)\.weight",
-}
-
+    "cond": r"(layers\.\d+\.mod|final_mod|sigma_mlp\.\d+)\.weight"}
 
 def make_optimizers(model, cfg):
     """[hidden matrices by Muon or AdamW, everything else by AdamW]."""
@@ -508,7 +456,6 @@ def make_optimizers(model, cfg):
                              fused=model.embed.weight.device.type in ("cpu", "cuda"))
     return [*muon, adam]
 
-
 def set_rates(optimizers, step, cfg):
     """Learning rate of every group and Muon's momentum, as they are at a 0-based step."""
     factor = min(1.0, (cfg.steps - step) / max(1.0, cfg.cooldown * cfg.steps))
@@ -522,54 +469,43 @@ def set_rates(optimizers, step, cfg):
     for group in (g for o in optimizers for g in o.param_groups):
         group["lr"] = group["peak_lr"] * factor
         if "momentum" in group:  # rises from .85
-            group["momentum"] = cfg.momentum - cold * max(0.0, cfg.momentum - 0.85)
-
+            group["momentum"] = cfg.momentum - cold * (cfg.momentum - 0.85)
 
 # ----------------------------------------------------------------------------- evaluation
-EVAL_SEED = 20240520  # of the noise, the same for every run, so that runs compare in pairs
-
-
 def derive_seed(*path):
     """A seed for one purpose out of numbers that name it."""
     return int(np.random.SeedSequence(path).generate_state(1, np.uint64)[0] >> 1)
-
 
 def send(x, device):
     """A copy on the device, for which the host does not wait."""
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
-
 def take_rows(noise, rows, device):
     return type(noise)(*(send(x[rows], device) for x in noise))
 
-
 @functools.lru_cache(maxsize=4)
 def evaluation_noise(cfg, n_rows, draw):
-    gen = torch.Generator().manual_seed(derive_seed(EVAL_SEED, draw))
+    gen = torch.Generator().manual_seed(derive_seed(20240520, draw))  # the same for every run
     return draw_noise(cfg, n_rows, gen, bound=True)
-
 
 @torch.no_grad()
 def evaluate(nelbo, cfg, windows, token_length, device, rank, world, stop=()):
     """nelbo(x0, noise) -> (B,) nats, over the first val_tokens of a split, with token_length (V,)
-    bytes a token -> (a line, its figures, nats (N,)), or None if a rank has a signal in `stop`.
+    bytes a token -> (a line of figures, nats (N,)), or None if a rank has a signal in `stop`.
 
-    The same digits on any number of ranks: the noise of all windows is one draw, batches of them
-    are dealt to the ranks in turn, sums are in float64. se, the standard error, is that of pairs of
-    neighbouring windows, whose noise is paired."""
+    The same digits on any number of ranks, since noise is drawn for all windows at once. The
+    standard error is over pairs of windows, as their noise is."""
     n = min(len(windows), max(2, cfg.val_tokens // cfg.seq_len)) // 2 * 2
-    size = cfg.micro_batch + cfg.micro_batch % 2
+    size, n_scored = cfg.micro_batch + cfg.micro_batch % 2, cfg.seq_len - cfg.prompt_len
     sums = torch.zeros(n, 3, dtype=torch.float64)  # nats and bytes of every window, signals
-    for draw in range(cfg.val_draws):
+    batches = torch.arange(n).split(size)[rank::world]
+    for draw, rows in itertools.product(range(cfg.val_draws), batches):
         if stop:
             break
-        noise = evaluation_noise(cfg, n, draw)
-        for rows in torch.arange(n).split(size)[rank::world]:
-            if stop:
-                break
-            x0 = windows.read(rows.tolist(), cfg.vocab_size)
-            nats = nelbo(x0.to(device), take_rows(noise, rows, device)).cpu()
-            sums[rows, :2] += torch.stack((nats, token_length[x0].sum(1)), 1) / cfg.val_draws
+        x0 = windows.read(rows.tolist(), cfg.vocab_size)
+        noise = take_rows(evaluation_noise(cfg, n, draw), rows, device)
+        n_bytes = token_length[x0[:, cfg.prompt_len:]].sum(1)
+        sums[rows, :2] += torch.stack((nelbo(x0.to(device), noise).cpu(), n_bytes), 1)
     sums[:, 2] = len(stop)
     if world > 1:
         sums = sums.to(device)
@@ -577,25 +513,21 @@ def evaluate(nelbo, cfg, windows, token_length, device, rank, world, stop=()):
     nats, n_bytes, signals = sums.cpu().unbind(1)
     if signals.any():
         return None
-    mean, n_bytes, pairs = float(nats.mean()), round(float(n_bytes.sum())), nats.view(-1, 2).mean(1)
-    result = {METRIC: mean / cfg.seq_len, "ppl": math.exp(min(mean / cfg.seq_len, 700)),
-              "se": float(pairs.std()) / len(pairs) ** 0.5 / cfg.seq_len if n > 2 else math.nan,
-              "bpb": n * mean / math.log(2) / (n_bytes or math.nan),
-              "tokens": n * cfg.seq_len, "bytes": n_bytes}
-    line = METRIC + ":{%s:.4f}+-{se:.4f} bpb:{bpb:.4f} ppl:{ppl:.4f} tokens:{tokens} bytes:{bytes}"
-    return (line % METRIC).format(**result), result, nats
-
+    nats, n_bytes = nats / cfg.val_draws, round(float(n_bytes.sum()) / cfg.val_draws)
+    mean, pairs = float(nats.mean()) / n_scored, nats.view(-1, 2).mean(1) / n_scored
+    se = float(pairs.std()) / len(pairs) ** 0.5 if n > 2 else math.nan
+    bpb = n * n_scored * mean / math.log(2) / (n_bytes or math.nan)
+    return (f"{METRIC}:{mean:.4f}+-{se:.4f} bpb:{bpb:.4f} ppl:{math.exp(min(mean, 700)):.4f} "
+            f"tokens:{n * n_scored} bytes:{n_bytes}"), nats
 
 # ----------------------------------------------------------------------------- checkpoints
 def load_checkpoint(path):
     """What save_checkpoint has written, or a run folder. Tensors and plain values, never code."""
-    path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
-    require(os.path.isfile(path), f"{path}: no such checkpoint")
+    path = f"{path}/ckpt.pt" if os.path.isdir(path) else path
     with reading(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         require(state["format"] == 3, f"{path}: of another version: train it again")
     return state
-
 
 def save_checkpoint(path, state):
     """Write beside and then replace, so that a kill leaves the old file or the new one, whole."""
@@ -605,16 +537,13 @@ def save_checkpoint(path, state):
         os.fsync(f.fileno())
     os.replace(f"{path}.partial", path)
 
-
 # ----------------------------------------------------------------------------- runtime
 PEAK_FLOPS = {  # dense bf16, by part of the device's name, from the vendors' data sheets
     "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
     "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 5090": 209e12, "RTX 4090": 165e12}
 
-
 def pick_device(name, dtype, local_rank):
-    """-> (device, dtype of matrix products: bf16 where the hardware multiplies it, or on a CPU that
-    is told to)"""
+    """-> (device, dtype of matrix products: bf16 where the hardware has it, or a CPU is told to)"""
     here = torch.accelerator.current_accelerator(True) or torch.device("cpu")
     require(name in ("auto", "cpu", here.type), f"--device={name}: there is only {here.type} here")
     device = here if name == "auto" else torch.device(name)
@@ -625,16 +554,13 @@ def pick_device(name, dtype, local_rank):
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     elif device.type == "cpu":
-        on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        fast = dtype == "bf16" or on_cpu
+        fast = dtype == "bf16" or torch.cpu._is_avx512_bf16_supported()
     return device, torch.bfloat16 if fast and dtype != "fp32" else torch.float32
 
-
 def open_run(cfg, header):
-    """Make the run folder, or go on in it -> (its lock, to be kept open; log(line), which writes to
-    log.txt and the terminal)."""
+    """-> (lock of the run folder, to be kept open; log(line), to log.txt and the terminal)"""
     os.makedirs(cfg.out, exist_ok=True)
-    lock = open(os.path.join(cfg.out, "lock"), "w")
+    lock = open(f"{cfg.out}/lock", "w")
     try:
         import fcntl
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -642,22 +568,19 @@ def open_run(cfg, header):
         raise UserError(f"--out={cfg.out}: another run is at work there") from None
     except (ImportError, OSError):
         pass  # Windows, or a file system without locks
-    is_free = cfg.resume or not os.path.exists(os.path.join(cfg.out, "ckpt.pt"))
-    require(is_free, f"--out={cfg.out} holds a run: --resume=1 continues it, or give another --out")
-    file = open(os.path.join(cfg.out, "log.txt"), "a" if cfg.resume else "w", 1, "utf-8")
+    require(cfg.resume or not os.path.exists(f"{cfg.out}/ckpt.pt"),
+            f"--out={cfg.out} holds a run: --resume=1 continues it, or give another --out")
+    file = open(f"{cfg.out}/log.txt", "a" if cfg.resume else "w", 1, "utf-8")
     if not cfg.resume:  # all that it takes to make the run again
-        for path in (__file__, inspect.getfile(Muon)):
-            with open(path, encoding="utf-8") as source:
-                print(source.read() + "=" * 100, file=file)
+        for path in (FILE, Path(inspect.getfile(Muon))):
+            print(path.read_text("utf-8") + "=" * 100, file=file)
         print(header, json.dumps(dataclasses.asdict(cfg)), sep="\n", file=file)
 
     def log(line):
         with contextlib.suppress(OSError):  # a full disk, a closed terminal
             print(line, file=file)
             print(line, flush=True)
-
     return lock, log
-
 
 @contextlib.contextmanager
 def averaged(model, average):
@@ -669,11 +592,9 @@ def averaged(model, average):
         if not is_training:
             yield
 
-
 @functools.lru_cache(maxsize=2)
 def permutation(seed, epoch, n):
     return np.random.default_rng((seed, epoch)).permutation(n)
-
 
 def read_batch(cfg, train, step, rank, world, device):
     """Micro-batches (x0, noise) of one rank."""
@@ -687,14 +608,15 @@ def read_batch(cfg, train, step, rank, world, device):
         batch.append((x0, take_rows(noise, rows, device)))
     return batch
 
-
 def main(argv):
+    """Train, or evaluate -> exit status."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     log = bool  # without effect, on all ranks but the first
     with reading("the settings"):
         cfg, ckpt = make_config(argv)
         validate(cfg, world)
         train, val, meta = open_data(cfg, ckpt)
+        token_length = torch.tensor(meta["byte_length"])
         cfg = dataclasses.replace(cfg, vocab_size=cfg.vocab_size or meta["vocab_size"])
         device, dtype = pick_device(cfg.device, cfg.dtype, int(os.environ.get("LOCAL_RANK", 0)))
         machine = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -708,16 +630,14 @@ def main(argv):
                                  f"numpy {np.__version__} {machine} ranks {world}")
     if world > 1:
         backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        timeout = datetime.timedelta(minutes=10)  # of waiting for another rank
         # torchrun --max-restarts keeps one store for all attempts, with addresses of dead ranks.
-        store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+        store, *_ = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout,
-                                device_id=own)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, device_id=own,
+                                timeout=datetime.timedelta(minutes=10))
     stop = []  # signals received
     for name in {"SIGTERM", "SIGINT", "SIGUSR1"} & set(dir(signal)):  # Windows has no SIGUSR1
         signal.signal(getattr(signal, name), lambda number, frame: stop.append(number))
-
     model.to(device)
     names, params = zip(*model.named_parameters(), strict=True)
     step, seconds, average = 0, 0.0, []  # of the weights; empty until ema_start
@@ -730,20 +650,14 @@ def main(argv):
         f"{len(train) * cfg.seq_len:,} tokens")
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")
     amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    token_length = torch.tensor(meta["byte_length"])
     train_loss, nelbo = loss_fn, functools.partial(nelbo_fn, model, cfg=cfg)
-
     if cfg.eval_only:
         with averaged(model, average), amp:
             done = evaluate(nelbo, cfg, val, token_length, device, rank, world, stop)
         if rank == 0:
             print(f"split:{cfg.split} {done[0]}" if done else "stopped")
-        if world > 1:
-            dist.barrier()
-            dist.destroy_process_group()
-        raise SystemExit(0 if done else 130)
-    # Every .grad is a view of one flat buffer: one all-reduce, one norm, one memset a step. Each
-    # starts on a cache line, so its size is rounded up to 64 elements.
+        return 0 if done else 130
+    # Every .grad is a view of one flat buffer, on a cache line: one all-reduce, one norm a step.
     sizes = [-(-p.numel() // 64) * 64 for p in params]
     flat_grad = torch.zeros(sum(sizes), device=device)
     for p, part in zip(params, flat_grad.split(sizes), strict=True):
@@ -758,8 +672,6 @@ def main(argv):
         if ckpt["ema"]:
             average = [ckpt["ema"][name].to(device) for name in names]
         log(f"resuming {cfg.out} after step {step}")
-    elif ckpt:
-        log(f"weights, shape and --seq_len={cfg.seq_len} from {cfg.init_from}")
     ckpt = None  # gives its memory back
     batch = read_batch(cfg, train, step, rank, world, device)
     if cfg.compile and device.type != "mps":  # where compiled code may be silently wrong
@@ -774,12 +686,10 @@ def main(argv):
         try:
             with amp:
                 train_loss(model, *batch[0], cfg).backward()
-            with averaged(model, average), amp, torch.no_grad():
-                nelbo(*batch[0])
         except Exception as e:  # whatever a missing or broken tool chain raises
             torch.compiler.set_stance("force_eager")
             log(f"running without torch.compile: {str(e).strip().splitlines()[0]}")
-    path, saved = os.path.join(cfg.out, "ckpt.pt"), step
+    path = f"{cfg.out}/ckpt.pt"
     losses, logged, n_bad, stopped = [], seconds, 0, False
     while True:
         is_last = step >= cfg.steps
@@ -790,30 +700,22 @@ def main(argv):
                 done = evaluate(nelbo, cfg, val, token_length, device, rank, world, stop)
             stopped = done is None
             if done:
-                line, _, nats = done
-                log(f"step:{step}/{cfg.steps} {line} train_time:{1000 * seconds:.0f}ms "
+                log(f"step:{step}/{cfg.steps} {done[0]} train_time:{1000 * seconds:.0f}ms "
                     f"step_avg:{1000 * seconds / step:.2f}ms")
-                if is_last and rank == 0:
-                    np.save(os.path.join(cfg.out, f"{cfg.split}_nats.npy"), nats.numpy())
         # Once in a while, but not among bad steps, and before leaving: save.
         is_nth = cfg.ckpt_every and step % cfg.ckpt_every == 0 and not n_bad
-        if (is_last or stopped or is_nth) and step != saved and rank == 0:
+        if (is_last or stopped or is_nth) and step and rank == 0:
             weights = model.state_dict()
-            require(all(x.isfinite().all() for x in weights.values()), f"step {step}: weights "
-                    f"are not finite; {path} stays as it was; try a lower --lr")
             try:
                 save_checkpoint(path, dict(
-                    format=3, script=SCRIPT, config=dataclasses.asdict(cfg), meta=meta,
-                    model=weights, optimizers=[o.state_dict() for o in optimizers], step=step,
-                    ema=weights | dict(zip(names, average, strict=True)) if average else None,
-                    seconds=seconds))
-                saved = step
+                    format=3, script=SCRIPT, config=dataclasses.asdict(cfg), meta=meta, step=step,
+                    model=weights, optimizers=[o.state_dict() for o in optimizers], seconds=seconds,
+                    ema=weights | dict(zip(names, average, strict=True)) if average else None))
             except (OSError, RuntimeError) as e:  # torch wraps what a full disk says
                 log(f"{path}: step {step} not written: {e.__context__ or e}")
                 require(not (is_last or stopped), f"{path}: step {step} not written")
         if is_last or stopped:
             break
-
         # Make a step.
         start = time.perf_counter()
         flat_grad.zero_()
@@ -824,16 +726,15 @@ def main(argv):
             if cfg.dropout:
                 torch.manual_seed(derive_seed(cfg.seed, step, rank * len(batch) + i))
             with amp:
-                loss = train_loss(model, x0, noise, cfg) / len(batch)
+                loss = train_loss(model, x0, noise, cfg) / (len(batch) * world)
             loss.backward()
-            total[0] += loss.detach() / world
+            total[0] += loss.detach()
         total[1] += len(stop)
         if step + 1 < cfg.steps and not stop:
             batch = read_batch(cfg, train, step + 1, rank, world, device)  # as the GPU works
         if world > 1:
             dist.all_reduce(flat_grad)
             dist.all_reduce(total)
-        flat_grad /= world
         # The only time in a step that the host waits for the GPU.
         loss, stopped, grad_norm = torch.cat((total, flat_grad.norm()[None])).tolist()
         if stopped:
@@ -854,8 +755,7 @@ def main(argv):
         else:
             n_bad += 1
             log(f"step:{step}/{cfg.steps} skipped: loss {loss}, gradient norm {grad_norm}")
-            require(n_bad < 10, f"{n_bad} non-finite steps in a row: stopped; {path} stays as it "
-                    "was; try a lower --lr")
+            require(n_bad < 10, f"{n_bad} non-finite steps in a row: try a lower --lr")
         losses.append(loss)
         seconds += time.perf_counter() - start
         if step == cfg.steps or step % cfg.log_every == 0:
@@ -866,22 +766,22 @@ def main(argv):
                 f"grad_norm:{grad_norm:.4g} lr:{optimizers[0].param_groups[0]['lr']:.2e} "
                 f"tok/s:{rate:.0f}{mfu} eta:{left}")
             losses, logged = [], seconds
-
+    if rank == 0 and not stopped:
+        np.save(f"{cfg.out}/{cfg.split}_nats.npy", done[1].numpy())
     log(f"stopped after step {step}; --resume=1 --out={cfg.out} continues" if stopped else
         f"done: {path}; text: python sample.py --ckpt={path}")
     if device.type == "cuda":
         log(f"peak memory: {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB")
-    if world > 1:
-        dist.barrier()  # gloo aborts a rank that leaves while another one still sends
-        dist.destroy_process_group()
-    if signal.SIGINT in stop:
-        raise SystemExit(130)
-
+    return 130 if signal.SIGINT in stop else 0
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        status = main(sys.argv[1:])
+        if dist.is_initialized():
+            dist.barrier()  # gloo aborts a rank that leaves while another one still sends
+            dist.destroy_process_group()
+        sys.exit(status)
     except UserError as e:  # all ranks meet the same one until they are joined
         if dist.is_initialized() or os.environ.get("RANK", "0") == "0":
-            print(f"{SCRIPT}.py: {' '.join(str(e).split())}", file=sys.stderr, flush=True)
+            print(f"{FILE.name}: {' '.join(str(e).split())}", file=sys.stderr, flush=True)
         sys.exit(2)

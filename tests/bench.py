@@ -4,23 +4,18 @@
     python tests/bench.py train     only the rows whose name starts so
 
 Each ratio is the median over rounds of ratios of neighbouring measurements, so that a machine whose
-speed drifts does no harm. Ratios above 1 favour this code; memory rows are used / baseline.
+speed drifts does no harm. Ratios above 1 favour this code. (Memory: memory.py.)
 """
 
 import contextlib
 import io
-import multiprocessing
 import os
-import re
-import resource
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import tiktoken
 import torch
 import torch.nn.functional as F
@@ -35,7 +30,6 @@ import prepare_data  # noqa: E402
 import sample  # noqa: E402
 import train_block as block  # noqa: E402
 import train_mdlm as mdlm  # noqa: E402
-from muon import Muon  # noqa: E402
 
 ROUNDS = 7
 LONG = dict(n_layer=6, n_head=6, n_embd=384, seq_len=1024)
@@ -61,13 +55,6 @@ def rounds(*functions, n=ROUNDS):
         f()
     times = [[seconds(f) for f in functions] for _ in range(n)]
     return [list(column) for column in zip(*times, strict=True)]
-
-
-def text():
-    """A few megabytes of real text that every machine has."""
-    folder = Path(os.__file__).parent
-    return "".join(p.read_text(encoding="utf-8", errors="replace")
-                   for p in sorted(folder.glob("*.py")))
 
 
 def network(preset, batch, script=mdlm, **names):
@@ -146,49 +133,6 @@ def objectives():
             f"6L 208, T {cfg.seq_len}, {batch} rows, bf16", column, rate[-1], "tok/s")
 
 
-def muon():
-    """Muon's step against PyTorch's, on the matrices of two presets."""
-    for preset, width in (("tiny", "6L 208"), ("shakespeare_10m", "6L 384")):
-        named = network(preset, 2)[1].named_parameters()
-        params = [p for name, p in named if re.fullmatch(mdlm.GROUPS["hidden"], name)]
-        twins = [p.detach().clone().requires_grad_() for p in params]
-        for p, q in zip(params, twins, strict=True):
-            p.grad = torch.randn_like(p)
-            q.grad = p.grad.clone()
-        ours = Muon(params, lr=0.02, weight_decay=0.1)
-        torchs = torch.optim.Muon(twins, lr=0.02, weight_decay=0.1, adjust_lr_fn="original")
-        times = rounds(ours.step, torchs.step)
-        row("muon", "step / torch.optim.Muon", f"{width}, bf16",
-            *([1 / t for t in column] for column in times), "steps/s")
-
-
-def loader():
-    """Reading windows and drawing noise against what training consumes."""
-    cfg, model, x0, noise = network("shakespeare_10m", 16)
-    with tempfile.TemporaryDirectory() as folder:
-        tokens = np.random.default_rng(0).integers(1, 256, 10_000_000).astype(np.uint8)
-        header = np.zeros(256, "<i4")
-        header[:5] = 20240520, 1, len(tokens), 1, 256
-        Path(folder, "train_000001.bin").write_bytes(header.tobytes() + tokens.tobytes())
-        windows = mdlm.Windows(folder, "train", cfg.seq_len)
-        order = iter(np.random.default_rng(0).permutation(len(windows)))
-
-        def load():
-            windows.read([next(order) for _ in range(64)], 256)
-            mdlm.draw_noise(cfg, 64, torch.Generator().manual_seed(0))
-
-        def step():
-            model.zero_grad()
-            with torch.autocast("cpu", BF16):
-                mdlm.loss_fn(model, x0, noise, cfg).backward()
-
-        times = rounds(load, step, n=3)
-    rate = [[rows * cfg.seq_len / t for t in column]
-            for rows, column in zip((64, 16), times, strict=True)]
-    row("loader", "windows and noise / training need", f"6L 384, T {cfg.seq_len}, bf16",
-        *rate, "tok/s")
-
-
 def encode_all(corpus):
     """Plain tiktoken on one core, in calls of the size that prepare_data.py makes."""
     gpt2 = tiktoken.get_encoding("gpt2")
@@ -197,17 +141,17 @@ def encode_all(corpus):
 
 
 def tokenizer():
-    """prepare_data.py on all cores against tiktoken: n times one core, and n cores at once, which
-    is less where cores share what they compute with."""
+    """prepare_data.py on all cores against tiktoken on one of them, times their number."""
     try:
         tiktoken.get_encoding("gpt2")
     except Exception as e:  # it comes over the network
         print(f"| tokenizer | no GPT-2 vocabulary here ({type(e).__name__}) | | | | |")
         return
-    corpus = text() * 8
+    folder = Path(os.__file__).parent  # a few megabytes of text that every machine has
+    corpus = 8 * "".join(p.read_text(encoding="utf-8", errors="replace")
+                         for p in sorted(folder.glob("*.py")))
     cores = len(os.sched_getaffinity(0))
-    context = multiprocessing.get_context("fork")
-    with tempfile.TemporaryDirectory() as folder, context.Pool(cores) as pool:
+    with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "text.txt")
         path.write_text(corpus, encoding="utf-8")
         megabytes = path.stat().st_size / 1e6
@@ -219,17 +163,10 @@ def tokenizer():
             with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()):
                 prepare_data.prepare(cfg)
 
-        def every_core():
-            pool.map(encode_all, [corpus] * cores)
-
-        times = rounds(ours, lambda: encode_all(corpus), every_core, n=5)
-    rate = [[megabytes / t for t in times[0]], [cores * megabytes / t for t in times[1]],
-            [cores * megabytes / t for t in times[2]]]
-    shape = f"{megabytes:.0f} MB of source code, gpt2"
-    row("tokenizer", f"prepare_data.py on {cores} cores / {cores} x tiktoken on one", shape,
-        rate[0], rate[1], "MB/s")
-    row("tokenizer", f"prepare_data.py on {cores} cores / tiktoken on {cores} at once", shape,
-        rate[0], rate[2], "MB/s")
+        times = rounds(ours, lambda: encode_all(corpus), n=5)
+    row("tokenizer", f"prepare_data.py on {cores} cores / {cores} x tiktoken on one",
+        f"{megabytes:.0f} MB of source code, gpt2", [megabytes / t for t in times[0]],
+        [cores * megabytes / t for t in times[1]], "MB/s")
 
 
 def sampling():
@@ -284,36 +221,10 @@ def caching():
             f"6L 384, 1 x {length:,} tokens, fp32", *rate, "tok/s")
 
 
-
-def one_step_memory(name):
-    """Peak resident memory of a step at V = 50,257, GiB; run in a process of its own."""
-    script = block if name == "block" else mdlm
-    cfg, model, x0, noise = network("", 4, script, vocab_size=50257, **LONG)
-    loss = full_logits_loss if name == "all" else script.loss_fn
-    with torch.autocast("cpu", BF16):
-        loss(model, x0, noise, cfg).backward()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
-
-
-def memory():
-    peaks = {}
-    for name in ("masked", "all", "block"):
-        command = [sys.executable, __file__, f"--memory={name}"]
-        done = subprocess.run(command, check=True, capture_output=True)
-        peaks[name] = [float(done.stdout)]
-    for what, ours, baseline in (("head on masked rows / on all rows", "masked", "all"),
-                                 ("train_block / train_mdlm", "block", "masked")):
-        row("memory", f"peak of a step, {what}", "6L 384, V 50,257, T 1,024, 4 rows, bf16",
-            peaks[ours], peaks[baseline], "GiB")
-
-
-BENCHMARKS = {f.__name__: f for f in (train, objectives, muon, loader, tokenizer, sampling, caching,
-                                      memory)}
+BENCHMARKS = {f.__name__: f for f in (train, objectives, tokenizer, sampling, caching)}
 
 
 def main(argv):
-    if argv and argv[0].startswith("--memory="):
-        return one_step_memory(argv[0].partition("=")[2])
     unknown = [a for a in argv if not any(name.startswith(a) for name in BENCHMARKS)]
     if unknown:
         print(f"bench.py: no benchmark {unknown[0]}: {', '.join(BENCHMARKS)}", file=sys.stderr)

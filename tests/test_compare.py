@@ -98,7 +98,6 @@ def assert_refused(argv, *words):
 
 @pytest.mark.parametrize(("name", "old", "new", "words"), [
     ("log.txt", " tokens:512 ", " tokens:480 ", "evaluated on tokens 480, "),
-    ("log.txt", '/data", "', '/news", "', "evaluated on data news, "),
     ("log.txt", "step:2/2 val", "step:1/2 val", "ends at step"),
     ("log.txt", "step:2/2 ", "step:2/4 ", "ends at step 2 of 4"),
     ("log.txt", "parameters, ", "", "not the log"),
@@ -114,9 +113,7 @@ def test_rows_that_are_no_seeds_of_one_setting_are_refused(out, tmp_path):
     change(other / "log.txt", '"lr": 0.025', '"lr": 0.03')
     for argv, words in (
             ([f"{out}/gpt_0,{out}/mdlm_1"], "another source"), ([out / "none"], "none"),
-            ([f"{out}/gpt_0,{other}"], "another lr than"), ([f"a={out}/none_*"], "none_*"),
-            ([], "runs"), ([out], "log.txt"), (["--last", out], "--last"),
-            ([f"{out}/gpt_0,"], "gpt_0,: no")):
+            ([f"{out}/gpt_0,{other}"], "another lr than"), ([], "runs"), ([out], "log.txt")):
         assert_refused(argv, words)
 
 

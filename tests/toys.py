@@ -12,6 +12,37 @@ from pathlib import Path
 
 import torch
 
+Z_LIMIT = 5.0  # a correct program fails one z-test in about 10**6; the seeds are fixed besides
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def small_model(script, seed=0, **names):
+    """(network, its Config) in evaluation mode, with every parameter in use: the matrices that
+    begin as zero are moved."""
+    cfg = script.Config(**{"vocab_size": 11, "seq_len": 12, "n_layer": 2, "n_head": 4, "n_embd": 32,
+                           **names})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = script.Model(cfg)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.2 * torch.randn_like(p))
+    return model.eval(), cfg
+
+
+def mutant(script, snippet, replacement):
+    """A script with one snippet of its text replaced."""
+    source = Path(script.__file__).read_text(encoding="utf-8")
+    assert source.count(snippet) == 1, f"to be found once in {script.__file__}: {snippet}"
+    module = types.ModuleType("mutant")
+    module.__file__ = script.__file__
+    sys.modules[module.__name__] = module  # its dataclasses look there
+    exec(compile(source.replace(snippet, replacement), "mutant", "exec"), module.__dict__)
+    return module
+
 
 class Joint:
     """A joint distribution of n tokens over V values, repeated side by side in `copies` groups.
@@ -209,13 +240,6 @@ def with_samplers(script, sampler=None):
 
 
 def mutant_of_sample(snippet, replacement):
-    """sample.py with one snippet of its text replaced."""
     import sample
 
-    source = Path(sample.__file__).read_text(encoding="utf-8")
-    assert source.count(snippet) == 1, f"to be found once in sample.py: {snippet}"
-    module = types.ModuleType("mutant_of_sample")
-    module.__file__ = sample.__file__
-    sys.modules[module.__name__] = module  # its dataclasses look there
-    exec(compile(source.replace(snippet, replacement), "mutant", "exec"), module.__dict__)
-    return module
+    return mutant(sample, snippet, replacement)
