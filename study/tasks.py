@@ -192,7 +192,8 @@ def run_cell(flags, name, seed, script, orders, passes):
         f"--seq_len={task.seq_len}", f"--batch_tokens={n_tokens}", f"--micro_batch={n_rows}",
         f"--steps={flags.tokens // n_tokens}", f"--seed={seed}", f"--out={folder}", "--resume=1"],
         stdout=subprocess.DEVNULL)
-    require(done.returncode == 0, f"{script}.py: status {done.returncode}")
+    is_done = done.returncode == 0 and (folder / "val_nats.npy").exists()
+    require(is_done, f"{script}.py has not finished: the same command goes on from here")
     lm = sample.load(folder, device="cpu", dtype="fp32")
     about = dict(task=name, script=script, seed=seed, parameters=lm.n_parameters,
                  tokens=lm.cfg.steps * n_tokens, seq_len=task.seq_len)
