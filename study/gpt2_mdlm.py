@@ -9,7 +9,7 @@ train_mdlm.py can express, so its weights need a network of their own; data, noi
 and checkpoints are train_mdlm's. Two things change. Attention is no longer causal. And as GPT-2
 answers for a token at the place before it, so does this network: it reads a start (GPT-2's
 <|endoftext|>) before the window, and place i of its output, which has read token i - 1, answers for
-token i. With a causal mask it is GPT-2, to the rounding. A log has train_mdlm.py's source, not this.
+token i. With a causal mask it is GPT-2, to the rounding. A log holds the source of train_mdlm.py.
 """
 import dataclasses
 import sys
