@@ -144,7 +144,7 @@ TASKS = {
     "sudoku6": Task(lambda rng: draw_sudoku(rng, 6), solves_sudoku, 36, 36, 6, 20_000),
     "countdown": Task(draw_countdown, solves_countdown, 8, 12, 4),
     "addition": Task(draw_addition, None, 12, 6, 3),
-    "reversal": Task(draw_fact, None, 8, 4, 4, 800, 200),
+    "reversal": Task(draw_fact, None, 8, 4, 4, 200, 50),
     "brackets": Task(draw_brackets, closes_brackets, 20, 8, 4),
     "sort": Task(draw_sort, None, 12, 12, 4),
 }
