@@ -30,7 +30,7 @@ NEW_TOKENS = 256  # where a task does not say how many
 
 
 class Adapter(LM):
-    def __init__(self, lm, draws=0, greedy=True, **how):
+    def __init__(self, lm, draws=8, greedy=True, **how):
         super().__init__()
         self.lm, self.draws, self.greedy, self.how = lm, draws, greedy, how
         self.errors = []  # of every likelihood, in nats
@@ -93,7 +93,7 @@ def run(flags):
 
 def main(argv):
     run_cli("harness.py", run, argv, __doc__, ckpt="", script="", tasks="", include="", limit=0,
-            draws=0, greedy=1, order="", steps=0, device="auto")
+            draws=8, greedy=1, order="", steps=0, device="auto")
 
 
 if __name__ == "__main__":
