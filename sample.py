@@ -26,7 +26,6 @@ import contextlib
 import dataclasses
 import difflib
 import functools
-import hashlib
 import importlib.util
 import inspect
 import itertools
@@ -54,26 +53,24 @@ import torch.nn.functional as F
 HERE = Path(__file__).resolve().parent
 SCRIPTS = ("train_mdlm", "train_block", "train_sedd", "gpt")
 SHIPPED = HERE / "models/mdlm.golf", HERE / "models/block.golf"
-DEFAULT_LENGTH, DEFAULT_DRAWS = 256, 8
+DEFAULT_LENGTH = 256
 BATCH_NUMBERS = 2**27  # logits, or attention scores of a layer, in one forward pass
 MAX_ROWS = 512  # samples at once, so that the first of many are soon there
 END = b"<|endoftext|>"  # how the end of a document is shown
 BLANK = re.compile(r"(?<!\\)_{3,}")  # \_ is an underscore
-FILE_NAME = re.compile(r"\S*[/\\]\S*|\S+\.(txt|md|jsonl?|csv|tsv|html?|py|gz|pdf|docx?|epub)", re.I)
 
 
 # ----------------------------------------------------------------------------- flags
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Every flag, --name=value."""
-    ckpt: str = ""  # checkpoint, its run folder, artifact, or hf:OWNER/REPO/FILE; empty: the newest
+    ckpt: str = ""  # checkpoint, its folder, artifact, or hf:OWNER/NAME[/FILE]; empty: the newest
     script: str = ""  # training script that wrote it, when that is an edited one
     weights: Literal["ema", "raw"] = "ema"  # averaged, where there are some, or those of the end
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: as trained, where the machine is fast
-    prompt: str = ""  # text to continue; or of a file:
-    prompt_file: str = ""
-    prompts: str = ""  # .jsonl file of several, a text or {"prompt": text} a line
+    prompt: str = ""  # text to continue
+    prompts: str = ""  # file of it; .jsonl: of several, a text or {"prompt": text} a line
     start: Literal["document", "anywhere"] = "document"  # where a text without a prompt begins
     infill: str = ""  # text with blanks: each run of three or more underscores; \_ is none
     blank: str = "16"  # tokens in a blank, for all of them or one by one: N[,N..]
@@ -98,26 +95,32 @@ class Options:
     # ReMDM, masks some tokens again: loop (ETA .02), cap (.008), rescale (.015) or conf (1).
     remask: str = ""  # NAME or NAME:ETA
     refine: str = ""  # F or F:N: at the end, predict a fraction F, the least likely, anew; N times
-    watch: bool = False  # show the text appearing
-    save: str = ""  # FILE.json: every pass, for study/page.py; another FILE: samples, JSON lines
+    # F[:EVERY[:random|least]]: after every EVERY-th pass, predict a fraction F of what is written,
+    # random (default) or the least likely, anew in a pass of its own. No exact sampler, since a
+    # network's conditionals do not belong to one distribution.
+    corrector: str = ""
+    watch: bool = False  # show the text appearing, in a terminal
+    # FILE.json: every pass, for study/page.py; FILE.svg: an animation of the first sample; another
+    # FILE: samples, JSON lines.
+    save: str = ""
     # Checkpoints, with commas, that write as much as --ckpt; a terminal then shows all side by side
     # in real time. gpt ignores flags about passes. --race alone: the models of the repository.
     race: str = ""
-    score: str = ""  # text, or a file's: its bound in nats and bits per byte; gpt: exact
-    score_file: str = ""  # the same of a file, whatever its name
+    score: str = ""  # text or file: its bound in nats and bits per byte; gpt: exact
     given: str = ""  # text or file that comes before the one scored
-    draws: int = 0  # independent noise draws of a score; 0: 8
-    encoding: str = "utf-8"  # of these files
+    draws: int = 8  # independent noise draws of a score
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             name, value, choices = field.name, getattr(self, field.name), get_args(field.type)
             high = 1 if name in ("threshold", "top_p") else math.inf
-            fits = not isinstance(value, int | float) or (name == "n") <= value <= high
-            check(fits, name, value, f"must be from 0 to {high}")  # NaN is not
-            fits = field.type is not Literal[choices] or value in choices
-            check(fits, name, value, f"there are {', '.join(map(str, choices))}")
-        for flag, parse in dict(blank=numbers, refine=fraction_of, remask=remasking).items():
+            low = int(name in ("n", "draws"))
+            fits = not isinstance(value, int | float) or low <= value <= high
+            check(fits, name, value, f"must be from {low} to {high}")  # NaN is not
+            fits = not choices or value in choices
+            check(fits, name, value, f"there are {', '.join(choices)}")
+        for flag, parse in dict(blank=numbers, refine=refinement, corrector=correction,
+                                remask=remasking).items():
             text = getattr(self, flag)
             with naming(f"--{flag}={text}"):
                 parse(text)
@@ -134,15 +137,12 @@ class Options:
         by_steps = "ancestral" if self.remask or self.steps else "first_hitting"
         return self.order or ("confidence" if self.threshold else by_steps)
 
-
 class SampleError(ValueError):
     """A user's mistake, in one line that names the flag or file and the remedy."""
-
 
 def check(condition, flag, value, remedy):
     if not condition:
         raise SampleError(f"--{flag}={value}: {remedy}")
-
 
 @contextlib.contextmanager
 def naming(name):
@@ -153,23 +153,31 @@ def naming(name):
         line = str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
         raise SampleError(line if line.startswith(str(name)) else f"{name}: {line}") from None
 
-
 def numbers(text):
     """N[,N..] -> [N, ..], of tokens in a blank"""
-    found = [int(n) for n in text.split(",")]
-    check(min(found) > 0, "blank", text, "a blank has at least one token")
-    return found
+    return [int(n) for n in text.split(",")]
 
+def fraction_of(text, *defaults):
+    """F[:A[:B]] -> F, A, B, or the defaults of what is missing behind F"""
+    fraction, *given = str(text or 0).split(":")
+    if not 0 <= float(fraction) <= 1:
+        raise ValueError("a fraction is from 0 to 1")
+    given = [type(default)(x) for x, default in zip(given, defaults, strict=False)]
+    return float(fraction), *given, *defaults[len(given):]
 
-def fraction_of(text):
-    """F or F:N -> F, N (1)"""
-    fraction, _, count = f"{text or 0}".partition(":")
-    check(0 <= float(fraction) <= 1, "refine", text, "a fraction is from 0 to 1")
-    return float(fraction), int(count or 1)
+def refinement(text):
+    """F[:N] -> F, N"""
+    return fraction_of(text, 1)
 
+def correction(text):
+    """F[:EVERY[:random|least]] -> F, EVERY, MODE"""
+    fraction, every, mode = fraction_of(text, 1, "random")
+    if every < 1 or mode not in ("random", "least"):
+        raise ValueError("write F:EVERY:random or F:EVERY:least")
+    return fraction, every, mode
 
-ALIASES = dict(seq_len="length", confidence_threshold="threshold")  # of published packages
-
+ALIASES = dict(  # of published packages
+    seq_len="length", confidence_threshold="threshold", corrector_frac="corrector")
 
 def make_options(**how):
     """Options by the flags' names or, from Python, those of published packages."""
@@ -178,7 +186,6 @@ def make_options(**how):
         near = *difflib.get_close_matches(name, Options.__dataclass_fields__, 1), "help"
         raise SampleError(f"unknown flag --{name}: did you mean --{near[0]}?")
     return Options(**how)
-
 
 def parse_args(argv):
     """Flags --name=value -> Options."""
@@ -213,7 +220,7 @@ class Tokenizer:
             import tiktoken
 
             encoding = tiktoken.Encoding(
-                self.name, pat_str=meta["pattern"], special_tokens={END.decode(): self.bos_id},
+                self.name, pat_str=meta["pattern"], special_tokens={},
                 mergeable_ranks={word: i for i, word in enumerate(self.table) if word})
             self.encode = encoding.encode_ordinary
 
@@ -229,10 +236,9 @@ class Tokenizer:
     def spans(self, tokens, kinds):
         """[(text, kind)] of a row: characters take the kind of the token that completes them."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        pairs = zip([*(self.shown[token] for token in tokens), b""], [*kinds, None], strict=True)
-        pieces = [(decoder.decode(word, final=not word), kind) for word, kind in pairs]
-        runs = itertools.groupby((p for p in pieces if p[0]), key=lambda piece: piece[1])
-        return [("".join(text for text, _ in run), kind) for kind, run in runs]
+        words = [*(self.shown[token] for token in tokens), b""]
+        return [(decoder.decode(word, final=not word), kind)
+                for word, kind in zip(words, [*kinds, False], strict=True)]
 
     def decode(self, tokens):
         return b"".join(self.shown[token] for token in tokens).decode(errors="replace")
@@ -248,7 +254,8 @@ class Reader:
     without predict computes all anew."""
     def __init__(self, model, cfg, kind, block_len):
         self.model, self.cfg, self.L = model, cfg, block_len
-        self.read, self.is_cached = getattr(self, f"read_{kind}"), hasattr(model, "predict")
+        self.kind, self.is_cached = kind, hasattr(model, "predict")
+        self.read = getattr(self, f"read_{kind}", self.read_row)
         self.n_noised = block_len * (kind == "block")
         self.window = cfg.seq_len - self.n_noised
         self.kept = [None] * cfg.n_layer  # (2, B, Hkv, S, d) each; the layer whose turn it is first
@@ -264,30 +271,32 @@ class Reader:
         mask = None if self.mask is None else self.mask[..., :q.size(2), :]
         return F.scaled_dot_product_attention(q, *new, mask, enable_gqa=q.size(1) != k.size(1))
 
-    def read_mdlm(self, tokens, start, rows):
-        """Reads what is within seq_len of the beginning or, behind that, of the block's end, in the
-        rows that are asked for."""
+    def read_row(self, tokens, start, rows):
+        """Of train_mdlm and train_sedd: reads what is within seq_len of the beginning or, behind
+        that, of the block's end, in the rows that are asked for. Under absorb: the log score, times
+        expm1 of the noise that leaves so many masks."""
         L, size = self.L, max(self.L, self.cfg.seq_len)
         low = max(0, start + L - size)
         live, row = (rows // L).unique(return_inverse=True)
         x = tokens[live, low:low + size]
-        sigma = noise_of(x, self.cfg)
-        return self.model(x, sigma, row * x.size(1) + start - low + rows % L).log_softmax(-1)
-
-    def read_sedd(self, tokens, start, rows):
-        """Under absorb: the log score, times expm1 of the noise that leaves so many masks."""
-        sigma = noise_of(tokens, self.cfg)
-        return self.model(tokens, sigma, rows) + sigma.expm1().log()[rows // self.L, None]
+        n_masked = (x == self.cfg.vocab_size).sum(1).clamp(min=1)
+        sigma = -torch.log1p(-n_masked / (x.size(1) + 1))  # at which so many are masked
+        logits = self.model(x, sigma, row * x.size(1) + start - low + rows % L)
+        if self.kind == "sedd":
+            return logits + sigma.expm1().log()[row, None]
+        return logits.log_softmax(-1)
 
     def read_gpt(self, tokens, start, rows):
         S, done, device = start + 1, self.done, tokens.device
         x = F.pad(tokens[:, :start], (1, 0), value=self.cfg.vocab_size)  # (B, S), the start first
         if not self.is_cached:
             return self.model(x, (rows + 1) * S - 1).log_softmax(-1)
-        new = torch.arange(done, S, device=device)
-        self.mask = new[:, None] >= torch.arange(S, device=device) if len(new) > 1 else None
-        self.done, last = S, (rows + 1) * (S - done) - 1
-        return self.model.predict(x[:, done:], new, rows=last, attend=self).log_softmax(-1)
+        if S > done:  # else it is asked for other rows of the same pass
+            new = torch.arange(done, S, device=device)
+            self.mask = new[:, None] >= torch.arange(S, device=device) if len(new) > 1 else None
+            self.done, last = S, torch.arange(1, len(x) + 1, device=device) * (S - done) - 1
+            self.logits = self.model.predict(x[:, done:], new, rows=last, attend=self)
+        return self.logits[rows].log_softmax(-1)
 
     def read_block(self, tokens, start, rows):
         """The first pass of a block takes in the finished one before it."""
@@ -312,12 +321,6 @@ class Reader:
         return logits.log_softmax(-1)
 
 
-def noise_of(tokens, cfg):
-    """tokens (B, T) -> sigma (B,) at which so many of them are masked"""
-    n_masked = (tokens == cfg.vocab_size).sum(1).clamp(min=1)
-    return -torch.log1p(-n_masked / (tokens.size(1) + 1))
-
-
 # ----------------------------------------------------------------------------- samplers
 # They take known (B, T) int64 and is_known (B, T) bool -> tokens (B, T), length (B,) of each row,
 # number of forward passes. gen (CPU) seeds a generator a row, so that rows do not depend on their
@@ -327,22 +330,24 @@ def stream(seed, number):
     seed, = np.random.SeedSequence(seed, spawn_key=(number,)).generate_state(1).tolist()
     return torch.Generator().manual_seed(seed)
 
-
 def row_generators(gen, n_rows):
     """Generators of 128 bits each, so that no two rows agree."""
     words = torch.randint(2**32, (n_rows, 4), generator=gen).tolist()
     return [np.random.default_rng(row) for row in words]
 
-
 def uniforms(gens, *shape):
     """(B, *shape) float64 on the CPU"""
     return torch.from_numpy(np.stack([g.random(shape) for g in gens]))
 
+def lowest(score, is_free, fraction):
+    """(B, T) bool: a fraction of the free positions, at least one, with the lowest scores."""
+    n = (is_free.sum(1, keepdim=True) * fraction).round().clamp(min=1)  # (B, 1)
+    place = score.masked_fill(~is_free, math.inf).argsort(dim=1, stable=True).argsort(1)
+    return is_free & (place < n)
 
 def float64(x):
     """On the CPU where the device (MPS) has none."""
     return (x.cpu() if x.device.type == "mps" else x).double()
-
 
 def draw_tokens(log_probs, u):
     """Inverse CDF in float64: log_probs (R, V), u (R,) uniform -> tokens (R,). Gumbel noise in fp32
@@ -354,18 +359,21 @@ def draw_tokens(log_probs, u):
     last = (cdf < total).sum(-1)
     return torch.minimum(token, last).to(log_probs.device)
 
-
 @torch.no_grad()
 def fill_blocks(model, cfg, known, is_known, *, kind, gen, steps=None, choose=None, warp=None,
-                watch=None, stop=None, block_len=None, begins=None, allowed=None):
+                corrector=(0, 1, ""), watch=None, stop=None, find_end=None, block_len=None,
+                begins=None, allowed=None):
     """Fill in the unknown positions, block after block: those of train_block, or (kind mdlm) the
-    whole row or block_len tokens, or (gpt) one token. steps=N: ancestral
-    sampling on N equal steps of t (arXiv 2406.07524, eq. 6 with SUBS), each masked token drawn with
-    probability (t - s) / t. steps=None: first-hitting (arXiv 2409.02908), one uniformly random
-    token a row and pass: as ancestral for N -> inf. choose (see orders, below) replaces both.
+    whole row or block_len tokens, or (gpt) one token. steps=N: ancestral sampling on N equal steps
+    of t (arXiv 2406.07524, eq. 6 with SUBS), each masked token drawn with probability (t - s) / t.
+    steps=None: first-hitting (arXiv 2409.02908), one uniformly random token a row and pass: as
+    ancestral for N -> inf. choose (see orders, below) replaces both. corrector=(F, EVERY, MODE):
+    see Options; of one token, with exact conditionals, it is a Gibbs step.
+
     stop=ID: a row ends where that token stands in a finished block, unless it is its first or
-    known; it is not counted in the length, and the row is filled up with it. Where begins (B, T) is
-    not 0, one of allowed[begins] (.., V) is drawn before the rest, which follow given it."""
+    known; it is not counted in the length, and the row is filled up with it. It also ends at
+    find_end(tokens (B, S)) -> (B,), if that is below S. Where begins (B, T) is not 0, one of
+    allowed[begins] (.., V) is drawn before the rest, which follow given it."""
     (B, T), mask_id, device = known.shape, cfg.vocab_size, known.device
     L = cfg.block_len if kind == "block" else 1 if kind == "gpt" else block_len or T
     gens, passes, nfe = row_generators(gen, B), steps or L, 0
@@ -375,21 +383,32 @@ def fill_blocks(model, cfg, known, is_known, *, kind, gen, steps=None, choose=No
     tokens = F.pad(torch.where(is_known, known, mask_id), (0, whole - T), value=mask_id)
     length = torch.full((B,), T, device=device)
     reader = Reader(model, cfg, kind, L)
+    fraction, every, mode = corrector
+    schedule = []  # pass of each block, and whether it is the corrector's
+    for i in range(-(allowed is not None), passes):
+        is_due = fraction and i >= 0 and (i + 1) % every == 0
+        schedule += [(i, False), (i, True)] if is_due else [(i, False)]
     for start in range(0, whole, L):
         here = slice(start, start + L)
         is_empty = not (tokens[:, here] == mask_id).any()
         psi, read_at = torch.full((B, L), math.inf, dtype=torch.float64), None
-        for i in range(-(begins is not None), passes):
+        for i, is_again in schedule:
             pick, u = uniforms(gens, 2, L).unbind(1)  # which are drawn, and as what: (B, L) each
             if is_empty:  # the numbers of later blocks do not depend on it
                 continue
             block = tokens[:, here].clone()
             is_mask = (block == mask_id).cpu()
-            if i < 0:  # what is known in part
+            rule = None if i < 0 or is_again else choose
+            if is_again:
+                is_free = ~is_mask & ~fixed[:, here].cpu()
+                commit = lowest(psi if mode == "least" else pick, is_free, fraction)
+                block = block.masked_fill(commit.to(device), mask_id)
+                tokens[:, here], read_at = block, None
+            elif i < 0:  # what is known in part
                 kinds = F.pad(begins, (0, whole - T))[:, here]
                 commit = is_mask & (kinds > 0).cpu()
                 fixed[:, here] |= kinds > 0
-            elif choose is not None:
+            elif rule is not None:
                 commit = is_mask  # chosen from below
             elif not steps:
                 commit = is_mask & (pick == pick.masked_fill(~is_mask, -1).amax(1, True))
@@ -398,13 +417,13 @@ def fill_blocks(model, cfg, known, is_known, *, kind, gen, steps=None, choose=No
             rows = commit.flatten().nonzero()[:, 0].to(device)
             if len(rows) and (read_at is None or not torch.equal(block, read_at)):
                 log_all = reader.read(tokens, start, rows)  # (R, V)
-                nfe, read_at = nfe + 1, block if choose and i >= 0 else None
+                nfe, read_at = nfe + 1, block if rule else None
             log_probs = log_all if len(rows) else torch.zeros(0, mask_id, device=device)
             if i < 0:
                 log_probs = log_probs.masked_fill(~allowed[kinds.flatten()[rows]], -math.inf)
                 log_probs = log_probs.log_softmax(-1)
-            elif choose is not None:
-                is_left = choose(log_probs, is_mask, step=i, steps=steps, u=pick, psi=psi)
+            elif rule is not None:
+                is_left = rule(log_probs, is_mask, step=i, steps=steps, u=pick, psi=psi)
                 is_left &= ~fixed[:, here].cpu() & (i < passes - 1)
                 block = torch.where(is_left.to(device), mask_id, block)
                 psi[is_left] = math.inf
@@ -412,22 +431,24 @@ def fill_blocks(model, cfg, known, is_known, *, kind, gen, steps=None, choose=No
                 rows, log_probs = rows[is_drawn], log_probs[is_drawn].log_softmax(-1)
             drawn = draw_tokens(warp(log_probs), u.flatten()[rows.cpu()])
             block = block.flatten().index_put((rows,), drawn).view(B, L)
-            if choose is not None and i >= 0:
+            if i >= 0:
                 p = log_probs.gather(1, drawn[:, None])[:, 0].cpu().double().exp()
                 psi.view(-1)[rows.cpu()] = p
                 psi[:, T - start:] = math.inf  # what is cut is not masked again
             tokens[:, here] = block
-            if stop is not None and i == passes - 1:
+            if stop is not None and (i, is_again) == schedule[-1]:
                 ends = (block == stop) & ~fixed[:, here]
                 ends[:, 0] &= start > 0
                 at = torch.where(ends.any(1), start + ends.int().argmax(1), whole)
+                if find_end is not None:
+                    end = find_end(tokens[:, :start + L])
+                    at = torch.where(end < start + L, torch.minimum(at, end), at)
                 behind = torch.arange(whole, device=device) >= at[:, None]  # (B, whole)
                 tokens, fixed = torch.where(behind, stop, tokens), fixed | behind
                 length = torch.minimum(length, at)
             if watch is not None:
                 watch(tokens[:, :T], nfe)
     return tokens[:, :T], length, nfe
-
 
 def uniform_law(log_score, current, sigma, sigma_next, rate, warp):
     """log_score (R, N) at tokens current (R,) and noise sigma -> log of what a pass draws from,
@@ -448,7 +469,6 @@ def uniform_law(log_score, current, sigma, sigma_next, rate, warp):
         before = math.exp(delta) * score - math.expm1(delta) * score.mean(-1, keepdim=True)
         law = before * (F.one_hot(current, N) * math.exp(-delta) - math.expm1(-delta) / N)
     return law.clamp(min=0).log()  # an inexact score, or too long a step, may go below 0
-
 
 @torch.no_grad()
 def redraw_rows(model, cfg, known, is_known, *, total_noise, gen, steps=None, is_euler=False,
@@ -476,7 +496,6 @@ def redraw_rows(model, cfg, known, is_known, *, total_noise, gen, steps=None, is
     gens = row_generators(gen, B)
     tokens = torch.where(is_known, known, (uniforms(gens, T) * V).long().to(device))
     rows = (~is_known).flatten().nonzero()[:, 0]
-    passes = passes if len(rows) else 0
     for i in range(passes):
         u = uniforms(gens, T).flatten()[rows.cpu()]
         log_score = float64(model(tokens, torch.full((B,), sigmas[i], device=device), rows))
@@ -510,7 +529,6 @@ PACES = {  # share of the tokens that is fixed after a share x of the passes
 LOOP = (0, 0.05, 0.55, 1), (1, 0.9, 0.9, 0)
 REMASK_ETA = {"loop": 0.02, "cap": 0.008, "rescale": 0.015, "conf": 1.0}  # as published
 
-
 def ordered(name, threshold=None, pace="even"):
     """Fix the best-ranked tokens of each row, as many a pass as the pace says (one, when steps is
     None), and every token whose top probability is above threshold."""
@@ -528,7 +546,6 @@ def ordered(name, threshold=None, pace="even"):
 
     return choose
 
-
 def remasking(text):
     """Remasking diffusion (ReMDM, 2503.00307). A fixed token is masked again with probability sigma
     <= sigma_max = min(1, (1-alpha_s)/alpha_t), a masked one is fixed with probability
@@ -536,9 +553,9 @@ def remasking(text):
     remasking. sigma is min(eta, sigma_max) for cap and loop, eta sigma_max for rescale; conf deals
     eta sigma_max out over the fixed tokens by softmax(-psi)."""
     kind, _, eta = (text or "cap").partition(":")
-    check(kind in REMASK_ETA, "remask", text, f"there are {', '.join(REMASK_ETA)}, as in cap:0.02")
-    eta = float(eta or REMASK_ETA[kind])
-    check(0 <= eta <= 1, "remask", text, "ETA is from 0 to 1")
+    if kind not in REMASK_ETA:
+        raise ValueError(f"there are {', '.join(REMASK_ETA)}, as in cap:0.02")
+    eta, = fraction_of(eta or REMASK_ETA[kind])
     points = LOOP if kind == "loop" else ((0, 1), (1, 0))
 
     def choose(log_probs, is_mask, *, step, steps, u, psi):
@@ -557,11 +574,10 @@ def remasking(text):
 
     return choose
 
-
 def make_warp(temperature=1.0, top_k=0, top_p=1.0, nucleus="inclusive"):
     """A function of log_probs (R, V): temperature, then top-k, then the nucleus, with or without
     (exclusive) the token that crosses top_p. None when all are off."""
-    if (temperature, top_k or 0, top_p) == (1, 0, 1):
+    if (temperature, top_k, top_p) == (1, 0, 1):
         return None
 
     def warp(log_probs):
@@ -584,14 +600,13 @@ def make_warp(temperature=1.0, top_k=0, top_p=1.0, nucleus="inclusive"):
 
 
 # ----------------------------------------------------------------------------- model
-PASSES = ("order", "steps", "threshold", "pace", "remask", "refine", "block_length")  # of diffusion
+PASSES = ("order", "steps", "threshold", "pace", "remask", "refine", "block_length", "corrector")
 MASK_ORDERS, SCORE_ORDERS = ("first_hitting", "ancestral", *RANKS), ("tweedie", "euler")
 WAYS = {  # the flags that a kind of model cannot take, and its orders
     "mdlm": ((), MASK_ORDERS),
     "gpt": ((*PASSES, "infill"), ()),
     "block": (("refine", "block_length", "infill"), MASK_ORDERS),
     "sedd": (PASSES[2:], SCORE_ORDERS)}
-
 
 class Canvas(NamedTuple):
     known: torch.Tensor  # (P, T) int64, the tokens of every prompt
@@ -600,10 +615,8 @@ class Canvas(NamedTuple):
     allowed: torch.Tensor  # (.., V) bool
     lead: int  # tokens at the beginning that are not shown: what begins a document
 
-
 class Samples(list):
     """Texts; with tokens, lists of ids; ended, whether before their length; nfe, forward passes."""
-
 
 def build_model(script, ckpt, weights="ema"):
     """A checkpoint of a script -> (model in eval mode, its Config); weights: ema or raw."""
@@ -612,7 +625,6 @@ def build_model(script, ckpt, weights="ema"):
     model.load_state_dict((weights == "ema" and ckpt["ema"]) or ckpt["model"])
     return model.eval(), cfg
 
-
 class LM:
     """A trained model with its tokenizer. Made by load()."""
     def __init__(self, script, ckpt, path, opts):
@@ -620,8 +632,7 @@ class LM:
         self.model, self.cfg = build_model(script, ckpt, opts.weights)
         self.tokenizer = Tokenizer(ckpt["meta"], self.cfg.vocab_size)
         self.block_len, self.graph = (getattr(self.cfg, x, 0) for x in ("block_len", "graph"))
-        diffusion = "block" if self.block_len else "sedd" if self.graph else "mdlm"
-        self.kind = "gpt" if script.METRIC == "val_nll" else diffusion
+        self.kind = script.OBJECTIVE  # mdlm, block, sedd or gpt
         # A fork may have changed forward and not predict, so it computes all anew.
         is_fork = self.name not in SCRIPTS
         self.net = self.model.__call__ if is_fork else self.model
@@ -633,29 +644,17 @@ class LM:
         for part in self.model.modules():
             if isinstance(part, torch.nn.Linear):  # as autocast does in every pass
                 part.to(self.dtype)
-        self.where = f"{str(self.dtype).removeprefix('torch.')} on {self.device.type}"
+        self.where = f"{str(self.dtype)[6:]} on {self.device.type}"
         self.n_parameters = sum(p.numel() for p in self.model.parameters())
-        # A packed or published model does not say which weights it has.
-        which = opts.weights + " " if ckpt["ema"] else "raw " if ckpt.get("optimizers") else ""
         self.summary = (
             f"{path}: {self.name}, {self.n_parameters / 1e6:.2f}M parameters, "
-            f"{which}weights of step {ckpt['step']}, "
-            f"{self.tokenizer.name} tokens, context {self.cfg.seq_len}" + ", no cache" * is_fork)
+            f"step {ckpt['step']}, {self.tokenizer.name} tokens, context {self.cfg.seq_len}"
+            + ", no cache" * is_fork)
 
     def batch_rows(self, length):
         """How many rows of that many tokens to run at once."""
         a_token = max(self.cfg.vocab_size, self.cfg.n_head * length)
         return max(1, BATCH_NUMBERS // (length * a_token))
-
-    def check_able(self, opts):
-        """Refuse what this kind of model cannot do."""
-        refused, orders = WAYS[self.kind]
-        for name in refused:
-            value = getattr(opts, name)
-            check(value == getattr(Options, name), name, value,
-                  f"{self.name} cannot do that: take a checkpoint of train_mdlm")
-        check(opts.order in ("", *orders), "order", opts.order,
-              f"{self.name} has {', '.join(orders)}")
 
     def describe(self, opts):
         """How it writes, in words, with what its samples are not."""
@@ -664,18 +663,25 @@ class LM:
         words = words if is_exact else f"{words} (mode-seeking)"
         length = self.block_len or opts.block_length
         words += f" in blocks of {length}" if length else ""
+        words += f", corrector {opts.corrector}" if opts.corrector else ""
         return {"gpt": "left to right", "sedd": opts.order or SCORE_ORDERS[0]}.get(self.kind, words)
 
     def canvas(self, opts):
         """The prompts, or a text with blanks, and the room behind."""
-        self.check_able(opts)
+        refused, orders = WAYS[self.kind]
+        for name in refused:
+            value = getattr(opts, name)
+            check(value == getattr(Options, name), name, value,
+                  f"{self.name} cannot do that: take a checkpoint of train_mdlm")
+        check(opts.order in ("", *orders), "order", opts.order,
+              f"{self.name} has {', '.join(orders)}")
         lead, allowed = [], [torch.ones(self.cfg.vocab_size, dtype=torch.bool)]
         limit = math.inf if self.block_len or opts.block_length else self.cfg.seq_len
         if opts.infill:
             texts = [text.replace(r"\_", "_") for text in BLANK.split(opts.infill)]
             n_blanks, blanks = len(texts) - 1, numbers(opts.blank)
             blanks = blanks if len(blanks) > 1 else blanks * n_blanks
-            check(len(blanks) == n_blanks > 0, "blank", opts.blank,
+            check(len(blanks) == n_blanks > 0 < min(blanks), "blank", opts.blank,
                   f"the text has {n_blanks} blanks, written as ___")
             parts = [[*zip(texts, [*blanks, 0], strict=True)]]
         else:
@@ -708,61 +714,64 @@ class LM:
         forward passes) of as many as fit in a batch. watch(tokens (B, T), nfe) sees every pass.
         stops: at the end of a document, where the model writes in order, and at --stop. Sample i
         depends on (seed, i) alone."""
-        warp = make_warp(opts.temperature, opts.top_k, opts.top_p, opts.nucleus)
-        (P, T), (fraction, n_refine) = canvas.known.shape, fraction_of(opts.refine)
+        (P, T), (fraction, n_refine) = canvas.known.shape, refinement(opts.refine)
+        fill = self.sampler(opts, T, stops)
         gens = [stream(opts.seed, i) for i in range(1 + n_refine)]
         size = min(MAX_ROWS, self.batch_rows(min(T, self.cfg.seq_len)))
+        allowed = canvas.allowed.to(self.device) if canvas.begins.any() else None
         for ids in (torch.arange(P * opts.n) // opts.n).split(size):
             known, given, begins = (x[ids].to(self.device) for x in canvas[:3])
-            same = opts, warp, stops
-            how = dict(begins=begins, allowed=canvas.allowed.to(self.device))
+            old = given | (begins > 0)
+            find_end = functools.partial(self.find_end, known=old, stop=opts.stop if stops else "")
             with self.amp():
-                tokens, length, nfe = self.fill(
-                    known, given, gens[0], watch, *same, **how if begins.any() else {})
-                given |= begins > 0
+                tokens, length, nfe = fill(known, given, gen=gens[0], watch=watch, begins=begins,
+                                           allowed=allowed, find_end=find_end)
                 for gen in gens[1:] if fraction else ():
-                    keep, n = self.likeliest(tokens, given, fraction)
+                    keep, n = self.likeliest(tokens, old, fraction)
                     nfe += n
                     look = watch and (lambda tokens, n, nfe=nfe: watch(tokens, nfe + n))
-                    tokens, _, n = self.fill(tokens, keep, gen, look, *same)
+                    tokens, _, n = fill(tokens, keep, gen=gen, watch=look)
                     nfe += n
-            rows = []
-            for row, n, known in zip(*(x.tolist() for x in (tokens, length, given)), strict=True):
-                n = self.find_stop(row[:n], known, opts.stop if stops else "")
-                rows.append((row[canvas.lead:n], n < T))
-            yield rows, nfe
+            ends = torch.minimum(length, find_end(tokens)).tolist()
+            rows = zip(tokens.tolist(), ends, strict=True)
+            yield [(row[canvas.lead:end], end < T) for row, end in rows], nfe
 
-    def fill(self, known, is_known, gen, watch, opts, warp, stops, **how):
-        """One run of a sampler."""
-        how, steps = dict(how, gen=gen, warp=warp, watch=watch), opts.steps
+    def sampler(self, opts, length, stops):
+        """The one that the flags ask for."""
+        how = dict(steps=opts.steps, warp=make_warp(opts.temperature, opts.top_k, opts.top_p,
+                                                    opts.nucleus))
         if self.kind == "sedd":
-            return redraw_rows(self.net, self.cfg, known, is_known, **how, steps=steps,
-                               total_noise=self.script.total_noise, is_euler=opts.order == "euler")
+            return functools.partial(redraw_rows, self.net, self.cfg, **how,
+                                     total_noise=self.script.total_noise,
+                                     is_euler=opts.order == "euler")
         if opts.order_name == "ancestral":
-            steps = steps or self.block_len or opts.block_length or known.size(1)
+            how["steps"] = opts.steps or self.block_len or opts.block_length or length
         if opts.order_name in RANKS:
             how["choose"] = ordered(opts.order_name, opts.threshold or None, opts.pace)
         elif opts.remask:
             how["choose"] = remasking(opts.remask)
         if stops and self.kind != "mdlm":
             how["stop"] = self.tokenizer.bos_id
-        return fill_blocks(self.net, self.cfg, known, is_known, kind=self.kind, steps=steps,
-                           block_len=opts.block_length, **how)
+        return functools.partial(fill_blocks, self.net, self.cfg, kind=self.kind, **how,
+                                 block_len=opts.block_length, corrector=correction(opts.corrector))
 
-    def find_stop(self, row, known, stop):
-        """How many tokens of a row come before what stops it, in what is new."""
-        begin = [*known, False].index(False)
-        words = [self.tokenizer.table[token] for token in row[begin:]]
-        stops = [stop] if isinstance(stop, str) else stop
-        far = 2**62  # where find() puts what is not there, by the remainder of -1
-        cut = min([b"".join(words).find(x.encode()) % far for x in stops if x], default=far)
-        return begin + bisect.bisect([*itertools.accumulate(map(len, words))], cut)
+    def find_end(self, tokens, known, stop):
+        """(B,) how many tokens of a row come before what stops it, in what is new."""
+        stops = [x.encode() for x in ([stop] if isinstance(stop, str) else stop) if x]
+        ends = [tokens.size(1)] * len(tokens)
+        for i, row in enumerate(tokens.tolist() if stops else ()):
+            begin = [*known[i].tolist(), False].index(False)
+            words = [self.tokenizer.table[token] for token in row[begin:]]
+            text = b"".join(words)
+            cut = min((text.index(x) for x in stops if x in text), default=len(text))
+            ends[i] = begin + bisect.bisect([*itertools.accumulate(map(len, words))], cut)
+        return torch.tensor(ends, device=tokens.device)
 
     def likeliest(self, tokens, is_known, fraction):
         """What to keep (B, T) when a fraction is predicted anew, and the passes spent: one in which
         every second token is masked and scored, one for the others, their neighbours in sight."""
         is_free = ~is_known
-        score = torch.full(tokens.shape, math.inf, device=tokens.device)
+        score = torch.zeros(tokens.shape, device=tokens.device)
         parity = is_free.cumsum(1) % 2
         halves = [half for odd in (1, 0) if (half := is_free & (parity == odd)).any()]
         for half in halves:
@@ -770,9 +779,7 @@ class LM:
             reader = Reader(self.net, self.cfg, "mdlm", tokens.size(1))
             log_probs = reader.read(masked, 0, half.flatten().nonzero()[:, 0])
             score[half] = log_probs.gather(1, tokens[half][:, None])[:, 0]
-        n_again = (is_free.sum(1, keepdim=True) * fraction).round().clamp(min=1)  # (B, 1)
-        place = score.argsort(dim=1, stable=True).argsort(1)
-        return is_known | (place >= n_again), len(halves)
+        return ~lowest(score, is_free, fraction), len(halves)
 
     def generate(self, prompt="", **how):
         """n texts of `length` tokens that begin with the prompt, or with each of a list of prompts;
@@ -793,16 +800,14 @@ class LM:
         return out
 
     @torch.inference_mode()
-    def score(self, text, given="", draws=0, seed=0):
+    def score(self, text, given="", draws=8, seed=0):
         """-log p of a text, given another one before it, both cut into windows of seq_len tokens
         (the last may be shorter): nats, nats_stderr, bits_per_byte, bits_stderr, n_tokens, n_bytes.
 
         A bound, with its error over draws of noise, which mask each window twice, as an antithetic
         pair. gpt: exact."""
-        is_exact, T = self.kind == "gpt", self.cfg.seq_len
-        check(not given or self.kind in ("gpt", "mdlm"), "given", given,
-              f"{self.name} has no bound of that kind")
-        n_draws, n_copies = (1, 1) if is_exact else (draws or DEFAULT_DRAWS, 2)
+        T, is_exact = self.cfg.seq_len, self.kind == "gpt"
+        n_draws, n_copies = (1, 1) if is_exact else (draws, 2)
         new, known = self.tokenizer.encode(text), self.tokenizer.encode(given)
         check(new, "score", text, "the text is empty")
         tokens, gen = known + new, stream(seed, 0)
@@ -810,29 +815,21 @@ class LM:
         starts = range(len(known) // T * T, len(tokens), T)
         for (size, n_given), group in itertools.groupby(
                 starts, lambda at: (min(T, len(tokens) - at), max(0, len(known) - at))):
-            cfg = dataclasses.replace(self.cfg, seq_len=size)
+            cfg = dataclasses.replace(self.cfg, seq_len=size, prompt_len=n_given)
             x0 = torch.tensor([tokens[at:at + size] for at in group], device=self.device)
             x0 = x0.repeat_interleave(n_copies, 0)
             for draw in range(n_draws):
-                own = dataclasses.replace(cfg, seq_len=size - n_given * (not is_exact))
-                noise = self.script.draw_noise(own, len(x0), gen, bound=True)
-                if n_given and not is_exact:  # the given tokens stay; the network counts them
-                    sigma = -torch.log1p(-noise.level / (size + 1))
-                    score = F.pad(noise.score, (n_given, 0), value=math.inf)
-                    noise = noise._replace(sigma=sigma, score=score)
-                for rows in torch.arange(len(x0)).split(self.batch_rows(size)):
+                noise = self.script.draw_noise(cfg, len(x0), gen, bound=True)
+                for rows in torch.arange(len(x0)).split(2 * -(-self.batch_rows(size) // 2)):
                     piece = self.script.take_rows(noise, rows, self.device)
                     with self.amp():
                         nats = self.script.nelbo_fn(self.model, x0[rows], piece, cfg)
-                        if is_exact and n_given:
-                            nats -= self.script.nelbo_fn(self.model, x0[:, :n_given], piece, cfg)
                     totals[draw] += nats.cpu().double().sum() / n_copies
         nats, n_bytes = totals.mean().item(), sum(len(self.tokenizer.table[i]) for i in new)
         stderr = totals.std(correction=n_draws > 1).item() / math.sqrt(n_draws)
         bits = 1 / (math.log(2) * n_bytes)
         return SimpleNamespace(nats=nats, nats_stderr=stderr, bits_per_byte=nats * bits,
                                bits_stderr=stderr * bits, n_tokens=len(new), n_bytes=n_bytes)
-
 
 # ----------------------------------------------------------------------------- loading
 def find_checkpoint(name=None):
@@ -841,12 +838,11 @@ def find_checkpoint(name=None):
         name = max(Path("out").glob("*/ckpt.pt"), key=os.path.getmtime, default=SHIPPED[0])
     if not str(name).startswith("hf:"):
         return Path(name, "ckpt.pt") if os.path.isdir(name) else Path(name)
-    hub_name = re.fullmatch(r"hf:([^/]+/[^/]+)/(.+)", name)
-    check(hub_name, "ckpt", name, "write hf:OWNER/REPO/FILE")
+    hub_name = re.fullmatch(r"hf:([^/]+/[^/]+)(?:/(.+))?", name)
+    check(hub_name, "ckpt", name, "write hf:OWNER/NAME or hf:OWNER/NAME/FILE")
     with naming(f"{name}: could not be downloaded"):
         from huggingface_hub import hf_hub_download
-        return Path(hf_hub_download(*hub_name.groups()))
-
+        return Path(hf_hub_download(hub_name[1], hub_name[2] or "ckpt.pt"))
 
 def load_script(path):
     """Import a training script, or another program, from its file."""
@@ -856,7 +852,6 @@ def load_script(path):
         spec.loader.exec_module(script)
     return script
 
-
 def load(path=None, script=None, opts=None, **how):
     """LM from what --ckpt takes. script: the file that wrote it, when it is not one of ours. how:
     weights, device, dtype."""
@@ -864,18 +859,15 @@ def load(path=None, script=None, opts=None, **how):
     module = load_script(script or HERE / f"{SCRIPTS[0]}.py")
     with naming(path):
         read = module.load_checkpoint  # the same text in every script
-        if path.is_file() and path.open("rb").read(2) != b"PK":
-            golf = load_script(HERE / "study/golf.py")
-            read = golf.read if golf.is_artifact(path) else read
+        if path.suffix == ".golf":
+            read = load_script(HERE / "study/golf.py").read
         ckpt = read(path)
         name = ckpt["script"]
         check(name in ((Path(script).stem,) if script else SCRIPTS), "ckpt", path,
               f"written by {name}.py: pass that file as --script=PATH")
         return LM(module if script else load_script(HERE / f"{name}.py"), ckpt, path, opts)
 
-
 load_model = load  # as published packages name it
-
 
 def sample(model, prompt="", **how):
     """Texts from a model of load()."""
@@ -886,14 +878,8 @@ def sample(model, prompt="", **how):
 FRAME = 0.04  # seconds between two pictures
 STYLES = {"known": "\x1b[1m", "new": "\x1b[32m", "mask": "\x1b[2m", "note": "\x1b[2m"}
 
-
-def is_terminal(stream):
-    return stream.isatty() and os.environ.get("TERM") != "dumb"
-
-
 def styled(text, kind):
     return f"{STYLES[kind]}{text}\x1b[0m" if kind in STYLES else text
-
 
 def printable(text):
     """Text that cannot steer a terminal: a model of bytes writes escape codes, too."""
@@ -901,37 +887,29 @@ def printable(text):
     return "".join(c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode()
                    for c in text)
 
-
 def show(spans, stream):
-    """Print [(text, kind)]; a terminal gets styles, unless it is dumb, and no control codes."""
+    """Print [(text, kind)]; a terminal gets styles and no control codes."""
     for text, kind in [*spans, ("\n", None)]:
-        text = printable(text) if stream.isatty() else text
-        stream.write(styled(text, kind) if is_terminal(stream) else text)
+        stream.write(styled(printable(text), kind) if stream.isatty() else text)
     stream.flush()
-
 
 def note(text):
     """What is no text of the model goes to stderr."""
     show([(text, "note")], sys.stderr)
 
-
 def lines_of(spans, width):
     """Styled lines of at most `width` cells."""
     lines, cells = [""], 0
     for text, kind in spans:
-        run = ""
         for char in printable(text):
             size = 1 + (unicodedata.east_asian_width(char) in "WF")
             if char == "\n" or cells + size > width:
-                lines[-1] += styled(run, kind)
                 lines.append("")
-                run, cells = "", 0
+                cells = 0
             if char != "\n":
-                run += char
+                lines[-1] += styled(char, kind)
                 cells += size
-        lines[-1] += styled(run, kind)
     return lines
-
 
 def redraw(lines, height, stream, is_last=False):
     """Draw over a picture of so many lines -> the height of the new one."""
@@ -942,80 +920,57 @@ def redraw(lines, height, stream, is_last=False):
     stream.flush()
     return len(lines)
 
-
 class Run:
     """A model at work on a canvas. It counts, with --watch it shows the text as it appears, for a
-    race or a file it keeps every pass. Its clock stands still while it does that."""
+    race or a recording it keeps every pass."""
     def __init__(self, lm, opts, is_race=False):
         self.lm, self.opts, self.is_race, self.canvas = lm, opts, is_race, lm.canvas(opts)
         known, is_known, *_, self.lead = self.canvas
-        self.is_live = opts.watch and not is_race and is_terminal(sys.stderr)
+        self.is_live = opts.watch and not is_race and sys.stderr.isatty()
+        self.is_kept = is_race or opts.save.endswith((".json", ".svg"))
         self.mask_id = lm.cfg.vocab_size
         rows = torch.where(is_known, known, self.mask_id)[:, self.lead:].tolist()
         self.starts = [row for row in rows for _ in range(opts.n)]
-        self.done, self.begin = [], None  # samples; and the passes of the first batch
-        self.nfe, self.seconds, self.entropy, self.n_new = 0, 0.0, 0.0, 0
+        self.done, self.nfe, self.seconds, self.entropy, self.n_new = [], 0, 0.0, 0.0, 0
 
     def samples(self):
         """Write; yield the tokens of every sample. The end of a document stops no race."""
-        self.rest()
+        self.start_batch()
         for rows, nfe in self.lm.batches(self.canvas, self.opts, self, not self.is_race):
-            self.seconds += time.perf_counter() - self.since
+            seconds = time.perf_counter() - self.since
+            self.seconds += seconds
             self.nfe += nfe
             redraw([], self.height, sys.stderr)
-            for start, (row, ended) in zip(self.starts[self.first:], rows, strict=False):
-                start = start[:len(row)]
-                known = [[at, old] for at, old in enumerate(start) if old != self.mask_id]
-                new = [row[at] for at, old in enumerate(start) if old == self.mask_id]
+            for i, (row, ended) in enumerate(rows):
+                start = self.passes[0][2][i]
+                new = [token for token, old in zip(row, start, strict=False) if old == self.mask_id]
                 # Entropy of the tokens' frequencies, low when a sample repeats itself.
                 shares = torch.tensor(new).bincount() / max(1, len(new))
                 self.entropy += torch.special.entr(shares).sum().item()
                 self.n_new += len(new)
-                frames = self.frames(len(self.done) - self.first, len(row))
-                self.done.append((row, ended, dict(
-                    sample=len(self.done), length=len(row), known=known, nfe=nfe,
-                    seconds=self.seconds - self.begun, frames=frames)))
+                self.done.append(SimpleNamespace(tokens=row, ended=ended, nfe=nfe, seconds=seconds,
+                                                 row=i, passes=self.passes))
                 yield row
-            self.begin = self.begin or self.passes
-            self.rest()
+            self.start_batch()
 
-    def rest(self):
-        """Before a batch nothing is drawn."""
-        self.height, self.drawn, self.last, self.due = 0, -math.inf, None, 0.25
-        self.passes = [(0, 0.0, self.starts[len(self.done):])]  # number, seconds, tokens
-        self.first, self.begun, self.since = len(self.done), self.seconds, time.perf_counter()
-
-    def frames(self, i, length):
-        """[[pass, milliseconds, [[position, token, or -1: masked again]..]]..] of row i."""
-        frames = []
-        for (_, _, before), (nfe, seconds, rows) in itertools.pairwise(self.passes):
-            pairs = enumerate(zip(before[i][:length], rows[i], strict=False))
-            changes = [[at, -1 if token == self.mask_id else token]
-                       for at, (old, token) in pairs if token != old]
-            frames += [[nfe, round(1000 * seconds, 3), changes]] if changes else []
-        return frames
+    def start_batch(self):
+        self.height, self.drawn, self.last = 0, -math.inf, None  # nothing is drawn yet
+        # Of every pass: forward passes so far, seconds, tokens of all rows.
+        self.passes = [(0, 0.0, self.starts[len(self.done):])]
+        self.since = time.perf_counter()
 
     def __call__(self, tokens, nfe):
         rows = tokens[:, self.lead:].tolist()  # waits for the device
-        self.seconds += time.perf_counter() - self.since
-        if self.is_race or self.opts.save:  # else they would fill the memory
-            self.passes.append((nfe, self.seconds - self.begun, rows))
+        if self.is_kept:  # else they would fill the memory
+            self.passes.append((nfe, time.perf_counter() - self.since, rows))
         if self.is_live and time.monotonic() - self.drawn >= FRAME:
             lines, width = [styled(f"{nfe} passes", "note")], shutil.get_terminal_size().columns
-            for row, *more in zip(rows, self.last or rows, self.starts[self.first:], strict=False):
+            for row, *more in zip(rows, self.last or rows, self.passes[0][2], strict=False):
                 ends = [i + 1 for i, token in enumerate(row) if token != self.lm.tokenizer.bos_id]
                 spans = self.spans(row[:max(ends, default=0)], *more)  # without what fills it up
                 lines += ["", *lines_of(spans, width)]
             self.height, self.last = redraw(lines, self.height, sys.stderr), rows
             self.drawn = time.monotonic()
-        elif self.opts.watch and not (self.is_race or self.is_live):  # a file: after each quarter
-            row, start = rows[0], self.starts[self.first]
-            done = 1 - row.count(self.mask_id) / start.count(self.mask_id)
-            if self.due <= done < 1:
-                self.due = (math.floor(4 * done) + 1) / 4
-                spans = self.spans(row, row, start)
-                show([(f"[{done:.0%} after {nfe} passes] ", None), *spans], sys.stderr)
-        self.since = time.perf_counter()
 
     def spans(self, row, before, start):
         """[(text, kind)] of a row"""
@@ -1024,54 +979,28 @@ class Run:
                  for token, old, given in zip(row, before, start, strict=False)]
         return self.lm.tokenizer.spans(row, kinds)
 
-
 def save(path, runs):
-    """Write the samples of runs. FILE.jsonl: a line about each run, from name to device as below,
-    checkpoint (sha256), tokenizer; and one a sample: i, text, tokens, nfe, ended. FILE.json:
-
-    {"format": 1, "mask": -1, "tokens": {"id": "its bytes as Latin-1"}, "runs": [{"name", "script",
-    "parameters", "sampler", "seed", "device", "sample", "length", "known": [[position, id]..],
-    "nfe", "seconds", "frames": [[pass, milliseconds, [[position, id]..]]..]}..]}
-
-    Known tokens alone are there first. A frame says what a pass changed, id -1: masked again. After
-    the last one stands the sample."""
-    lines, entries, tokenizer = [], [], runs[0].lm.tokenizer
-    for run in runs:
-        lm = run.lm
-        name = lm.path.stem if lm.path.stem != "ckpt" else lm.path.absolute().parent.name
-        about = dict(name=name, script=lm.name, parameters=lm.n_parameters,
-                     sampler=lm.describe(run.opts), seed=run.opts.seed, device=lm.where)
-        sha256 = hashlib.sha256(lm.path.read_bytes()).hexdigest()
-        lines.append({**about, "checkpoint": sha256, "tokenizer": tokenizer.name})
-        for tokens, ended, record in run.done:
-            lines.append(dict(i=record["sample"], text=tokenizer.decode(tokens), tokens=tokens,
-                              nfe=record["nfe"], ended=ended))
-            entries.append(about | record)
-    changes = [x["known"] for x in entries] + [f[2] for x in entries for f in x["frames"]]
-    used = sorted({token for change in changes for _, token in change} - {-1})
-    tokens = {i: tokenizer.shown[i].decode("latin-1") for i in used}
-    if path.endswith(".json"):
-        lines = [dict(format=1, mask=-1, tokens=tokens, runs=entries)]
-    Path(path).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    if path:
+        load_script(HERE / "study/page.py").save(path, runs)
 
 
 # ----------------------------------------------------------------------------- race
 WARM_UP = 8  # tokens that a model writes before its clock starts
 BAR = " │ "  # between the two
 
-
 def replay(runs):
     """Draw the runs side by side in real time; the last picture stays, and is whole."""
     start, now, height = time.monotonic(), 0.0, 0
-    end = max(run.begin[-1][1] for run in runs)
+    shown = [run.done[0].passes for run in runs]
+    end = max(passes[-1][1] for passes in shown)
     while now < end:
         now = min(end, time.monotonic() - start)
         step = (shutil.get_terminal_size().columns + len(BAR)) // len(runs)
         texts = []
-        for run in runs:
-            at = bisect.bisect([seconds for _, seconds, _ in run.begin], now)
-            nfe, _, (row, *_) = run.begin[at - 1]
-            counters = f"{nfe} passes, {min(now, run.begin[-1][1]):.1f} s\n\n"
+        for run, passes in zip(runs, shown, strict=True):
+            at = bisect.bisect([seconds for _, seconds, _ in passes], now)
+            nfe, _, (row, *_) = passes[at - 1]
+            counters = f"{nfe} passes, {min(now, passes[-1][1]):.1f} s\n\n"
             head = [(f"{run.lm.name}\n", "known"), (counters, "note")]
             texts.append(lines_of(head + run.spans(row, row, run.starts[0]), step - len(BAR)))
         bars = ["", *(f"\x1b[{i * step - len(BAR) + 1}G{BAR}" for i in range(1, len(runs)))]
@@ -1080,7 +1009,6 @@ def replay(runs):
         height = redraw(lines, height, sys.stdout, is_last=now == end)
         time.sleep(FRAME)
     print("\n")
-
 
 def print_race(opts):
     paths = [opts.ckpt, *opts.race.split(",")] if opts.race != "shipped" else SHIPPED
@@ -1096,53 +1024,41 @@ def print_race(opts):
     for run in runs:
         run.lm.generate(length=WARM_UP)
         list(run.samples())
-    if is_terminal(sys.stdout):
+    if sys.stdout.isatty():
         replay(runs)
     else:
         for run in runs:
-            text = run.lm.tokenizer.decode(run.done[0][0])
+            text = run.lm.tokenizer.decode(run.done[0].tokens)
             show([(f"--- {run.lm.name}\n{text}\n", None)], sys.stdout)
     print(f"{'':12}  passes  seconds  tokens/s  entropy")
     for run in runs:
         print(f"{run.lm.name:12}  {run.nfe:6}  {run.seconds:7.2f}  {run.n_new / run.seconds:8.0f}  "
               f"{run.entropy / len(run.done):.2f} nats, {run.lm.describe(run.opts)}")
-    if opts.save:
-        save(opts.save, runs)
+    save(opts.save, runs)
 
 
 # ----------------------------------------------------------------------------- command line
+def read(path):
+    with naming(path):
+        return Path(path).read_bytes().decode()
+
 def text_of(opts, flag):
-    """The text of --FLAG, or of the file that it or --FLAG_file names."""
-    text, path = getattr(opts, flag), getattr(opts, f"{flag}_file", "")
-    is_named = flag != "prompt" and os.path.isfile(text)
-    if not path and not is_named:
-        check(not FILE_NAME.fullmatch(text), flag, text, "no such file; if it is a text, put it "
-              f"into a file and give --{flag}_file=PATH")
-        return text
-    import prepare_data
-    path = path or text
-    with naming(f"--{flag}_file={path}"):
-        data = Path(path).read_bytes()
-        text = data.decode(opts.encoding, "replace")
-    kind = prepare_data.kind_of(path.lower(), text[:10_000], "text")
-    is_plain = kind == "text" and not prepare_data.NOT_TEXT.match(data) and data[:2] != b"PK"
-    check(is_plain, flag, path, "not plain text; put what it says into a .txt file")
-    is_known = text.count("\ufffd") <= len(text) / 100
-    check(is_known, flag, path, f"not {opts.encoding}; if it is GBK: --encoding=gbk")
+    """The text of a flag, or of the file that it names."""
+    text = getattr(opts, flag)
+    if os.path.isfile(text):
+        return read(text)
+    check(" " in text or not Path(text).suffix, flag, text, "no such file")
     return text
 
-
 def print_score(lm, opts):
-    texts = (text_of(opts, flag) for flag in ("score", "given"))
-    score = lm.score(*texts, opts.draws, opts.seed)
+    score = lm.score(text_of(opts, "score"), text_of(opts, "given"), opts.draws, opts.seed)
     note(lm.summary)
-    nats, bits, noise = f"= {score.nats:.2f}", f"{score.bits_per_byte:.4f}", "exact"
-    if lm.kind != "gpt":
-        nats, bits = f"<{nats} +- {score.nats_stderr:.2f}", f"{bits} +- {score.bits_stderr:.4f}"
-        noise = f"{opts.draws or DEFAULT_DRAWS} noise draws, seed {opts.seed}"
-    print(f"-log p {nats} nats, {bits} bits per byte ({score.n_tokens} tokens, {score.n_bytes} "
-          f"bytes; {noise}, {lm.where})")
-
+    sign, noise = "<=", f"{opts.draws} noise draws, seed {opts.seed}"
+    if lm.kind == "gpt":
+        sign, noise = "=", "exact"
+    print(f"-log p {sign} {score.nats:.2f} +- {score.nats_stderr:.2f} nats, "
+          f"{score.bits_per_byte:.4f} +- {score.bits_stderr:.4f} bits per byte "
+          f"({score.n_tokens} tokens, {score.n_bytes} bytes; {noise}, {lm.where})")
 
 def print_samples(lm, opts):
     run = Run(lm, opts)
@@ -1152,37 +1068,34 @@ def print_samples(lm, opts):
         if n > 1:
             note(f"--- sample {len(run.done)} of {n}")
         show(run.spans(row, row, start) + [("\n", None)] * (n > 1), sys.stdout)
-    if opts.save:
-        save(opts.save, [run])
+    save(opts.save, [run])
     note(f"NFE {run.nfe}, {run.n_new / run.seconds:.0f} tokens/s, {lm.where}, "
          f"{lm.describe(opts)}, entropy {run.entropy / n:.2f} nats")
 
-
-def read_prompts(path):
-    with naming(f"--prompts={path}"):
-        lines = map(json.loads, Path(path).read_text(encoding="utf-8").splitlines())
+def read_prompts(opts):
+    text = read(opts.prompts)
+    if not opts.prompts.endswith(".jsonl"):
+        return [text]
+    with naming(f"--prompts={opts.prompts}"):
+        lines = map(json.loads, text.splitlines())
         return [line["prompt"] if isinstance(line, dict) else line for line in lines]
-
 
 def main(argv):
     try:
         opts = parse_args(argv)
-        opts = dataclasses.replace(opts, prompt=text_of(opts, "prompt"))
-        modes = [flag for flag in ("infill", "score", "score_file", "prompt", "prompts", "race")
-                 if getattr(opts, flag)]
-        check(len(modes) < 2 or modes == ["prompt", "race"], " and --".join(modes), "..",
-              "exclude each other: drop one")
-        is_score = bool(opts.score or opts.score_file)
-        check(is_score or not opts.given, "given", opts.given, "goes with --score")
+        modes = [flag for flag in ("infill", "score", "prompts", "race") if getattr(opts, flag)]
+        modes += ["prompt"] * bool(opts.prompt and not opts.race)
+        check(len(modes) < 2, " and --".join(modes), "..", "exclude each other: drop one")
+        check(opts.score or not opts.given, "given", opts.given, "goes with --score")
+        check(opts.race != "shipped" or not opts.ckpt, "race", "", "name what races against --ckpt")
+        check(Path(opts.save).parent.is_dir(), "save", opts.save, "no such folder")
         if opts.prompts:
-            opts = dataclasses.replace(opts, prompts=read_prompts(opts.prompts))
-        is_alone = opts.race == "shipped"
-        check(not (is_alone and opts.ckpt), "race", "", "name what is to race against --ckpt")
+            opts = dataclasses.replace(opts, prompts=read_prompts(opts))
         if opts.race:
             print_race(opts)
         else:
             lm = load(opts.ckpt, opts.script, opts)
-            print_score(lm, opts) if is_score else print_samples(lm, opts)
+            print_score(lm, opts) if opts.score else print_samples(lm, opts)
         sys.stdout.flush()
     except (SampleError, OSError, MemoryError, torch.OutOfMemoryError) as e:
         line = printable(str(e)).replace("\n", " ")
@@ -1190,7 +1103,6 @@ def main(argv):
         if isinstance(e, OSError):  # do not try again at the exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise SystemExit(2) from None
-
 
 if __name__ == "__main__":
     # A file gets UTF-8; a terminal, what it lacks as escapes.

@@ -185,6 +185,8 @@ def make_config(argv):
             f"{source}: a checkpoint of {ckpt['script']}.py")
     names = ckpt["config"] if goes_on else (*SHAPE_FIELDS, "seq_len")
     saved = {name: ckpt["config"][name] for name in names}
+    for name in flags.keys() & SHAPE_FIELDS:
+        require(flags[name] == saved[name], f"--{name}={flags[name]}: {source} has {saved[name]}")
     return Config(**(base | saved | flags)), ckpt
 
 def validate(cfg, world):
@@ -196,9 +198,9 @@ def validate(cfg, world):
             f"--n_head={cfg.n_head}: must divide half of --n_embd; --n_kv_head must divide it")
     n_rows = cfg.batch_tokens // cfg.seq_len
     micro = min(cfg.micro_batch, max(1, n_rows // world))
-    unit = world * micro * cfg.seq_len
-    require(cfg.batch_tokens % unit == 0, f"--batch_tokens={cfg.batch_tokens}: must be a multiple "
-            f"of {unit} = {world} ranks x {micro} rows x {cfg.seq_len} tokens")
+    require(cfg.batch_tokens % (world * micro * cfg.seq_len) == 0,
+            f"--batch_tokens={cfg.batch_tokens}: must be a multiple of --seq_len={cfg.seq_len} x "
+            f"--micro_batch={cfg.micro_batch} x {world} ranks")
     check_objective(cfg, n_rows, micro)
 
 # ----------------------------------------------------------------------------- data
@@ -239,8 +241,9 @@ def open_data(cfg, ckpt=None):
     path, n_rows = f"{folder}/meta.json", cfg.batch_tokens // cfg.seq_len
     require(os.path.exists(path), f"--data={folder}: no meta.json: run prepare_data.py again, or, "
             f"if these are published shards: python prepare_data.py meta {folder}")
-    with reading(path), open(path, encoding="utf-8") as f:
-        meta = json.load(f)
+    with reading(path):
+        meta = json.loads(Path(path).read_text("utf-8"))
+        _ = meta["vocab_size"], meta["byte_length"]  # needed below
     for name in ("token_bytes", "pattern", "bos_id") if ckpt else ():
         require(ckpt["meta"][name] == meta[name], f"--data={cfg.data}: another vocabulary than that"
                 f" of {cfg.init_from}: prepare the text again with --tokenizer={cfg.init_from}")
@@ -395,8 +398,8 @@ def check_objective(cfg, n_rows, micro):
     require(L > 0 and T % L == P % L == 0,
             f"--block_len={L}: must divide --seq_len={T} and --prompt_len={P}")
     require(0 <= cfg.t_min < cfg.t_max <= 1, f"--t_min={cfg.t_min}: below --t_max={cfg.t_max} <= 1")
-    is_even = n_rows * (T - P) // L % 2 == micro * (T - P) // L % 2 == 0
-    require(cfg.estimator != "exact_k" or is_even,
+    n = (T - P) // L
+    require(cfg.estimator != "exact_k" or n_rows * n % 2 == micro * n % 2 == 0,
             f"--micro_batch={micro}: exact_k needs pairs of blocks")
     require(cfg.cond_dim == 0, f"--cond_dim={cfg.cond_dim}: this network takes no noise level")
 
@@ -469,7 +472,6 @@ class Model(Trunk):
         def rule(b, h, q, k):
             seen = sees(q, k, T, block_len)
             return seen if docs is None else seen & (docs[b, q] == docs[b, k])
-
         # For all queries, and for the noised half. A compiled step builds them in its graph.
         create = create_block_mask if use_flex(device) else create_mask
         masks = {n: create(rule, 1 if docs is None else B, None, n, 2 * T, device)
@@ -500,7 +502,7 @@ def draw_noise(cfg, n_rows, gen, bound=False):
         u = torch.rand(n_pairs, generator=gen, dtype=torch.float64)
         u = (torch.randperm(n_pairs, generator=gen) + u) / (2 * n_pairs)
         coin = torch.rand(n_pairs, generator=gen) < 0.5
-        u = torch.stack((u, u), 1).flatten()[:total].view(n_rows, n)
+        u = u.repeat_interleave(2)[:total].view(n_rows, n)
         coin = torch.stack((coin, ~coin), 1).flatten()[:total].view(n_rows, n)
         k = low + (u * (high - low + 1)).long()
         level = torch.where(coin, k, low + high - k)  # (R, n)
@@ -755,7 +757,7 @@ def main(argv):
         model = Model(cfg)
         if ckpt:
             with reading(cfg.init_from):
-                model.load_state_dict((not cfg.resume and ckpt["ema"]) or ckpt["model"])
+                model.load_state_dict(not cfg.resume and ckpt["ema"] or ckpt["model"])
         if rank == 0 and not cfg.eval_only:
             lock, log = open_run(cfg, f"python {sys.version.split()[0]} torch {torch.__version__} "
                                  f"numpy {np.__version__} {machine} ranks {world}")
@@ -820,7 +822,7 @@ def main(argv):
         except Exception as e:  # whatever a missing or broken tool chain raises
             torch.compiler.set_stance("force_eager")
             log(f"running without torch.compile: {str(e).strip().splitlines()[0]}")
-    path = f"{cfg.out}/ckpt.pt"
+    path, begun = f"{cfg.out}/ckpt.pt", step
     losses, logged, n_bad, stopped = [], seconds, 0, False
     while True:
         is_last = step >= cfg.steps
@@ -835,7 +837,7 @@ def main(argv):
                     f"step_avg:{1000 * seconds / step:.2f}ms")
         # Once in a while, but not among bad steps, and before leaving: save.
         is_nth = cfg.ckpt_every and step % cfg.ckpt_every == 0 and not n_bad
-        if (is_last or stopped or is_nth) and step and rank == 0:
+        if (is_last or stopped or is_nth) and step > begun and rank == 0:
             weights = model.state_dict()
             try:
                 save_checkpoint(path, dict(
@@ -861,7 +863,7 @@ def main(argv):
             loss.backward()
             total[0] += loss.detach()
         total[1] += len(stop)
-        if step + 1 < cfg.steps and not stop:
+        if not stop:
             batch = read_batch(cfg, train, step + 1, rank, world, device)  # as the GPU works
         if world > 1:
             dist.all_reduce(flat_grad)

@@ -182,6 +182,8 @@ def make_config(argv):
             f"{source}: a checkpoint of {ckpt['script']}.py")
     names = ckpt["config"] if goes_on else (*SHAPE_FIELDS, "seq_len")
     saved = {name: ckpt["config"][name] for name in names}
+    for name in flags.keys() & SHAPE_FIELDS:
+        require(flags[name] == saved[name], f"--{name}={flags[name]}: {source} has {saved[name]}")
     return Config(**(base | saved | flags)), ckpt
 
 def validate(cfg, world):
@@ -193,9 +195,9 @@ def validate(cfg, world):
             f"--n_head={cfg.n_head}: must divide half of --n_embd; --n_kv_head must divide it")
     n_rows = cfg.batch_tokens // cfg.seq_len
     micro = min(cfg.micro_batch, max(1, n_rows // world))
-    unit = world * micro * cfg.seq_len
-    require(cfg.batch_tokens % unit == 0, f"--batch_tokens={cfg.batch_tokens}: must be a multiple "
-            f"of {unit} = {world} ranks x {micro} rows x {cfg.seq_len} tokens")
+    require(cfg.batch_tokens % (world * micro * cfg.seq_len) == 0,
+            f"--batch_tokens={cfg.batch_tokens}: must be a multiple of --seq_len={cfg.seq_len} x "
+            f"--micro_batch={cfg.micro_batch} x {world} ranks")
     check_objective(cfg, n_rows, micro)
 
 # ----------------------------------------------------------------------------- data
@@ -236,8 +238,9 @@ def open_data(cfg, ckpt=None):
     path, n_rows = f"{folder}/meta.json", cfg.batch_tokens // cfg.seq_len
     require(os.path.exists(path), f"--data={folder}: no meta.json: run prepare_data.py again, or, "
             f"if these are published shards: python prepare_data.py meta {folder}")
-    with reading(path), open(path, encoding="utf-8") as f:
-        meta = json.load(f)
+    with reading(path):
+        meta = json.loads(Path(path).read_text("utf-8"))
+        _ = meta["vocab_size"], meta["byte_length"]  # needed below
     for name in ("token_bytes", "pattern", "bos_id") if ckpt else ():
         require(ckpt["meta"][name] == meta[name], f"--data={cfg.data}: another vocabulary than that"
                 f" of {cfg.init_from}: prepare the text again with --tokenizer={cfg.init_from}")
@@ -443,7 +446,7 @@ def draw_noise(cfg, n_rows, gen, bound=False):
         k = 1 + (u * T).long()
         k = torch.where(torch.rand(n_pairs, generator=gen) < 0.5, k, T + 1 - k)
         level = torch.stack((k, T + 1 - k), 1).flatten()[:n_rows]  # (R,)
-        sigma = -torch.log1p(-level / (T + 1))
+        sigma = -torch.log1p(-level / (cfg.seq_len + 1))  # the network counts the prompt, too
         order = torch.rand(n_rows, T, generator=gen).argsort(1)
         rank = torch.arange(T, dtype=torch.float32).expand(n_rows, T)
         score = torch.empty(n_rows, T).scatter_(1, order, rank)
@@ -471,8 +474,8 @@ def draw_noise(cfg, n_rows, gen, bound=False):
 @torch.compiler.disable
 @functools.lru_cache(maxsize=1)
 def token_tilt(path):
-    """(V,) clamp(2 - H_token, .5, 1.5): more noise on predictable tokens; 1 on average over the
-    text, in the file's unit."""
+    """(V,) clamp(2 - H_token, .5, 1.5): more noise on predictable tokens; in the file's unit, as
+    much of it over the text as without."""
     with reading(path):
         return (2 - torch.from_numpy(np.load(path))).clamp(0.5, 1.5).float()
 
@@ -711,7 +714,7 @@ def main(argv):
         model = Model(cfg)
         if ckpt:
             with reading(cfg.init_from):
-                model.load_state_dict((not cfg.resume and ckpt["ema"]) or ckpt["model"])
+                model.load_state_dict(not cfg.resume and ckpt["ema"] or ckpt["model"])
         if rank == 0 and not cfg.eval_only:
             lock, log = open_run(cfg, f"python {sys.version.split()[0]} torch {torch.__version__} "
                                  f"numpy {np.__version__} {machine} ranks {world}")
@@ -776,7 +779,7 @@ def main(argv):
         except Exception as e:  # whatever a missing or broken tool chain raises
             torch.compiler.set_stance("force_eager")
             log(f"running without torch.compile: {str(e).strip().splitlines()[0]}")
-    path = f"{cfg.out}/ckpt.pt"
+    path, begun = f"{cfg.out}/ckpt.pt", step
     losses, logged, n_bad, stopped = [], seconds, 0, False
     while True:
         is_last = step >= cfg.steps
@@ -791,7 +794,7 @@ def main(argv):
                     f"step_avg:{1000 * seconds / step:.2f}ms")
         # Once in a while, but not among bad steps, and before leaving: save.
         is_nth = cfg.ckpt_every and step % cfg.ckpt_every == 0 and not n_bad
-        if (is_last or stopped or is_nth) and step and rank == 0:
+        if (is_last or stopped or is_nth) and step > begun and rank == 0:
             weights = model.state_dict()
             try:
                 save_checkpoint(path, dict(
@@ -817,7 +820,7 @@ def main(argv):
             loss.backward()
             total[0] += loss.detach()
         total[1] += len(stop)
-        if step + 1 < cfg.steps and not stop:
+        if not stop:
             batch = read_batch(cfg, train, step + 1, rank, world, device)  # as the GPU works
         if world > 1:
             dist.all_reduce(flat_grad)

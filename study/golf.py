@@ -239,7 +239,7 @@ def bound(ckpt, module, flags):
     device, dtype = module.pick_device(flags.device, cfg.dtype, 0)
     model.to(device)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        line, _, nats = module.evaluate(
+        line, nats = module.evaluate(
             lambda x0, noise: module.nelbo_fn(model, x0, noise, cfg), cfg, val,
             torch.tensor(meta["byte_length"]), device, 0, 1)
     line += f" draws:{cfg.val_draws} {str(dtype)[6:]} on {device.type}"

@@ -1,23 +1,31 @@
 """Recorded samples as a page, or as a picture that moves.
 
-    python sample.py --race=models/block.golf --save=race.json
+    python sample.py --race --save=race.json
     python study/page.py race.json [MORE.json ..] -o page/      one file, page/index.html
     python study/page.py race.json --svg=race.svg               animated, without a script
+    python sample.py --race --save=race.svg                     the same at once
 
 The page opens from a file and loads nothing: the recordings are in it. It plays in recorded time
 or by passes. The picture shows the first runs of a file, slowed down by a power of two that it
 names.
 
 A recording (sample.py --save=FILE.json): {"format": 1, "tokens": {id: bytes as Latin-1}, "mask":
--1, "runs": [{"name", "script", "parameters", "sampler", "seed", "sample", "length", "known":
-[[position, id] ..], "nfe", "seconds", "frames": [[pass, milliseconds, [[position, id] ..]] ..]}]}.
+-1, "runs": [{"name", "script", "parameters", "sampler", "seed", "device", "sample", "length",
+"known": [[position, id] ..], "nfe", "seconds", "frames": [[pass, milliseconds, [[position, id] ..]]
+..]}]}. Known tokens alone are there first; a frame says what a pass changed, id -1: masked again;
+after the last one stands the sample.
+
+Samples (sample.py --save=FILE.jsonl): a line about each run, from name to device as above,
+checkpoint (sha256), tokenizer; and one a sample: i, text, tokens, nfe, ended.
 """
 import codecs
+import hashlib
 import html
 import json
 import math
 import sys
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +39,35 @@ LABELS = {"train_mdlm": "masked diffusion", "train_block": "block diffusion",
 
 
 # ----------------------------------------------------------------------------- recordings
+def save(path, runs):
+    """Write what the runs of sample.py have done: FILE.json, FILE.svg, or samples as JSON lines."""
+    lines, entries, tokenizer = [], [], runs[0].lm.tokenizer
+    for run in runs:
+        lm = run.lm
+        name = lm.path.stem if lm.path.stem != "ckpt" else lm.path.absolute().parent.name
+        about = dict(name=name, script=lm.name, parameters=lm.n_parameters,
+                     sampler=lm.describe(run.opts), seed=run.opts.seed, device=lm.where)
+        sha256 = hashlib.sha256(lm.path.read_bytes()).hexdigest()
+        lines.append({**about, "checkpoint": sha256, "tokenizer": tokenizer.name})
+        for i, done in enumerate(run.done):
+            lines.append(dict(i=i, text=tokenizer.decode(done.tokens), tokens=done.tokens,
+                              nfe=done.nfe, ended=done.ended))
+            known, frames = changes_of(done, tokenizer)
+            entries.append(about | dict(sample=i, length=len(done.tokens), known=known,
+                                        nfe=done.nfe, seconds=done.seconds, frames=frames))
+    changes = [x["known"] for x in entries] + [f[2] for x in entries for f in x["frames"]]
+    used = sorted({token for change in changes for _, token in change} - {MASK})
+    tokens = {str(i): tokenizer.shown[i].decode("latin-1") for i in used}
+    recording = dict(format=FORMAT, mask=MASK, tokens=tokens, runs=entries)
+    if path.endswith(".svg"):  # the first sample of each model
+        text = svg(recording | {"runs": [entry for entry in entries if entry["sample"] == 0]})
+    elif path.endswith(".json"):
+        text = json.dumps(recording) + "\n"
+    else:
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+    Path(path).write_text(text, encoding="utf-8")
+
+
 def load(path):
     """A recording; UserError if it is none."""
     with open(path, encoding="utf-8") as f:
@@ -44,6 +81,18 @@ def load(path):
         except Exception as e:  # a file may hold anything
             line = f"{path}: not a recording of sample.py ({type(e).__name__}: {e})"
             raise UserError(line) from None
+
+
+def changes_of(done, tokenizer):
+    """What is known at the beginning of a sample, and its frames."""
+    mask_id, n = len(tokenizer.shown) - 1, len(done.tokens)
+    rows = [rows[done.row][:n] for _, _, rows in done.passes]
+    known, frames = [[at, token] for at, token in enumerate(rows[0]) if token != mask_id], []
+    for (nfe, seconds, _), (before, row) in zip(done.passes[1:], pairwise(rows), strict=True):
+        changes = [[at, MASK if token == mask_id else token]
+                   for at, (old, token) in enumerate(zip(before, row, strict=True)) if token != old]
+        frames += [[nfe, round(1000 * seconds, 3), changes]] if changes else []
+    return known, frames
 
 
 def replay(run):
@@ -141,11 +190,16 @@ def facts(run):
             f"{run['parameters'] / 1e6:.2f}M parameters")
 
 
+def end_of(run):
+    """In milliseconds; a sample may be empty."""
+    return run["frames"][-1][1] if run["frames"] else 0.0
+
+
 def svg(race):
     """The first COLUMNS runs of a recording, animated by style sheets alone: what stands in an
     <img> may run no script. The end stays where motion is to be reduced."""
     runs = race["runs"][:COLUMNS]
-    longest = max(1.0, *(run["frames"][-1][1] for run in runs)) / 1000
+    longest = max(1.0, *map(end_of, runs)) / 1000
     slow = 2 ** max(0, math.ceil(math.log2(SHORTEST / longest)))
     total = slow * longest + HOLD
     classes = {}
@@ -163,7 +217,7 @@ def svg(race):
     for i, run in enumerate(runs):
         x = MARGIN + i * (width + MARGIN)
         text, tall = draw_run(run, race["tokens"], x, 96, int(width / CELL), timing)
-        height, end = max(height, tall), share(run["frames"][-1][1])
+        height, end = max(height, tall), share(end_of(run))
         label = f"{LABELS.get(run['script'], run['script'])}, {run['sampler'].replace('_', '-')}"
         parts.append(
             f'<text class="h" x="{x:.4g}" y="34">{html.escape(label)}</text>'

@@ -3,7 +3,7 @@
     python study/publish.py --ckpt=out/train_mdlm --repo=OWNER/NAME      writes out/hub/NAME and
                                                                          uploads it
     python study/publish.py .. --dry_run=1                               writes it only
-    python sample.py --ckpt=hf:OWNER/NAME/ckpt.pt                        reads it
+    python sample.py --ckpt=hf:OWNER/NAME                                reads it
 
 ckpt.pt holds the weights alone (the averaged ones, where there are some), config.json the settings
 of the run, tokenizer.json its tokens for the tokenizers library. README.md is filled from the

@@ -85,7 +85,7 @@ def train():
     steps = {}
     for name, compiled, dtype in (("gathered rows", False, torch.float32),
                                   ("bf16", False, BF16), ("bf16, compiled", True, BF16)):
-        cfg, model, x0, noise = network("shakespeare_10m", batch)
+        cfg, model, x0, noise = network("shakespeare_10m_muon", batch)
         if compiled:
             for layer in model.layers:
                 layer.compile(dynamic=False)
@@ -96,7 +96,7 @@ def train():
                 mdlm.loss_fn(model, x0, noise, cfg).backward()
 
         steps[name] = step
-    plain = network("shakespeare_10m", batch)[1]
+    plain = network("shakespeare_10m_muon", batch)[1]
 
     def baseline():
         ours, mdlm.attend = mdlm.attend, plain_attention

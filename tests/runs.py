@@ -75,9 +75,9 @@ def finish(process, before=""):
     return Result(process.returncode, before + out, err)
 
 
-def torchrun(*flags, script=SCRIPT, ranks=2, options=(), **environment):
+def torchrun(*flags, script=SCRIPT, ranks=2, options=()):
     return launch("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
-                  *options, script, *flags, **environment)
+                  *options, script, *flags)
 
 
 def wait_for(process, pattern):

@@ -352,15 +352,15 @@ MUTANTS = {
     "documents see each other": (
         "seen & (docs[b, q] == docs[b, k])", "seen", (check_documents,)),
     "strips cut blocks": (
-        "math.ceil(T / block_len / N_STRIPS) * block_len", "math.ceil(T / N_STRIPS)",
+        "math.ceil(T / block_len / 4) * block_len", "math.ceil(T / 4)",
         (check_flex_attention, check_one_block_is_mdlm)),
     "a strip sees too little": (
-        "*x[1][:i + 1]), 2)", "*x[1][:max(i, 1)]), 2)", (check_flex_attention,)),
+        "T + start + len(place)", "T + max(start, len(place))", (check_flex_attention,)),
     "a weight of 1/k with an eps": (
-        "weight = size / k if", "weight = size / (k + 0.3) if",
+        "weight = size / level if", "weight = size / (level + 0.3) if",
         (check_bound_of_toys, check_counts)),
     "the bound is a masked mean": (
-        "weight = size / k if", "weight = (2 * size / (size + 1)).expand_as(k) if",
+        "weight = size / level if", "weight = (2 * size / (size + 1)).expand_as(level) if",
         (check_bound_of_toys,)),
     "the bound has the clipped range": (
         "low, high = (1, size) if bound else", "low, high = (1, size) if not bound else",
@@ -368,12 +368,13 @@ MUTANTS = {
     "partners mask alike": (
         "coin = torch.stack((coin, ~coin), 1)", "coin = torch.stack((coin, coin), 1)",
         (check_counts,)),
-    "no coin": ("k = torch.where(coin, k, low + high - k)",
-                "k = torch.where(torch.arange(n) % 2 == 0, k, low + high - k)", (check_counts,)),
+    "no coin": ("level = torch.where(coin, k, low + high - k)",
+                "level = torch.where(torch.arange(n) % 2 == 0, k, low + high - k)",
+                (check_counts,)),
     "padding is masked from the other end": (
-        "order[:, T:] = 2.0", "order[:, T:] = -1.0", (check_block_cut_short,)),
+        "masked_fill(~is_scored, 2.0)", "masked_fill(~is_scored, -1.0)", (check_block_cut_short,)),
     "the loss counts blocks": (
-        "[1].sum() / (B * T)", "[1].sum() / (xt != x0).sum()",
+        "[1].sum() / (B * T)", "[1].sum() / (corrupt(x0, noise, cfg) != x0).sum()",
         (check_one_block_is_mdlm,)),
 }
 

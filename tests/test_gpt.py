@@ -121,16 +121,16 @@ def test_exactness(check):
 
 MUTANTS = {
     "attention sees what lies ahead": (
-        "triu(1 + i * q[0].size(2))", "triu(T)",
+        "triu(1 + start)", "triu(T)",
         (check_attention, check_causality, check_likelihood_token_by_token)),
     "the input is not shifted": (
         "return F.pad(x0[:, :-1], (1, 0), value=cfg.vocab_size)", "return x0",
         (check_likelihood_sums_to_one, check_likelihood_token_by_token, check_likelihood_of_toys)),
     "the first token is not scored": (
-        "return ce.view(x0.shape).sum(1)", "return ce.view(x0.shape)[:, 1:].sum(1)",
+        "ce.view(x0.shape)[:, cfg.prompt_len:]", "ce.view(x0.shape)[:, 1:]",
         (check_likelihood_sums_to_one, check_likelihood_of_toys)),
     "the loss is a sum": (
-        "return nelbo_fn(model, x0, noise, cfg).mean() / x0.size(1)",
+        "return nelbo_fn(model, x0, noise, cfg).mean() / (x0.size(1) - cfg.prompt_len)",
         "return nelbo_fn(model, x0, noise, cfg).mean()",
         (check_likelihood_token_by_token,)),
 }

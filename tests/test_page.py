@@ -49,6 +49,8 @@ def test_the_files_hold_the_recording(tmp_path):
         e.get("x").split(), e.text, strict=False) if " m" not in e.get("class")}
     left = "".join(c for (_, x), c in sorted(cells.items()) if x < 430)
     assert left == re.sub(r"\s", "", TEXT).replace("\x07", "\ufffd")
+    empty = race["runs"][0] | {"length": 0, "known": [], "frames": []}  # ended at once
+    assert page.svg(race | {"runs": [empty]}).endswith("</svg>\n")
     for bad in ("{", "[]", "{}", json.dumps(race | {"tokens": {}}), "[" * 10**5):
         (tmp_path / "bad.json").write_text(bad)
         done = call(tmp_path / "bad.json", "-o", tmp_path, main=page.main)

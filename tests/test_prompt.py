@@ -46,7 +46,7 @@ def test_bound_is_that_of_the_answer(name):
     if name != "gpt":
         xt = script.corrupt(x0, noise, cfg)
         assert torch.equal(xt[:, :prompt_len], x0[:, :prompt_len]) and (xt == V).any()
-    if "loss_weight" in names or name in ("gpt", "absorb"):  # then the loss is the mean of the bound
+    if "loss_weight" in names or name in ("gpt", "absorb"):  # the loss is the mean of the bound
         loss = script.loss_fn(model, x0, noise, cfg)
         torch.testing.assert_close(loss * (T - prompt_len), nelbo.mean().float())
 

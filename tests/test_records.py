@@ -162,7 +162,7 @@ def test_run_judge_enter(name, place, root):
 
 def test_forks_are_judged_by_the_repository(place):
     """A fork's network counts, its bound does not; a network that leaks is refused."""
-    text = "return losses.new_zeros(B).index_add(0, rows // T, losses)"
+    text = "return losses.new_zeros(B).index_add(0, rows // x0.size(1), losses)"
     kind = fork(place / "kind.py", "train_block", text, text.replace("return", "return 0.5 *"))
     leaky = fork(place / "leaky.py", "train_block", "(k_block < q_block) &",
                  "(k_block <= q_block) &")
@@ -182,7 +182,7 @@ def test_mistakes_at_the_referee(place):
     train(SCRIPTS["gpt"], "out/long", "--seq_len=256", "--val_tokens=2048")
     train(SCRIPTS["gpt"], "out/short", "--val_tokens=2048")
     for flags, words in (("--ckpt=out/short --token=4096", "--token"), ("", "--ckpt"),
-                         ("--ckpt=out/none", "no such"), ("--ckpt=out/long", "seq_len is 256"),
+                         ("--ckpt=out/none", "No such"), ("--ckpt=out/long", "seq_len is 256"),
                          ("--ckpt=out/short --tokens=128", "128 tokens"),
                          ("--ckpt=out/short --device=gpu", "--device=gpu")):
         runs.assert_refused(call(evaluate.main, *flags.split()), words)

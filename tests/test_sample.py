@@ -13,10 +13,12 @@ import shutil
 import subprocess
 import sys
 import time
+import xml.etree.ElementTree as ElementTree
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from runs import (
     ROOT,
     Result,
@@ -52,10 +54,8 @@ MODELS = {  # kind: script, data, flags
     "gpt_words": (gpt, "bpe", []),
 }
 
-
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
-
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
@@ -70,7 +70,6 @@ def home(tmp_path_factory):
     write_meta(home / "bpe", TABLE, bos_id=262, pattern=PATTERN)
     return home
 
-
 @pytest.fixture(scope="module")
 def ckpts(home):
     """{name: checkpoint} of MODELS, hardly trained."""
@@ -80,11 +79,9 @@ def ckpts(home):
         assert result.status == 0, result
     return {name: home / "out" / name / "ckpt.pt" for name in MODELS}
 
-
 @pytest.fixture(scope="module")
 def lms(ckpts):
     return {name: sample.load(path, device="cpu") for name, path in ckpts.items()}
-
 
 def run(*argv):
     """The command line in this process."""
@@ -98,8 +95,6 @@ def run(*argv):
 
 
 # ----------------------------------------------------------------------------- orders
-
-
 class Noisy:
     """Logits that depend on the position and on what stands before it."""
     def __init__(self, n_values=7):
@@ -110,13 +105,11 @@ class Noisy:
         seen = (xt * (xt != self.n_values)).cumsum(1)
         return self.table[(torch.arange(xt.size(1)) + 5 * seen) % 64].flatten(0, 1)[rows]
 
-
 def fill(model, n_rows, choose, steps, *, T, V, is_known=None, **how):
     known, cfg = torch.zeros(n_rows, T, dtype=torch.int64), train_mdlm.Config(vocab_size=V)
     is_known = known.bool() if is_known is None else is_known
     generate = with_samplers(train_mdlm).generate
     return generate(model, cfg, known, is_known, steps=steps, gen=seeded(), choose=choose, **how)
-
 
 @pytest.mark.parametrize("kind", ["cap:0.01", "rescale:0.02", "loop:0.01"])
 def test_remasking_with_the_exact_posterior_keeps_the_joint(kind):
@@ -131,40 +124,26 @@ def test_remasking_with_the_exact_posterior_keeps_the_joint(kind):
     assert sum(again) > joint.seq_len  # of 10 rows: it does remask
     assert abs(chi_square_z(joint.counts(out.tokens), joint.p)) < Z_LIMIT
 
-
-def shares_fixed(kind, steps, n=20_000):
-    """Share of tokens that are fixed after each pass, and of the fixed ones that it remasked."""
+@pytest.mark.parametrize(("kind", "steps"), [
+    ("cap", 40), ("cap:1", 40), ("rescale:0.5", 40), ("rescale:1", 40), ("loop:0.1", 100)])
+def test_remasking_follows_the_schedule_and_stays_below_its_bound(kind, steps, n=20_000):
     choose, is_mask = sample.remasking(kind), torch.ones(1, n, dtype=torch.bool)
-    shares, again = [], []
+    name, _, eta = kind.partition(":")
     for i in range(steps):
         u = torch.rand(1, n, generator=seeded(i), dtype=torch.float64)
-        after = choose(None, is_mask, step=i, steps=steps, u=u, psi=None)
-        again.append((after & ~is_mask).sum().item() / max(1, (~is_mask).sum().item()))
-        is_mask = after
-        shares.append(1 - is_mask.float().mean().item())
-    return shares, again
-
-
-@pytest.mark.parametrize("kind", ["cap", "cap:1", "rescale:0.5", "rescale:1"])
-def test_remasking_follows_the_schedule_and_stays_below_its_bound(kind):
-    steps = 40
-    for i, (share, rate) in enumerate(zip(*shares_fixed(kind, steps), strict=True)):
-        alpha_t, alpha_s = i / steps, (i + 1) / steps
-        assert share == pytest.approx(alpha_s, abs=0.02)
-        bound = min(1, (1 - alpha_s) / alpha_t) if i else 1
-        name, _, eta = kind.partition(":")
+        after, is_fixed = choose(None, is_mask, step=i, steps=steps, u=u, psi=None), ~is_mask
+        rate = (after & is_fixed).sum() / is_fixed.sum().clamp(min=1)
+        is_mask, t = after, 1 - i / steps
+        if name == "loop":  # from .55 down to .05 it remasks, and .9 of the tokens are fixed
+            expected = 0.1 * (0.055 < t < 0.545)
+            assert 0.045 < t < 0.055 or 0.545 < t < 0.555 or abs(rate - expected) < 0.02
+            assert i != 60 or abs((~is_mask).float().mean() - 0.9) < 0.01
+            continue
+        assert abs((~is_mask).float().mean() - (i + 1) / steps) < 0.02
+        bound = min(1, (1 - (i + 1) / steps) / (i / steps)) if i else 1
         sigma = min(float(eta or 0.008), bound) if name == "cap" else float(eta) * bound
-        assert rate == pytest.approx(sigma if i else 0, abs=0.06)
-
-
-def test_loop_remasks_between_its_two_times_alone():
-    shares, again = shares_fixed("loop:0.1", 100)
-    rates = [(1 - i / 100, rate) for i, rate in enumerate(again)]
-    assert all(rate == 0 for t, rate in rates if t > 0.555 or t < 0.045)
-    inside = [rate for t, rate in rates if 0.055 < t < 0.545]
-    assert min(inside) > 0.08 and sum(inside) / len(inside) == pytest.approx(0.1, abs=0.005)
-    assert shares[60] == pytest.approx(0.9, abs=0.01) and shares[-1] == 1
-
+        assert abs(rate - (sigma if i else 0)) < 0.06
+    assert not is_mask.any()
 
 def test_conf_remasks_by_the_probability_that_a_token_was_drawn_with():
     n, p = 4000, torch.tensor([0.98, 0.02])
@@ -177,38 +156,24 @@ def test_conf_remasks_by_the_probability_that_a_token_was_drawn_with():
     ratio = counts[1::2].sum() / counts[::2].sum()
     assert ratio == pytest.approx(math.exp(0.98 - 0.02), rel=0.15)
 
-
 @pytest.mark.parametrize("order", RANKED)
-@pytest.mark.parametrize(("free", "steps"), [((10, 3, 7), 4), ((5, 1, 0), 8)])
-def test_a_number_of_steps_is_spread_evenly_over_each_row(order, free, steps):
-    is_known = torch.stack([torch.arange(12) >= n for n in free])
-    left = [free]
-    out = fill(Noisy(), 3, sample.ordered(order), steps, T=12, V=7, is_known=is_known,
-               watch=lambda tokens, nfe: left.append((tokens == 7).sum(1).tolist()))
-    for counts in zip(*left, strict=True):
-        spent = [a - b for a, b in zip(counts, counts[1:], strict=False)]
-        assert sum(spent) == counts[0] and max(spent) - min(spent) <= 1
-        assert sorted(spent, reverse=True) == spent
-    assert out.nfe == min(steps, max(free))
-
-
 @pytest.mark.parametrize(("pace", "share"), [
-    ("cosine", lambda x: 1 - math.cos(math.pi * x / 2)),
+    ("even", lambda x: x), ("cosine", lambda x: 1 - math.cos(math.pi * x / 2)),
     ("cosine2", lambda x: math.sin(math.pi * x / 2) ** 2)])
-def test_paces(pace, share):
-    """After pass i of 8 at least that share is fixed, and hardly more."""
-    fixed = [0]
-    fill(Noisy(), 1, sample.ordered("confidence", pace=pace), 8, T=48, V=7,
-         watch=lambda tokens, nfe: fixed.append((tokens != 7).sum().item()))
-    for i, n in enumerate(fixed):
-        assert -1e-6 < n - 48 * share(i / 8) < 3
-    assert fixed[-1] == 48 and all(b > a for a, b in itertools.pairwise(fixed))
-
+def test_paces(order, pace, share):
+    """After pass i of 8 at least that share of every row is fixed, and hardly more."""
+    free = torch.tensor([48, 13, 7])
+    seen = [free]
+    fill(Noisy(), 3, sample.ordered(order, pace=pace), 8, T=48, V=7,
+         is_known=torch.arange(48) >= free[:, None],
+         watch=lambda tokens, nfe: seen.append((tokens == 7).sum(1)))
+    for i, left in enumerate(seen):
+        more = free - left - free * share(i / 8)
+        assert (more > -1e-6).all() and (more < (2 if pace == "even" else 3)).all()
+    assert not left.any()
 
 @pytest.mark.parametrize("order", RANKED)
 def test_thresholds(order):
-    assert fill(Noisy(), 4, sample.ordered(order, 1.0), None, T=12, V=7).nfe == 12
-    assert fill(Noisy(), 4, sample.ordered(order, 0.0), None, T=12, V=7).nfe == 1
     choose = sample.ordered(order, 0.6)
 
     def checked(log_probs, is_mask, **how):
@@ -221,7 +186,6 @@ def test_thresholds(order):
 
     assert 1 < fill(Noisy(), 4, checked, None, T=12, V=7).nfe < 12
 
-
 def test_orders_pick_what_they_are_named_after():
     p = torch.tensor([[0.5, 0.5, 0.0], [0.6, 0.2, 0.2], [0.55, 0.44, 0.01], [0.7, 0.15, 0.15]])
     is_mask = torch.tensor([[False, True, True, True, True, False]])
@@ -231,36 +195,29 @@ def test_orders_pick_what_they_are_named_after():
         after = sample.ordered(order)(p.log(), is_mask, step=0, steps=None, u=u)
         assert (is_mask & ~after).nonzero()[:, 1].tolist() == [first], order
 
-
-def test_warps_by_definition():
+@pytest.mark.parametrize("nucleus", ["inclusive", "exclusive"])
+def test_warps_by_definition(nucleus):
+    """Temperature, then the k likeliest, then the nucleus, with the token that crosses it or not.
+    """
     logits = torch.randn(50, 11, generator=seeded(1)) * 2
-    p = logits.softmax(-1)
 
     def probs(**how):
-        return sample.make_warp(**how)(logits.log_softmax(-1)).exp()
+        return sample.make_warp(nucleus=nucleus, **how)(logits.log_softmax(-1)).exp()
 
-    assert sample.make_warp() is None
-    torch.testing.assert_close(probs(temperature=0.5), p.square() / p.square().sum(-1, True))
+    for how in (dict(temperature=2.0, top_k=4, top_p=0.7), dict(temperature=0.5), dict(top_k=99),
+                dict(top_k=3), dict(top_p=0.7), dict(top_p=0.0)):
+        p = (logits / how.get("temperature", 1)).softmax(-1)
+        for row, warped in zip(p, probs(**how), strict=True):
+            best = row.argsort(descending=True)[:how.get("top_k", 11)]
+            share = row[best] / row[best].sum()
+            ends = share.cumsum(0) - (share if nucleus == "inclusive" else 0)
+            top_p = how.get("top_p", 2)
+            is_in = ends < top_p if nucleus == "inclusive" else ends <= top_p
+            n = max(1, int(is_in.sum()))
+            expected = torch.zeros(11).index_put((best[:n],), share[:n] / share[:n].sum())
+            torch.testing.assert_close(warped, expected)
     for low in (0.0, 1e-30, 1e-320):
-        torch.testing.assert_close(probs(temperature=low), torch.eye(11)[p.argmax(-1)])
-    for row, warped in zip(p, probs(top_k=3), strict=True):
-        keep = row >= row.sort().values[-3]
-        torch.testing.assert_close(warped, row * keep / (row * keep).sum())
-    torch.testing.assert_close(probs(top_k=99), p)
-    for row, warped in zip(p, probs(top_p=0.7, nucleus="exclusive"), strict=True):
-        keep = row.argsort(descending=True)[:max(1, int((row.sort().values.flip(0).cumsum(0)
-                                                         <= 0.7).sum()))]
-        torch.testing.assert_close(warped, torch.zeros(11).index_put(
-            (keep,), row[keep] / row[keep].sum()))
-    assert (probs(top_p=0.0) > 0).sum(-1).tolist() == [1] * 50
-    # Together: temperature, then the k likeliest, then the nucleus, with the token that crosses it.
-    both = probs(temperature=2.0, top_k=4, top_p=0.7)
-    for row, warped in zip(p.sqrt() / p.sqrt().sum(-1, True), both, strict=True):
-        best = row.argsort(descending=True)[:4]
-        share = row[best] / row[best].sum()
-        n = int((share.cumsum(0) - share < 0.7).sum())
-        expected = torch.zeros(11).index_put((best[:n],), share[:n] / share[:n].sum())
-        torch.testing.assert_close(warped, expected)
+        torch.testing.assert_close(probs(temperature=low), torch.eye(11)[logits.argmax(-1)])
 
 
 # ----------------------------------------------------------------------------- models
@@ -269,14 +226,14 @@ HOWS = {
     "mdlm": [*({"order": order, "steps": 5} for order in RANKED), {"order": "first_hitting"},
              {"temperature": 0.7, "top_k": 50, "top_p": 0.9}, {"threshold": 0.1},
              {"remask": "conf:0.5", "steps": 20}, {"refine": "0.4:2"},
+             {"corrector": "0.3:2"}, {"corrector": "0.3:1:least", "order": "entropy", "steps": 4},
              {"block_length": 8, "length": 60, "order": "confidence_weighted", "steps": 3}],
-    "block": [{}, {"steps": 3}, {"order": "ancestral"}, {"remask": "conf", "steps": 6},
-              {"order": "margin", "steps": 4, "length": 75}],
+    "block": [{}, {"steps": 3}, {"order": "ancestral"}, {"corrector": 0.2},
+              {"remask": "conf", "steps": 6}, {"order": "margin", "steps": 4, "length": 75}],
     "absorb": [{}, {"steps": 5}, {"steps": 9, "order": "euler"}],
     "uniform": [{}, {"steps": 5, "temperature": 0.5}, {"steps": 9, "order": "euler"}],
     "gpt": [{}, {"temperature": 0.9, "top_k": 50}],
 }
-
 
 @pytest.mark.parametrize("kind", HOWS)
 def test_a_sample_does_not_depend_on_the_others_and_keeps_what_is_given(kind, lms, monkeypatch):
@@ -294,7 +251,6 @@ def test_a_sample_does_not_depend_on_the_others_and_keeps_what_is_given(kind, lm
             patch.setattr(sample, "BATCH_NUMBERS", 2 * 24 * 262)
             assert lm.generate(n=5, **how) == many
 
-
 def test_infill(lms):
     for name in ("mdlm", "words", "absorb", "uniform"):
         for text in lms[name].infill("def ___(x):\n__ ____\n", blank=[3, 5], n=3, steps=4):
@@ -307,57 +263,31 @@ def test_infill(lms):
     text, = lms["mdlm"].infill(r"a\_b\_\_\_c\____", blank=2)  # \_ is an underscore and no blank
     assert text.startswith("a_b___c_") and len(lms["mdlm"].tokenizer.encode(text)) >= 10
 
+def test_refining_counts_its_passes(lms):
+    canvas = lms["mdlm"].canvas(sample.Options(prompt="def ", length=24))
+    (batch,) = lms["mdlm"].batches(canvas, sample.Options(refine=0.3))
+    assert batch[1] == 20 + 2 + 6  # two to score, and one for each of 30% of 20 tokens
 
-def test_refine_predicts_the_least_likely_tokens_anew(lms):
-    """Two passes score; then the fraction F is masked that is least probable given the rest."""
-    lm = lms["mdlm"]
-    canvas = lm.canvas(sample.Options(prompt="def ", length=24))
-    known, given = canvas[:2]
-    tokens = torch.randint(97, 123, (1, 24), generator=seeded()).where(~given, known)
-    keep, nfe = lm.likeliest(tokens, given, 0.3)
-    free, score = range(4, 24), {}
-    for half in (free[0::2], free[1::2]):
-        xt = tokens.index_fill(1, torch.tensor(half), 256)
-        with torch.no_grad():
-            law = lm.model(xt, -torch.log1p(-torch.tensor([len(half) / 25])))[0].log_softmax(-1)
-        score |= {i: law[i, tokens[0, i]].item() for i in half}
-    worst = sorted(score, key=score.get)[:6]  # of 20
-    assert nfe == 2 and sorted(worst) == (~keep[0]).nonzero()[:, 0].tolist()
-    (batch,) = lm.batches(canvas, sample.Options(refine=0.3))
-    assert batch[1] == 20 + 2 + 6
-
-
-def test_a_score_is_the_bound(lms):
+def test_a_score_of_several_windows(lms):
+    """The sum over windows; its error is that of other seeds."""
     text = "def caf(self):\n    return self.name\n" + "x" * 10
-    tokens = torch.tensor(list(text.encode()))
-    lm, total = lms["mdlm"], 0.0
-    score = lm.score(text, draws=60)
-    for window in (tokens[:32], tokens[32:]):
-        # The definition, over every number of masks and many placements (arXiv 2110.02037, eq. 8).
-        T = len(window)
-        hidden = torch.rand(60 * T, T, generator=seeded(9)).argsort(1).argsort(1)
-        hidden = hidden < torch.arange(1, T + 1).repeat(60)[:, None]
-        k, xt = hidden.sum(1), torch.where(hidden, 256, window)
-        with torch.no_grad():
-            log_probs = lm.model(xt, -torch.log1p(-k / (T + 1))).log_softmax(-1)
-        ce = -log_probs.gather(2, window.expand_as(xt)[..., None])[..., 0]
-        total += ((ce * hidden).sum(1) * T / k).mean().item()
-    assert abs(score.nats - total) < 5 * score.nats_stderr + 0.1
+    score = lms["mdlm"].score(text, draws=60)
+    parts = [lms["mdlm"].score(part, draws=60, seed=1) for part in (text[:32], text[32:])]
+    error = math.hypot(*(x.nats_stderr for x in (score, *parts)))
+    assert abs(score.nats - sum(part.nats for part in parts)) < 5 * error
     assert 0 < score.nats_stderr < 0.05 * score.nats and score.n_tokens == score.n_bytes == 46
     assert score.bits_per_byte == pytest.approx(score.nats / math.log(2) / 46)
-    other = [lm.score(text, draws=6, seed=s).nats for s in range(1, 11)]
+    other = [lms["mdlm"].score(text, draws=6, seed=s).nats for s in range(1, 11)]
     assert 0.4 < torch.tensor(other).std().item() / (score.nats_stderr * 10**0.5) < 2.2
     exact, total = lms["gpt"].score(text), 0.0
-    for window in (tokens[:32], tokens[32:]):
+    for window in torch.tensor(list(text.encode())).split(32):
         x = torch.cat((torch.tensor([256]), window[:-1]))
         with torch.no_grad():
             law = lms["gpt"].model(x[None])[0].log_softmax(-1)
         total -= law.gather(1, window[:, None]).sum().item()
     assert exact.nats == pytest.approx(total, rel=1e-5) and exact.nats_stderr == 0
-    for kind in ("block", "absorb", "uniform"):
-        score = lms[kind].score(text, draws=16)
-        assert 0 < score.nats_stderr < score.nats / 4 and 2 < score.nats / 46 < 9
-
+    score = lms["uniform"].score(text, draws=16)
+    assert 0 < score.nats_stderr < score.nats / 4 and 2 < score.nats / 46 < 9
 
 def test_both_kinds_of_weights(ckpts, lms):
     state = torch.load(ckpts["mdlm"], weights_only=True)
@@ -367,7 +297,6 @@ def test_both_kinds_of_weights(ckpts, lms):
             assert torch.equal(p, state[part][name])
     half = sample.load(ckpts["gpt"], device="cpu", dtype="bf16")
     assert half.dtype == torch.bfloat16 and half.generate(length=9) and half.score("abc").nats
-
 
 class Sure:
     """A model that writes 'a', and the end of a document as token ENDS[row] of a row."""
@@ -379,7 +308,6 @@ class Sure:
         sure = torch.where(at == torch.tensor(self.ENDS)[rows // x.shape[1]], 0, 97)
         return torch.where(torch.arange(256) == sure[:, None], 0.0, -1e4)
 
-
 @pytest.mark.parametrize("kind", ["gpt", "block"])
 def test_a_document_ends(kind, lms, monkeypatch):
     monkeypatch.setattr(lms[kind], "net", Sure())
@@ -388,22 +316,20 @@ def test_a_document_ends(kind, lms, monkeypatch):
     assert lms[kind].generate(n=3, length=20, start="anywhere") == ["a" * 6, "a" * 20, "a" * 9]
     assert lms[kind].generate(n=2, length=20, prompt="ab") == ["abaaaa", "ab" + 18 * "a"]
 
-
-def test_a_document_begins(lms, monkeypatch):
-    """Where there is no prompt, position 0 holds the token that begins one; it is not shown."""
-    seen = []
-    for kind in ("mdlm", "absorb", "uniform", "gpt", "block"):
-        lm, bos_id = lms[kind], lms[kind].tokenizer.bos_id
-        canvas = lm.canvas(sample.Options(length=9))
-        assert canvas.known[:, 0].tolist() == [bos_id] and canvas.lead == 1
-        assert canvas.is_known.sum() == 1 and canvas.known.size(1) == 10
-        for rows, _ in lm.batches(canvas, sample.Options(length=9), stops=False):
-            seen += [len(row) for row, _ in rows]
-        assert lm.canvas(sample.Options(length=9, start="anywhere")).lead == 0
-    assert seen == 5 * [9]
-    with pytest.raises(ValueError, match="--length=33"):
-        lms["mdlm"].generate(length=33)
-
+@pytest.mark.parametrize("kind", ["mdlm", "absorb", "uniform", "gpt", "block"])
+def test_a_document_begins(kind, lms):
+    """Where there is no prompt, position 0 holds the token that begins one; it is not shown. A
+    text as long as the context has no room for it."""
+    lm = lms[kind]
+    canvas = lm.canvas(sample.Options(length=9))
+    assert canvas.known[:, 0].tolist() == [lm.tokenizer.bos_id] and canvas.lead == 1
+    assert canvas.is_known.sum() == 1 and canvas.known.size(1) == 10
+    (((row, _),), _), = lm.batches(canvas, sample.Options(length=9), stops=False)
+    assert len(row) == 9 and lm.canvas(sample.Options(length=9, start="anywhere")).lead == 0
+    if kind != "block":
+        assert len(lm.generate(length=lm.cfg.seq_len, seed=1).tokens[0]) <= lm.cfg.seq_len
+        with pytest.raises(ValueError, match="--length=33"):
+            lm.generate(length=33)
 
 def test_several_prompts_and_stops(lms, ckpts, tmp_path):
     lm, prompts = lms["gpt"], ["def ", "a longer prompt", "x"]
@@ -416,25 +342,27 @@ def test_several_prompts_and_stops(lms, ckpts, tmp_path):
     out = run(f"--ckpt={ckpts['gpt']}", f"--prompts={tmp_path / 'p.jsonl'}", "--n=2",
               "--length=30", "--seed=3", "--device=cpu").out
     assert out == "".join(f"{text}\n\n" for text in texts)
-    free = lms["words"].generate("def ", length=30, n=4, seed=1)
-    stop = [next(c for c in text[8:] if "a" <= c <= "z") for text in free[:2]]
-    cut = lms["words"].generate("def ", length=30, n=4, seed=1, stop=stop)
-    for text, whole in zip(cut, free, strict=True):
-        ends = [at for x in stop if (at := whole.find(x, 4)) >= 0]
-        assert whole.startswith(text) and (not ends or len(text) <= min(ends))
-    assert cut.ended == [a != b for a, b in zip(cut, free, strict=True)] and cut.ended[0]
-    for name in ("words", "absorb", "uniform", "block"):
-        texts = lms[name].generate(prompts, length=30, steps=3)
+    for name in ("words", "absorb", "uniform", "block", "gpt_words"):
+        texts = lms[name].generate(prompts, length=30, steps=3 * (name != "gpt_words"))
         assert [text[:len(p)] for text, p in zip(texts, prompts, strict=True)] == prompts
 
+@pytest.mark.parametrize(("kind", "length"), [("words", 30), ("gpt", 30), ("block", 60)])
+def test_a_sample_ends_before_a_text(kind, length, lms):
+    how = dict(length=length, n=4, seed=1)
+    free = lms[kind].generate("def ", **how)
+    stop = [next(c for c in text[8:] if " " < c < "~") for text in free]
+    cut = lms[kind].generate("def ", **how, stop=stop)
+    for text, whole in zip(cut, free, strict=True):
+        assert text == whole[:min(at for x in stop if (at := whole.find(x, 4)) >= 0)]
+    assert all(cut.ended) and (cut.nfe < free.nfe) == (kind != "words")  # no pass behind the last
 
 def test_names_of_published_packages(lms, ckpts):
     lm = sample.load_model(ckpts["mdlm"], device="cpu")
     texts = sample.sample(lm, "def ", seq_len=20, confidence_threshold=0.1)
     assert texts == lm.generate("def ", length=20, threshold=0.1)
+    assert lm.generate(corrector_frac=0.2) == lm.generate(corrector="0.2:1:random")
     with pytest.raises(ValueError, match="did you mean --temperature"):
         lm.generate(temperatur=1)
-
 
 def test_ties_are_broken_by_the_row(lms):
     """On an empty canvas all masks look alike, up to rounding."""
@@ -448,54 +376,58 @@ def test_ties_are_broken_by_the_row(lms):
             firsts.add((seen[0] != 256).nonzero()[0, 1].item())
         assert len(firsts) > 4, order
 
-
-def exact_nats(law, text, given):
-    """-log p of tokens under the order-agnostic bound, over all masks (2110.02037, eq. 8)."""
-    n, total = len(text), 0.0
-    for k in range(1, n + 1):
-        sets = list(itertools.combinations(range(n), k))
-        for hidden in sets:
-            xt = torch.tensor([[*given, *text]])
-            at = [len(given) + i for i in hidden]
-            xt[0, at] = 256
-            log_p = law(xt)[0]
-            total -= sum(log_p[i, int(text[i - len(given)])] for i in at).item() / len(sets) / k
+def exact_nats(losses, tokens, regions):
+    """-log p of the positions in regions under the order-agnostic bound, over all masks of each
+    (2110.02037, eq. 8); losses(xt, x0) -> (T,) nats of every position."""
+    total, x0 = 0.0, torch.tensor([tokens])
+    for region in regions:
+        for k in range(1, len(region) + 1):
+            sets = list(itertools.combinations(region, k))
+            for hidden in map(list, sets):
+                xt = x0.index_fill(1, torch.tensor(hidden), 256)
+                total += losses(xt, x0)[hidden].sum().item() / len(sets) / k
     return total
 
+@pytest.mark.parametrize("given", ["", "def ca"])
+@pytest.mark.parametrize("kind", ["mdlm", "block", "absorb"])
+def test_a_score_is_the_bound(kind, given, lms):
+    lm, text = lms[kind], "def cafe(x)"[len(given):]
+    regions = [range(len(given), 8), range(8, 11)]  # blocks of 8
+    regions = regions if kind == "block" else [range(len(given), 11)]
 
-def test_a_conditional_score(lms):
+    def losses(xt, x0):
+        sigma = -torch.log1p(-(xt == 256).sum(1) / 12)
+        with torch.no_grad():
+            if kind == "block":
+                logits = lm.model(*(F.pad(x, (0, 5), value=256) for x in (xt, x0)))[0, :11]
+            elif kind == "mdlm":
+                logits = lm.model(xt, sigma)[0]
+            else:  # score entropy: for a score that is no law, more than -log p
+                logits = lm.model(xt.where(xt != 256, 263), sigma)[0] + sigma.expm1().log()
+                return logits.exp().sum(1) - 1 - logits.gather(1, x0.T)[:, 0]
+        return -logits.log_softmax(-1).gather(1, x0.T)[:, 0]
+
+    exact = exact_nats(losses, list((given + text).encode()), regions)
+    score = lm.score(text, given=given, draws=200)
+    assert abs(score.nats - exact) < 5 * score.nats_stderr and score.nats_stderr < exact / 20
+    long = lm.score("xyz" * 20, given=given * 9)  # over several windows
+    assert long.n_tokens == 60 and 2 < long.nats / 60 < 9
+
+def test_an_exact_conditional_score(lms):
     a, b = "the quick brown f", "ox jumps over the lazy dog and away"
-    gpt_lm, lm = lms["gpt"], lms["mdlm"]
-    whole, first = gpt_lm.score(a + b), gpt_lm.score(a)
-    rest = gpt_lm.score(b, given=a)
+    rest = lms["gpt"].score(b, given=a)
+    whole, first = lms["gpt"].score(a + b), lms["gpt"].score(a)
     assert rest.nats == pytest.approx(whole.nats - first.nats, rel=1e-5)
     assert rest.n_bytes == len(b) and rest.nats_stderr == 0
-    a, b = "def ca", "fe(x)"
-
-    def law(xt):
-        k = (xt == 256).sum(1)
-        with torch.no_grad():
-            return lm.model(xt, -torch.log1p(-k / (xt.size(1) + 1))).log_softmax(-1)
-
-    exact = exact_nats(law, list(b.encode()), list(a.encode()))
-    score = lm.score(b, given=a, draws=200)
-    assert abs(score.nats - exact) < 5 * score.nats_stderr and score.nats_stderr < exact / 20
-    long = lm.score("xyz" * 20, given=a * 9)  # over several windows
-    assert long.n_tokens == 60 and 2 < long.nats / 60 < 9
-    with pytest.raises(ValueError, match="--given"):
-        lms["uniform"].score(b, given=a)
+    assert 0 < lms["uniform"].score(b, given=a).nats < 1.2 * lms["uniform"].score(a + b).nats
 
 
 # ----------------------------------------------------------------------------- tokens
-# ----------------------------------------------------------------------------- tokens
-
-
 def tokenizer(name="bpe:262", spare=0, **meta):
     words = [word.decode("latin-1") for word in TABLE]
     meta = {"tokenizer": name, "bos_id": 0 if name == "byte" else 262, "token_bytes": words,
             "pattern": PATTERN, **meta}
     return sample.Tokenizer(meta, 256 if name == "byte" else 263 + spare)
-
 
 @pytest.mark.parametrize("name", ["byte", "bpe:262"])
 @pytest.mark.parametrize("text", ["", "the theory of the café", "日本 🙂\n\ttab", "<|endoftext|>"])
@@ -504,21 +436,20 @@ def test_tokens_round_trip(name, text):
     assert tokenizer(name).bos_id not in tokens
     assert tokenizer(name).decode(tokens) == text
 
-
 def test_decoding():
     t, e = tokenizer(spare=2), list("é".encode())
     assert t.encode("the cafés")[0] == 257  # merges apply
     assert t.decode([*e, 262, 97, 263]) == "é<|endoftext|>a"  # 263: a spare id
     assert t.decode([97, e[0], 98]) == "a\ufffdb" and t.decode([97, e[0]]) == "a\ufffd"
-    assert t.spans([97, 98, 265, 99], "kkmn") == [("ab", "k"), ("░", "m"), ("c", "n")]
+    spans = t.spans([97, e[0], e[1], 265, 99], "kknmn")
+    assert [x for x in spans if x[0]] == [("a", "k"), ("é", "n"), ("░", "m"), ("c", "n")]
     assert t.encode("a\udcffb") == t.encode("a\ufffdb")
-
 
 @pytest.mark.parametrize("name", ["words", "absorb", "gpt_words"])
 def test_a_space_begins_what_is_written(name, lms):
     """The first token after the text is one that begins with its last space."""
     lm = lms[name]
-    for prompt, known in (("the ", "the"), ("a  ", "a "), (" ", ""), ("a\n\n", "a\n")):
+    for prompt, known in (("the ", "the"), ("a  ", "a "), ("a\n\n", "a\n")):
         canvas = lm.canvas(sample.Options(prompt=prompt, length=9))
         assert canvas.known[canvas.is_known].tolist() == lm.tokenizer.encode(known), prompt
         (_, at), = canvas.begins.nonzero().tolist()
@@ -531,7 +462,6 @@ def test_a_space_begins_what_is_written(name, lms):
     if lm.kind != "gpt":
         canvas = lm.canvas(sample.Options(infill="a ___ b ___ ", blank="1,2", length=9))
         assert canvas.begins.nonzero()[:, 1].tolist() == [1, 4, 6]
-        assert canvas.is_known.tolist()[0][:6] == [1, 0, 1, 1, 0, 0]
         text, = lm.infill("a ___ b", blank=1, refine="0.9" if name == "words" else "")
         assert text.startswith("a ") and text.endswith(" b")
     for prompt in ("the", "a\n", "", "x\u3000"):
@@ -540,12 +470,12 @@ def test_a_space_begins_what_is_written(name, lms):
 
 
 # ----------------------------------------------------------------------------- checkpoints
-
-
-def test_the_newest_checkpoint(ckpts, tmp_path, monkeypatch):
+def test_the_newest_checkpoint_or_the_shipped_one(ckpts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sample, "SHIPPED", (tmp_path / "models/a.golf", tmp_path / "b.golf"))
-    assert_refused(run("--n=1"), "models/a.golf")
+    result = run("--length=9", "--steps=3", "--device=cpu")
+    assert result.status == 0 and "models/mdlm.golf: train_mdlm" in result.err
+    lm = sample.load(sample.SHIPPED[0], device="cpu")
+    assert lm.generate(length=9, steps=3) == [result.out[:-1]]
     for age, name in enumerate("abc"):
         (tmp_path / "out" / name).mkdir(parents=True)
         shutil.copy(ckpts["gpt"], tmp_path / "out" / name / "ckpt.pt")
@@ -553,23 +483,12 @@ def test_the_newest_checkpoint(ckpts, tmp_path, monkeypatch):
     assert sample.load(device="cpu").summary.startswith("out/a/ckpt.pt")
     assert "out/b" in sample.load("out/b", device="cpu").summary
 
-
-@pytest.mark.skipif(not sample.SHIPPED[0].exists(), reason="no model comes with this copy")
-def test_without_a_checkpoint_the_shipped_model_writes(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    result = run("--length=9", "--steps=3", "--device=cpu")
-    assert result.status == 0 and "models/mdlm.golf: train_mdlm" in result.err and result.out
-    lm = sample.load(sample.SHIPPED[0], device="cpu")
-    assert lm.generate(length=9, steps=3) == [result.out[:-1]]
-
-
 FORKS = {  # script, edit
     "other layers": (train_mdlm, "F.relu(self.up(x)).square()", "F.gelu(self.up(x))"),
     "no predict": (gpt, "predict(", "forecast("),
     "no predict in blocks": (train_block, "predict(", "forecast("),
     "another forward": (gpt, "return self.predict(x, ", "return 2 * self.predict(x, "),
 }
-
 
 @pytest.mark.parametrize("what", FORKS)
 def test_a_fork_is_sampled_by_its_script(what, home, tmp_path):
@@ -588,14 +507,12 @@ def test_a_fork_is_sampled_by_its_script(what, home, tmp_path):
     assert "no cache" in lm.summary  # its forward decides
     assert len(lm.generate(n=2, length=16)) == 2
 
-
 class Bomb:
     def __init__(self, path):
         self.path = path
 
     def __reduce__(self):
         return os.mkdir, (self.path,)
-
 
 def test_broken_and_foreign_files(ckpts, tmp_path):
     good = ckpts["mdlm"]
@@ -617,86 +534,61 @@ def test_broken_and_foreign_files(ckpts, tmp_path):
         fork.write_text(text)
         assert_refused(run(f"--ckpt={good}", f"--script={fork}"), words)
 
-
 def test_hub_names(tmp_path):
-    for name in ("hf:", "hf:a/b", "hf:a//c"):
-        assert_refused(run(f"--ckpt={name}"), "hf:OWNER/REPO/FILE")
-    process = launch(ROOT / "sample.py", "--ckpt=hf:nobody/nothing/ckpt.pt", HF_HUB_OFFLINE="1",
+    for name in ("hf:", "hf:a", "hf:a//c"):
+        assert_refused(run(f"--ckpt={name}"), "hf:OWNER/NAME")
+    process = launch(ROOT / "sample.py", "--ckpt=hf:nobody/nothing", HF_HUB_OFFLINE="1",
                      HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_CACHE=str(tmp_path))
-    assert_refused(finish(process), "hf:nobody/nothing/ckpt.pt: could not be downloaded")
+    assert_refused(finish(process), "hf:nobody/nothing: could not be downloaded")
 
 
 # ----------------------------------------------------------------------------- command line
 
-BAD_FLAGS = {
-    "mdlm": [
-        ("--lenght=3", "did you mean --length?"), ("prompt", "--prompt"), ("--length", "value"),
-        ("--n=two", "--n=two"), ("--n=0", "--n=0"), ("--seed=-1", "--seed=-1"),
-        ("--temperature=nan", "--temperature=nan"), ("--top_k=-1", "--top_k=-1"),
-        ("--top_p=1.5", "--top_p=1.5"), ("--threshold=2", "--threshold"),
-        ("--refine=2", "--refine"),
-        ("--order=confidense", "confidence"), ("--order=first_hitting --steps=5", "--steps=5"),
-        ("--order=ancestral --threshold=0.5", "--threshold=0.5"), ("--remask=lop", "loop"),
-        ("--remask=cap:2", "--remask=cap:2"), ("--remask=cap --order=margin", "--remask=cap"),
-        ("--weights=best", "--weights=best"), ("--device=abacus", "--device=abacus"),
-        ("--length=33", "--length=33"), (f"--prompt={'x' * 40}", "--length"),
-        ("--prompt=abcdef --length=6", "--length=6"), ("--infill=defx", "___"),
-        ("--infill=a___b --prompt=c", "--prompt"), ("--infill=a___b --blank=2,3", "--blank=2,3"),
-        ("--infill=a___b --blank=x", "--blank=x"), ("--infill=a___b --blank=0", "--blank=0"),
-        ("--infill=a___b --blank=60", "62 tokens"), ("--score=", "--score"),
-        ("--race", "against --ckpt"), ("--given=a", "--score"),
-        ("--score=none.txt", "no such file"), ("--prompt=a/b", "no such"),
-        ("--prompt_file=none", "--prompt_file=none"), ("--score_file=none", "--score_file=none"),
-        ("--order=euler", "--order=euler: train_mdlm has")],
-    "gpt": [("--order=random", "--order"), ("--steps=8", "--steps"), ("--refine=0.5", "--refine"),
-            ("--infill=a___b", "--infill")],
-    "block": [("--infill=a___b", "--infill"), ("--refine=0.5", "train_mdlm")],
-    "absorb": [("--order=margin", "--order=margin"), ("--threshold=0.5", "train_mdlm"),
-               ("--remask=loop", "--remask")],
+BAD_FLAGS = {  # flags, and what stands in the line
+    "mdlm": """--lenght=3 --length?; prompt --prompt; --length value; --n=two --n=two; --n=0 --n=0
+        --temperature=nan --temperature=nan; --top_k=-1 --top_k=-1; --top_p=1.5 --top_p=1.5
+        --refine=2 --refine; --corrector=.1:0 EVERY; --corrector=.1:2:lest least
+        --order=confidense confidence; --order=first_hitting --steps=5 --steps=5
+        --order=ancestral --threshold=0.5 --threshold=0.5; --remask=lop loop
+        --remask=cap:2 --remask=cap:2; --remask=cap --order=margin --remask=cap
+        --device=abacus --device=abacus; --order=euler train_mdlm; --weights=best --weights=best
+        --prompt=abcdef --length=6 --length=6; --infill=defx ___; --save=no/where.json folder
+        --infill=a___b --prompt=c --prompt; --infill=a___b --blank=2,3 --blank=2,3
+        --infill=a___b --blank=0 --blank=0; --infill=a___b --blank=60 62; --score= --score
+        --given=a --score; --race --ckpt; --score=none.txt file; --score=a --given=b.txt b.txt
+        --prompts=none FileNotFoundError""",
+    "gpt": """--order=random --order; --steps=8 --steps; --corrector=0.5 --corrector
+        --infill=a___b --infill""",
+    "block": "--infill=a___b --infill; --refine=0.5 train_mdlm",
+    "absorb": "--order=margin --order=margin; --threshold=0.5 train_mdlm; --remask=loop --remask",
 }
-
 
 @pytest.mark.parametrize("kind", BAD_FLAGS)
 def test_mistakes_end_in_one_line(kind, ckpts):
-    for flags, words in BAD_FLAGS[kind]:
-        assert_refused(run(f"--ckpt={ckpts[kind]}", *flags.split()), words)
-
-
-def test_help_names_every_flag():
-    text = run("--help").out
-    assert all(f"    {name}: " in text for name in sample.Options.__dataclass_fields__)
-
-
-def test_a_text_may_fill_the_context(lms):
-    """Then it has no room for the start of a document."""
-    for kind in ("mdlm", "gpt"):
-        lm = lms[kind]
-        for length in (lm.cfg.seq_len - 1, lm.cfg.seq_len):
-            assert len(lm.generate(length=length, seed=1).tokens[0]) <= length
-
+    for case in BAD_FLAGS[kind].replace("\n", ";").split(";"):
+        *flags, word = case.split()
+        assert_refused(run(f"--ckpt={ckpts[kind]}", *flags), word)
 
 def test_stdout_is_the_text(ckpts, lms):
+    text = run("--help").out
+    assert all(f"    {name}: " in text for name in sample.Options.__dataclass_fields__)
     argv = [f"--ckpt={ckpts['mdlm']}", "--device=cpu", "--prompt=de ", "--seed=3", "--length=20"]
     status, out, err = run(*argv, "--order=entropy")
     (text,) = lms["mdlm"].generate("de ", length=20, seed=3, order="entropy")
     assert (status, out) == (0, text + "\n") and "\x1b" not in err
-    assert re.search(r"NFE 17, \d+ tokens/s, float32 on cpu, entropy \(mode-seeking\), ent", err)
-    assert re.search(r"entropy \d\.\d\d nats\n$", err)
-    _, out, err = run(*argv, "--n=2", "--watch", "--steps=17")
+    assert "NFE 17, " in err and "entropy (mode-seeking)" in err
+    _, out, err = run(*argv, "--n=2", "--steps=17")
     both = lms["mdlm"].generate("de ", length=20, seed=3, n=2, steps=17)
-    marks = re.findall(r"^\[(\d+)% after \d+ passes\] de ", err, re.M)
-    assert len(marks) == 3 and "░" in err
     assert out == "".join(f"{text}\n\n" for text in both) and "--- sample 2 of 2" in err
-
 
 SAVED = {  # name: the model and its flags
     "prompt": ("mdlm", "--prompt=de --n=3"), "steps": ("mdlm", "--steps=5"),
     "remask": ("mdlm", "--remask=cap:0.4 --steps=20"), "refine": ("mdlm", "--refine=0.5:2"),
+    "corrector": ("mdlm", "--corrector=0.3"),
     "infill": ("words", "--infill=de___f___ --blank=3,4"), "space": ("words", "--prompt=th "),
     "uniform": ("uniform", "--steps=6"), "absorb": ("absorb", "--n=2"), "gpt": ("gpt", "--n=2"),
     "block": ("block", "--steps=3 --n=2"), "blocks": ("mdlm", "--block_length=5 --n=2"),
     "stop": ("gpt_words", "--stop=h --n=9")}
-
 
 def replayed(record, tokens):
     """(the tokens of a sample after its last frame, its text)"""
@@ -707,7 +599,6 @@ def replayed(record, tokens):
         row |= dict(changes)
     row = [row[at] for at in range(record["length"])]
     return row, b"".join(tokens[str(i)].encode("latin-1") for i in row).decode(errors="replace")
-
 
 @pytest.mark.parametrize("what", SAVED)
 def test_a_trajectory_ends_in_its_sample(what, ckpts, tmp_path):
@@ -733,35 +624,32 @@ def test_a_trajectory_ends_in_its_sample(what, ckpts, tmp_path):
     assert ("-1" in again) == (what == "remask" or "-1" in again and what == "refine")
     assert any(line["ended"] for line in samples) == (what == "stop")
 
-
 def test_a_race_is_saved(ckpts, tmp_path):
-    out = run(f"--ckpt={ckpts['mdlm']}", f"--race={ckpts['gpt']}", "--length=20", "--n=2",
-              f"--save={tmp_path / 'a.json'}").out
+    race = (f"--ckpt={ckpts['mdlm']}", f"--race={ckpts['gpt']}", "--length=20", "--n=2")
+    out = run(*race, f"--save={tmp_path / 'a.json'}").out
     whole = json.loads((tmp_path / "a.json").read_text())
     assert [r["name"] for r in whole["runs"]] == ["mdlm", "mdlm", "gpt", "gpt"]
     assert all(replayed(r, whole["tokens"])[1] in out for r in whole["runs"][::2])
-
+    run(*race, f"--save={tmp_path / 'a.svg'}")
+    heads = [e.text for e in ElementTree.parse(tmp_path / "a.svg").iter() if e.get("class") == "h"]
+    assert heads == ["masked diffusion, first-hitting", "autoregressive, left to right"]
 
 def test_files_and_what_looks_like_them(ckpts, lms, tmp_path):
     text = "the café\n" * 4
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "gbk.txt").write_bytes("中文字符".encode("gbk") * 9)
     ckpt = f"--ckpt={ckpts['gpt']}"
-    nats = f"= {lms['gpt'].score(text).nats:.2f} nats"
+    nats = f"= {lms['gpt'].score(text).nats:.2f} +- 0.00 nats"
     result = run(ckpt, f"--score={tmp_path / 'a.txt'}")
     assert nats in result.out and "(40 tokens, 40 bytes; exact" in result.out
     result = run(ckpt, "--score=a few words", f"--given={tmp_path / 'a.txt'}")
     nats = lms["gpt"].score("a few words", given=text).nats
-    assert f"= {nats:.2f} nats" in result.out and "(11 tokens" in result.out
-    assert_refused(run(ckpt, f"--score={tmp_path / 'gbk.txt'}"), "gbk.txt", "--encoding=gbk")
-    (tmp_path / "page.txt").write_text("<!doctype html><p>words")
-    assert_refused(run(ckpt, f"--score_file={tmp_path / 'page.txt'}"), "not plain text")
-    (tmp_path / "latin").write_bytes("the café\n".encode("latin-1") * 4)
-    result = run(ckpt, f"--score_file={tmp_path / 'latin'}", "--encoding=latin-1")
-    assert f"= {lms['gpt'].score(text).nats:.2f} nats" in result.out
+    assert f"= {nats:.2f} +- 0.00 nats" in result.out and "(11 tokens" in result.out
+    assert_refused(run(ckpt, f"--score={tmp_path / 'gbk.txt'}"), "gbk.txt: 'utf-8'")
+    (tmp_path / "b.txt").write_text("the café")
+    assert run(ckpt, f"--prompts={tmp_path / 'b.txt'}", "--length=20").out.startswith("the café")
     (tmp_path / "p.jsonl").write_text('"a"\n{"text": 3}\n')
     assert_refused(run(ckpt, f"--prompts={tmp_path / 'p.jsonl'}"), "--prompts=")
-
 
 def test_outputs(ckpts, tmp_path):
     """UTF-8 in a file whatever the locale; a reader that leaves; a full disk."""
@@ -781,13 +669,11 @@ def test_outputs(ckpts, tmp_path):
 
 
 # ----------------------------------------------------------------------------- terminal
-
-
-def in_terminal(argv, interrupt=None, columns=40, term="xterm"):
+def in_terminal(argv, interrupt=None, columns=40):
     """Run on a pseudo terminal -> (output, exit status); send an interrupt once a text shows."""
     pid, fd = pty.fork()
     if pid == 0:
-        os.environ.update(TERM=term, OMP_NUM_THREADS="1", COLUMNS=str(columns), LINES="12")
+        os.environ.update(TERM="xterm", OMP_NUM_THREADS="1", COLUMNS=str(columns), LINES="12")
         os.execv(sys.executable, [sys.executable, str(ROOT / "sample.py"), *map(str, argv)])
     data, end = b"", time.monotonic() + 60
     while time.monotonic() < end:
@@ -802,10 +688,8 @@ def in_terminal(argv, interrupt=None, columns=40, term="xterm"):
     os.close(fd)
     return data.decode(errors="replace"), status
 
-
 def plain(text):
     return re.sub(r"\x1b\[[0-9;]*m", "", text).replace("\r\n", "\n")
-
 
 def test_watching_in_a_terminal_draws_in_place(ckpts, lms):
     argv = [f"--ckpt={ckpts['mdlm']}", "--watch", "--n=2", "--prompt=def ", "--seed=2",
@@ -819,14 +703,12 @@ def test_watching_in_a_terminal_draws_in_place(ckpts, lms):
         up = re.search(r"\r(?:\x1b\[(\d+)A)?$", picture)  # back to where the picture began
         assert int(up[1] or 0) == picture.count("\n")
     assert all(sample.printable(text) in plain(pictures[-1]) for text in final)
-    assert "\x1b[1mdef \x1b[0m" in pictures[-1]  # what was given stands out
-
+    assert pictures[-1].count("\x1b[1m") == 8  # what was given stands out, of both
 
 def test_an_interrupt_ends_quietly(ckpts):
     argv = [f"--ckpt={ckpts['mdlm']}", "--watch", "--n=4000", "--steps=100000"]
     out, status = in_terminal(argv, interrupt=b" passes")
     assert status in (-2, 130) and "Traceback" not in out and "\x1b[?25l" not in out
-
 
 def test_text_cannot_steer_the_terminal(ckpts, tmp_path):
     assert sample.printable("a\x1b[2Jb\x07\tc\r\nd") == r"a\x1b[2Jb\x07    c" "\nd"
@@ -837,14 +719,10 @@ def test_text_cannot_steer_the_terminal(ckpts, tmp_path):
     state["model"]["head.weight"].zero_()
     state["model"]["head.weight"][27] = 1  # ESC, or anything
     torch.save({**state, "ema": None}, tmp_path / "ckpt.pt")
-    for term in ("xterm", "dumb"):
-        out, status = in_terminal([f"--ckpt={tmp_path}", "--n=9", "--length=9"], term=term)
-        assert status == 0 and r"\x1b" in out
-        assert not re.search(r"\x1b(?!\[\d*[mJAG])", out) and (term == "xterm" or "\x1b" not in out)
-
+    out, status = in_terminal([f"--ckpt={tmp_path}", "--n=9", "--length=9"])
+    assert status == 0 and r"\x1b" in out and not re.search(r"\x1b(?!\[\d*[mJAG])", out)
 
 RACE_TABLE = r"^(\w+) +(\d+) +(\d+\.\d\d) +(\d+)  (\d\.\d\d) nats, (.+)$"
-
 
 def test_a_race_counts_what_each_model_does_alone(ckpts, lms, monkeypatch):
     monkeypatch.setattr(sample, "BATCH_NUMBERS", 2 * 30 * 256)  # two samples a batch
@@ -863,7 +741,6 @@ def test_a_race_counts_what_each_model_does_alone(ckpts, lms, monkeypatch):
         assert f"--- {row[0]}\n{lm.tokenizer.decode(alone[0][0][0][0])}\n" in result.out
         assert all(len(tokens) == 30 for rows, _ in alone for tokens, _ in rows)
 
-
 def test_the_clock_of_a_race_counts_forward_passes_alone(lms, monkeypatch):
     """Neither the warm-up nor the pictures; and each picture shows the state of its time."""
     lm, clock = lms["mdlm"], SimpleNamespace(now=0)
@@ -876,15 +753,12 @@ def test_the_clock_of_a_race_counts_forward_passes_alone(lms, monkeypatch):
     monkeypatch.setattr(sample.time, "perf_counter", lambda: clock.now)
     racer = sample.Run(lm, sample.Options(prompt="def ", length=30), is_race=True)
     list(racer.samples())
-    frames = racer.done[0][2]["frames"]
-    assert [frame[1] for frame in frames] == list(range(1000, 27_000, 1000))
+    assert {seconds for _, seconds, _ in racer.done[0].passes} == set(range(27))
     assert racer.seconds == 26
 
-
 def test_a_race_in_a_terminal_fills_columns(ckpts, lms):
-    argv = [f"--ckpt={ckpts['mdlm']}", f"--race={ckpts['gpt']}", "--length=30", "--prompt=def ",
-            "--seed=2"]
-    out, status = in_terminal(argv, columns=63)
+    out, status = in_terminal([f"--ckpt={ckpts['mdlm']}", f"--race={ckpts['gpt']}", "--length=30",
+                               "--prompt=def ", "--seed=2"], columns=63)
     picture, table = re.split(r"\n\n +passes", plain(out.split("\x1b[J")[-1]))
     rows = [line.split("\x1b[31G │ ") for line in picture.split("\n")]
     assert status == 0
@@ -896,5 +770,4 @@ def test_a_race_in_a_terminal_fills_columns(ckpts, lms):
         expected = sample.lines_of([(lms[name].tokenizer.decode(tokens), None)], 30)
         assert text == expected + [""] * (len(text) - len(expected))
     assert [row[0] for row in re.findall(RACE_TABLE, table, re.M)] == ["train_mdlm", "gpt"]
-    out, status = in_terminal(argv, term="dumb")
-    assert status == 0 and "│" not in out and "--- gpt" in out
+

@@ -41,16 +41,13 @@ SWITCHES = {
 }
 GRAPHS, NOISES = ("absorb", "uniform"), ("loglinear", "geometric")
 
-
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
-
 
 def config(module, n_values=V, seq_len=T, **names):
     blocks = {"block_len": L} if module.SCRIPT == "train_block" else {}
     return module.Config(**{"vocab_size": n_values, "seq_len": seq_len, "n_layer": 2, "n_head": 4,
                             "n_embd": 32, **blocks, **names})
-
 
 def small_model(module, **names):
     """A network that uses every parameter: its zero-initialised matrices are moved."""
@@ -63,10 +60,8 @@ def small_model(module, **names):
                 p.add_(0.2 * torch.randn_like(p))
     return model.eval(), cfg
 
-
 def tokens(n_rows, seq_len=T, n_values=V):
     return torch.randint(n_values, (n_rows, seq_len), generator=seeded(1))
-
 
 def write(module, model, cfg, known=None, is_known=None, *, n_rows=None, seed=0, **how):
     if known is None:
@@ -79,14 +74,11 @@ def write(module, model, cfg, known=None, is_known=None, *, n_rows=None, seed=0,
     assert (out.order[is_known] == 0).all() and (out.order[~is_known] > 0).all()
     return out
 
-
 def assert_law(toy, out, law=None, rows=slice(None)):
     assert abs(chi_square_z(toy.counts(out.tokens[rows]), toy.p if law is None else law)) < Z_LIMIT
 
 
 # ----------------------------------------------------------------------------- toys
-
-
 class Blocks:
     """The exact conditionals of a toy distribution: a block's given what is known of it in xt, and
     x0 before it."""
@@ -107,7 +99,6 @@ class Blocks:
         logits = self.toy.log_conditional(context) if is_joint else self.toy(context)
         return logits[torch.arange(len(rows)), at[:, 0]].float()
 
-
 class LeftToRight:
     """The exact conditionals of a toy distribution, each given what stands before it alone."""
     def __init__(self, toy, seq_len):
@@ -123,7 +114,6 @@ class LeftToRight:
             return self.toy.log_conditional(context)[torch.arange(len(at)), at].float()
         return self.toy(context)[:, 0]
 
-
 def exact(module, toy, seq_len, **names):
     """(A denoiser that knows the toy distribution, a config)"""
     cfg = config(module, toy.n_values, seq_len, **names)
@@ -132,7 +122,6 @@ def exact(module, toy, seq_len, **names):
     if module.SCRIPT == "train_block":
         return Blocks(toy, seq_len, cfg.block_len), cfg
     return (toy if module.SCRIPT == "train_mdlm" else LeftToRight(toy, seq_len)), cfg
-
 
 def bare_lm(module, model, cfg):
     """sample.LM of a denoiser, without a checkpoint."""
@@ -146,8 +135,6 @@ def bare_lm(module, model, cfg):
 
 
 # ----------------------------------------------------------------------------- the joint
-
-
 def ancestral_law(joint, steps):
     """(V**n,) what ancestral sampling in `steps` even steps of t yields. In step i each masked
     token is committed with probability 1 / (steps - i), all at once."""
@@ -167,7 +154,6 @@ def ancestral_law(joint, steps):
         law = after
     return law[joint.code(joint.states, joint.n_values + 1)]
 
-
 def check_ancestral_law(mdlm, steps):
     """Few steps give exactly the factorised law of few steps; one step the product of marginals."""
     toy = Joint(correlated(), copies=2500)
@@ -175,31 +161,15 @@ def check_ancestral_law(mdlm, steps):
     assert_law(toy, out, ancestral_law(JOINT, steps))
     assert out.nfe <= steps
 
-
-def check_first_hitting(mdlm):
+def check_first_hitting(mdlm, choose=None):
     """One token a pass, in random order: the joint itself, and every order equally often."""
-    out = write(mdlm, *exact(mdlm, JOINT, 3), n_rows=20_000)
+    out = write(mdlm, *exact(mdlm, JOINT, 3), n_rows=20_000, choose=choose)
     assert_law(JOINT, out)
     assert out.nfe == 3
     assert torch.equal(out.order.sort(-1).values, torch.arange(1, 4).expand(20_000, -1))
     orders = torch.bincount((out.order * torch.tensor([9, 3, 1])).sum(-1))
     assert (orders > 0).sum() == 6
     assert abs(chi_square_z(orders[orders > 0], torch.ones(6))) < Z_LIMIT
-
-
-def check_many_steps(mdlm):
-    toy = Joint(correlated(), copies=2500)
-    out = write(mdlm, *exact(mdlm, toy, toy.seq_len), n_rows=8, steps=1000)
-    assert_law(toy, out)
-    shares = toy.counts(out.tokens) / toy.counts(out.tokens).sum()
-    assert (shares - JOINT.p).abs().sum() / 2 < 0.02  # total variation
-
-
-def check_random_order(mdlm):
-    toy = Joint(correlated(3, 3), copies=8)
-    how = {"n_rows": 1500, "choose": sample.ordered("random")}
-    assert_law(toy, write(mdlm, *exact(mdlm, toy, 24), **how))
-
 
 def check_infill(mdlm, steps):
     """Known tokens stay; the rest follows the conditional given what is known in its row."""
@@ -211,7 +181,6 @@ def check_infill(mdlm, steps):
                 steps=steps)
     for rows, pos in ((slice(0, n_rows // 3), 0), (slice(n_rows // 3, n_rows), 1)):
         assert_law(toy, out, JOINT.p * (JOINT.states[:, pos] == 2), rows)
-
 
 def check_blocks(block):
     """Groups of 3 tokens across blocks of 4: first-hitting and ancestral."""
@@ -225,24 +194,16 @@ def check_blocks(block):
     assert torch.equal(order, torch.arange(1, 13).expand(1500, -1))
     assert abs(chi_square_z((out.order == 1).sum(0)[:4], torch.ones(4))) < Z_LIMIT
 
-
-def check_left_to_right(module):
-    toy = Joint(correlated(3, 3), copies=8)
-    out = write(module, *exact(module, toy, 24), n_rows=2000)
-    assert_law(toy, out)
-    assert out.nfe == 24 and torch.equal(out.order, torch.arange(1, 25).expand(2000, -1))
-
-
 def check_continues(module):
-    """After a prompt, of another length in each half of the batch, the conditional given it."""
+    """After a prompt, of another length in each third of the batch, the conditional given it."""
     toy = Joint(correlated(2, 4).sqrt())
-    known, is_known = torch.ones(8000, 4, dtype=torch.int64), torch.zeros(8000, 4).bool()
-    is_known[:4000, :3] = is_known[4000:, :1] = True
+    known, is_known = torch.ones(12_000, 4, dtype=torch.int64), torch.zeros(12_000, 4).bool()
+    is_known[:4000, :3] = is_known[4000:8000, :1] = True
     names = {"block_len": 2} if module.SCRIPT == "train_block" else {}
     out = write(module, *exact(module, toy, 4, **names), known, is_known)
-    for rows, n in ((slice(4000), 3), (slice(4000, 8000), 1)):
+    assert out.nfe == 4 or module.SCRIPT == "train_block"
+    for rows, n in ((slice(4000), 3), (slice(4000, 8000), 1), (slice(8000, 12_000), 0)):
         assert_law(toy, out, toy.p * (toy.states[:, :n] == 1).all(1), rows)
-
 
 @pytest.mark.parametrize("module", [MDLM, BLOCK, GPT, SEDD], ids=lambda m: m.SCRIPT)
 def test_a_token_whose_beginning_is_known(module):
@@ -260,7 +221,6 @@ def test_a_token_whose_beginning_is_known(module):
     rows = [row for rows, _ in lm.batches(canvas, opts) for row, _ in rows]
     law = toy.p * (toy.states[:, 0] == 2) * (toy.states[:, 1] != 1)
     assert_law(toy, SimpleNamespace(tokens=torch.tensor(rows)), law)
-
 
 def check_blocks_of_masked(mdlm):
     """Blocks of one token, from left to right: the joint; and what leaves the context is forgotten.
@@ -284,15 +244,19 @@ def check_blocks_of_masked(mdlm):
         assert (xt.flatten()[rows] == V).all()
     assert seen[-1][0][0, :T - L].tolist() in out.tokens[:, long - T:-L].tolist()
 
-
-@pytest.mark.parametrize("refine", ["0.34", "0.67", "0.34:2"])
-def test_the_refined_law(refine):
-    """By enumeration: what is least likely given the rest is drawn anew, given what is kept."""
+@pytest.mark.parametrize(("refine", "n"), [("0.34", 1), ("0.67", 2), ("0.34:2", 1)])
+def test_the_refined_law(refine, n):
+    """By enumeration: the n least likely tokens are drawn anew, given what is kept. Two passes
+    score them: every second token given the others, and those given these."""
     toy = Joint(correlated(2, 3) ** 0.25)
     lm, states, law = bare_lm(MDLM, *exact(MDLM, toy, 3)), toy.states, toy.p
-    fraction, times = sample.fraction_of(refine)
-    for _ in range(times):
-        keep, nfe = lm.likeliest(states, torch.zeros_like(states).bool(), fraction)
+    score = torch.zeros(len(states), 3, dtype=torch.float64)
+    for half in ([0, 2], [1]):
+        log_p = toy.log_conditional(states.index_fill(1, torch.tensor(half), 2))
+        score[:, half] = log_p.gather(2, states[..., None])[:, half, 0]
+    keep = score.argsort(1).argsort(1) >= n
+    assert torch.equal(lm.likeliest(states, states < 0, n / 3)[0], keep)
+    for _ in range(1 + refine.endswith(":2")):
         same = (states[:, None] == states) | ~keep[:, None]  # (S, S', n)
         weights = same.all(2) * toy.p  # of S', given what is kept of S
         law = law @ (weights / weights.sum(1, keepdim=True))
@@ -303,10 +267,42 @@ def test_the_refined_law(refine):
         rows = [row for rows, _ in lm.batches(canvas, opts) for row, _ in rows]
         assert_law(toy, SimpleNamespace(tokens=torch.tensor(rows)), law)
 
+def check_corrector(module):
+    """A token at random, drawn anew given the others of its block and what stands before, is a
+    Gibbs step: exact conditionals keep the joint. The last one's block takes passes of its own."""
+    is_mdlm = module.SCRIPT == "train_mdlm"
+    toy = JOINT if is_mdlm else Joint(correlated(2, 3).sqrt(), copies=4)
+    model, cfg = exact(module, toy, toy.seq_len)
+    for every in (1, 2):
+        out = write(module, model, cfg, n_rows=20_000 if is_mdlm else 1500,
+                    corrector=(0.3, every, "random"))
+        assert_law(toy, out)
+        n = 3 if is_mdlm else L
+        assert out.nfe == toy.seq_len // n * (n + n // every)
+
+def check_least_likely(mdlm):
+    """What is drawn anew is the token that was the least probable one when it was drawn."""
+    inputs, frames = [], []
+
+    def spy(xt, sigma, rows):
+        inputs.append(xt.clone())
+        return JOINT(xt, sigma, rows)
+
+    n = 500
+    write(mdlm, spy, config(mdlm, 3, 3), n_rows=n, corrector=(0.3, 1, "least"),
+          watch=lambda tokens, nfe: frames.append(tokens))
+    frame, psi = torch.full((n, 3), 3), torch.full((n, 3), math.inf, dtype=torch.float64)
+    for i, (xt, after) in enumerate(zip(inputs, frames, strict=True)):
+        again = (frame != 3) & (xt == 3)
+        assert torch.equal(again.sum(1), torch.full((n,), i % 2))
+        if i % 2:
+            assert torch.equal(psi[again], psi.amin(1))
+        is_new = (xt == 3) & (after != 3)
+        p = JOINT.log_conditional(xt).exp().gather(2, after.clamp(max=2)[..., None])[..., 0]
+        psi, frame = torch.where(is_new, p, psi), after
+
 
 # ----------------------------------------------------------------------------- numbers
-
-
 def check_unmasking_rate(mdlm, steps):
     """The tokens fixed in a pass are Binomial: even over the passes, though P begins at 1 / steps.
 
@@ -324,7 +320,6 @@ def check_unmasking_rate(mdlm, steps):
     assert abs(chi_square_z(counts, torch.tensor([len(g) for g in groups]))) < Z_LIMIT
     assert abs(chi_square_z(torch.bincount(out.tokens.flatten()), toy.p)) < Z_LIMIT
 
-
 def check_rare_tokens(mdlm):
     """A token of probability 1e-12 is drawn exactly where the uniform number falls into it; those
     numbers have 53 bits. Gumbel noise in fp32, a CDF in fp32 or 24 bits would never draw it."""
@@ -336,7 +331,6 @@ def check_rare_tokens(mdlm):
         counts = torch.bincount(bits >> shift & 15, minlength=16)
         assert abs(chi_square_z(counts, torch.ones(16))) < Z_LIMIT
 
-
 def test_streams_and_rows_differ():
     """Seeds that agree in 32 bits, the streams of a seed, and 300,000 rows."""
     seeds = [0, 2**32, 2**62, 2**62 + 2**32]
@@ -347,7 +341,6 @@ def test_streams_and_rows_differ():
     assert len(words.unique(dim=0)) == 300_000
     gens = sample.row_generators(sample.stream(0, 0), 9000)
     assert len(sample.uniforms(gens, 1).unique()) == 9000
-
 
 def check_rows(module):
     """A row alone, or in front of others with other prompts, is the same; rows and seeds differ."""
@@ -365,8 +358,6 @@ def check_rows(module):
 
 
 # ----------------------------------------------------------------------------- protocol
-
-
 def check_choose(mdlm):
     """`choose` may remask; known positions never are, and the last pass leaves nothing masked. The
     network is told the noise level of the masked count."""
@@ -397,7 +388,6 @@ def check_choose(mdlm):
     assert [n for _, n in frames] == [1, 1, 1, 1]
     assert all(torch.equal(f[is_known], known[is_known]) for f, _ in frames)
 
-
 def check_stop(module):
     """A row is what it would be without an end, cut before the first stop that is not its first."""
     toy, length = Iid([0.1, 0.5, 0.4]), 18 if module.SCRIPT == "train_block" else 16
@@ -419,28 +409,9 @@ def check_stop(module):
     assert few.nfe <= 4 and few.length.max() < 4  # no pass behind the last end
 
 
-def test_watch_sees_every_pass():
-    known, is_known = torch.ones(1, 3, dtype=torch.int64), torch.tensor([[True, False, False]])
-    likeliest, toy = sample.make_warp(temperature=0.0), Iid([0.5, 0.3, 0.2])
-
-    def in_order(log_probs, is_mask, *, step, **_):
-        return is_mask & (torch.arange(2) > step)
-
-    for module, order in ((BLOCK, {"choose": in_order}), (GPT, {})):
-        names, seen = {"block_len": 2} if module is BLOCK else {}, []
-        write(module, *exact(module, toy, 4, **names), known, is_known, warp=likeliest, **order,
-              watch=lambda x, nfe, seen=seen: seen.append((x[0].tolist(), nfe)))
-        # The second pass sees what the first saw, and needs no forward pass.
-        expected = [([1, 3, 3], 1), ([1, 0, 3], 1), ([1, 0, 0], 2), ([1, 0, 0], 3)]
-        assert seen == (expected if module is BLOCK else [([1, 0, 3], 1), ([1, 0, 0], 2)])
-
-
 # ----------------------------------------------------------------------------- caches
-
-
 def remask_some(log_probs, is_mask, *, step, steps, u, psi):
     return torch.where(is_mask, u > 1 / (steps - step), u < 0.2)
-
 
 def check_cache(module):
     """Tokens are those of whole passes: every prompt, order, switch; a last block cut short."""
@@ -459,7 +430,6 @@ def check_cache(module):
                         for cached in (True, False))
                     assert torch.equal(kept.tokens, again.tokens) and kept.nfe == again.nfe
                     assert torch.equal(kept.order, again.order)
-
 
 def check_window(block):
     """Beyond seq_len: what a whole pass gives in which every block sees the newest seq_len tokens.
@@ -481,7 +451,6 @@ def check_window(block):
                 again = write(block, model, wide, known, is_known, cached=False)
             assert torch.equal(out.tokens, again.tokens)
 
-
 @pytest.mark.parametrize("module", [BLOCK, GPT], ids=lambda m: m.SCRIPT)
 def test_cached_passes_take_what_is_new(module):
     """What the cache is for: behind the prompt, a pass embeds a block a row, or two; or a token."""
@@ -493,23 +462,7 @@ def test_cached_passes_take_what_is_new(module):
     assert seen == (blocks if module is BLOCK else [11, *9 * [1]])
 
 
-@pytest.mark.parametrize("module", [MDLM, SEDD], ids=lambda m: m.SCRIPT)
-def test_a_network_fills_in_any_length(module):
-    """Rows known in part or in full beside an empty one; shorter and longer than trained."""
-    graphs = [{"graph": graph, "cond_dim": 16} for graph in GRAPHS]
-    switches = SWITCHES["plain"], {**SWITCHES["all"], "cond_dim": 8}
-    for names in graphs if module is SEDD else switches:
-        model, cfg = small_model(module, **names)
-        for seq_len in (5, 20):
-            known, is_known = tokens(3, seq_len), torch.zeros(3, seq_len, dtype=torch.bool)
-            is_known[1, ::2] = is_known[2] = True
-            out = write(module, model, cfg, known, is_known, steps=4)
-            assert (out.length == seq_len).all()
-
-
 # ----------------------------------------------------------------------------- score entropy
-
-
 def rates(graph, n_values=3):
     """Q[a, b], the rate at which a becomes b: the mask is the last state (2310.16834, section 3.4;
     the uniform one for a total rate of (N - 1) / N, so that exp(-sigma) is left alone)."""
@@ -520,7 +473,6 @@ def rates(graph, n_values=3):
     else:
         q += 1 / n
     return q - torch.diag(q.sum(1))
-
 
 def score_law(graph, noise, steps, euler):
     """(V**n,) what a sampler with the exact score yields in few steps, by the definitions: every
@@ -570,7 +522,6 @@ def score_law(graph, noise, steps, euler):
         law = after
     return law[(states < 3).all(1)]
 
-
 def check_few_steps(sedd, graph, noise, euler):
     """Few steps yield exactly the law of the definitions, one step the product of marginals."""
     toy = Joint(correlated(), copies=2000)
@@ -579,13 +530,6 @@ def check_few_steps(sedd, graph, noise, euler):
                     euler=euler)
         assert_law(toy, out, score_law(graph, noise, steps, euler))
         assert out.nfe == steps if graph == "uniform" or noise == "loglinear" else out.nfe <= steps
-
-
-def check_many_score_steps(sedd, graph, noise, euler):
-    toy = Joint(correlated(), copies=2000)
-    model, cfg = exact(sedd, toy, 6000, graph=graph, noise=noise, sigma_min=1e-2, sigma_max=12.0)
-    assert_law(toy, write(sedd, model, cfg, n_rows=5, steps=500, euler=euler))
-
 
 def check_score_infill(sedd, graph):
     """Known tokens stay; under absorb the rest follows the conditional given what is known."""
@@ -598,8 +542,6 @@ def check_score_infill(sedd, graph):
     assert all(torch.equal(tokens[is_known], known[is_known]) for tokens in seen)
     if graph == "absorb":
         assert_law(toy, out, JOINT.p * (JOINT.states[:, 1] == 2))
-    assert write(sedd, model, cfg, known, torch.ones_like(is_known), steps=3).nfe == 0
-
 
 def check_unnormalised_score(sedd):
     """A score that is not normalised changes when masks fall, not what they become: half of it
@@ -611,7 +553,6 @@ def check_unnormalised_score(sedd):
     left = toy.seq_len * np.cumprod([7 / 8, 5 / 6, 3 / 4, 0])  # 1 - (1/2) / (passes left)
     assert frames == pytest.approx(left.tolist(), abs=Z_LIMIT * math.sqrt(toy.seq_len) / 2)
     assert_law(toy, out)
-
 
 def check_score_warp(sedd, graph):
     """The warp changes the law of clean tokens, exactly, at any number of steps."""
@@ -626,7 +567,6 @@ def check_score_warp(sedd, graph):
                            sigma_max=12.0)
         out = write(sedd, model, cfg, n_rows=2, steps=steps, euler=bool(euler), warp=half)
         assert_law(toy, out, ONE.p**2)
-
 
 def check_passes(sedd):
     """Under absorb a pass in which no token fell costs no forward pass, and the network is told
@@ -660,24 +600,23 @@ def check_passes(sedd):
 
 CHECKS = [
     *((check_ancestral_law, MDLM, steps) for steps in (1, 2, 5)), (check_first_hitting, MDLM),
-    (check_many_steps, MDLM), (check_random_order, MDLM), (check_infill, MDLM, None),
+    (check_first_hitting, MDLM, sample.ordered("random")), (check_infill, MDLM, None),
     (check_infill, MDLM, 500), (check_blocks_of_masked, MDLM), (check_blocks, BLOCK),
-    (check_left_to_right, GPT), (check_continues, BLOCK), (check_continues, GPT),
+    (check_corrector, MDLM), (check_corrector, BLOCK), (check_least_likely, MDLM),
+    (check_continues, BLOCK), (check_continues, GPT),
     *((check_unmasking_rate, MDLM, steps) for steps in (1024, 4096)),
     (check_rare_tokens, MDLM), (check_choose, MDLM),
     *((check_rows, module) for module in (MDLM, BLOCK, GPT, SEDD)), (check_stop, BLOCK),
     (check_stop, GPT), (check_cache, BLOCK), (check_cache, GPT), (check_window, BLOCK),
-    *((check, SEDD, *how) for check in (check_few_steps, check_many_score_steps)
+    *((check_few_steps, SEDD, *how)
       for how in itertools.product(GRAPHS, NOISES, (False, True))),
     *((check, SEDD, graph) for check in (check_score_infill, check_score_warp) for graph in GRAPHS),
     (check_unnormalised_score, SEDD), (check_passes, SEDD)]
 
-
 @pytest.mark.parametrize("check", CHECKS, ids=lambda c: "-".join(
-    [c[0].__name__, c[1].SCRIPT, *map(str, c[2:])]))
+    [c[0].__name__, c[1].SCRIPT, *(getattr(x, "__name__", str(x)) for x in c[2:])]))
 def test_exactness(check):
     check[0](*check[1:])
-
 
 UNIFORM = (check_few_steps, SEDD, "uniform", "loglinear", False)
 MUTANTS = {  # a changed line makes its oracle fail
@@ -691,13 +630,6 @@ MUTANTS = {  # a changed line makes its oracle fail
                 odds = max(steps - i - 1, 1e-9) * 50257
                 commit = is_mask & (-best.log() * odds < -stay.log())""",
         (check_unmasking_rate, MDLM, 1024)),
-    "tokens are drawn with fp32 Gumbel noise": (
-        "token = torch.searchsorted(cdf, u.to(cdf.device)[:, None] * total, right=True)[:, 0]",
-        """seed = int(u[0] * 2**53)
-    noise = torch.rand(cdf.shape, generator=torch.Generator().manual_seed(seed))
-    token = (log_probs - (-(noise + 1e-10).log()).log()).argmax(-1)""", (check_rare_tokens, MDLM)),
-    "the CDF is in fp32": ("cdf = float64(log_probs)", "cdf = log_probs.float()",
-                           (check_rare_tokens, MDLM)),
     "the uniform numbers have 24 bits": (
         "g.random(shape)", "g.random(shape, dtype=np.float32).astype(float)",
         (check_rare_tokens, MDLM)),
@@ -720,17 +652,12 @@ MUTANTS = {  # a changed line makes its oracle fail
         (check_rows, BLOCK)),
     "the cache keeps the noised block": (
         "clean = new[..., :new.size(3) - self.n_noised, :]", "clean = new", (check_cache, BLOCK)),
-    "the cache forgets its values": (
-        "old, new = self.kept.pop(0), torch.stack((k, v))",
-        "old, new = self.kept.pop(0), torch.stack((k, 0 * v))", (check_cache, GPT)),
-    "the window is a block short": (
-        "self.window = cfg.seq_len - self.n_noised", "self.window = cfg.seq_len // 3",
-        (check_window, BLOCK)),
     "the window has no end": (
         "(j > i - cfg.seq_len // L)", "(j > i - 10**6)", (check_window, BLOCK)),
     "stops behind the end of a row count": (
         "ends = (block == stop) & ~fixed[:, here]", "ends = block == stop", (check_stop, BLOCK)),
-    "a stop may not come first": ("ends[:, 0] &= start > 0", "pass", (check_stop, GPT)),
+    "the corrector's choice depends on the tokens": (
+        'lowest(psi if mode == "least" else pick,', "lowest(psi,", (check_corrector, MDLM)),
     "known tokens are masked again": (
         "is_left &= ~fixed[:, here].cpu() & (i < passes - 1)", "is_left &= i < passes - 1",
         (check_choose, MDLM)),
@@ -744,26 +671,19 @@ MUTANTS = {  # a changed line makes its oracle fail
     "tweedie without the forward kernel": (
         "(F.one_hot(current, N) * math.exp(-delta) - math.expm1(-delta) / N)",
         "F.one_hot(current, N).add(1)", UNIFORM),
-    "tweedie without the backward one": (
-        "before = math.exp(delta) * score - math.expm1(delta) * score.mean(-1, keepdim=True)",
-        "before = score", UNIFORM),
-    "euler stays too seldom": (
-        "stay = 1 + law.gather(-1, current[:, None]) - law", "stay = 1 - law",
-        (check_few_steps, SEDD, "uniform", "geometric", True)),
     "masks fall at the rate of the step's end": (
         "share / math.expm1(sigmas[step])", "share / math.expm1(sigmas[step + 1] + 0.1)",
         (check_few_steps, SEDD, "absorb", "loglinear", False)),
     "sampling starts from one token": (
         "(uniforms(gens, T) * V).long()", "(uniforms(gens, T) * 0).long()", (check_passes, SEDD)),
     "known tokens are noise, too": (
-        "rows = (~is_known).flatten().nonzero()[:, 0]\n    passes",
-        "rows = torch.arange(is_known.numel())\n    passes",
+        "rows = (~is_known).flatten().nonzero()[:, 0]\n    for",
+        "rows = torch.arange(is_known.numel())\n    for",
         (check_score_infill, SEDD, "uniform")),
     "the warp acts on noisy tokens": (
         "clean = (1 + growth) * score - growth * score.mean(-1, keepdim=True)", "clean = score",
         (check_score_warp, SEDD, "uniform")),
 }
-
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_fails(name):

@@ -360,9 +360,9 @@ MUTANTS = {
         "    if bound:\n", "    if bound and cfg.noise == 'loglinear':\n",
         lambda m: check_bound(m, *UNIFORM)),
     "the bound lacks half of dsigma": (
-        "2 * end * t / alpha", "end * t / alpha", lambda m: check_bound(m, "uniform", "loglinear")),
+        "2 * end * t / (1", "end * t / (1", lambda m: check_bound(m, "uniform", "loglinear")),
     "an eps in the weight of the bound": (
-        "(T / k).float()", "(T / (k + 1e-3)).float()",
+        "T / level\n", "T / (level + 1e-3)\n",
         lambda m: check_bound(m, "absorb", NOISES[0])),
     "an eps in the weight of training": (
         "weight = weight / torch.expm1(sigma)", "weight = weight / (torch.expm1(sigma) + 1e-3)",
@@ -390,7 +390,7 @@ MUTANTS = {
         "noise, n)[1].sum() / (B * T)", "noise, n)[1].sum() / n",
         lambda m: check_loss_is_the_bound(m, "absorb", "loglinear")),
     "uniform divides by the replaced count": (
-        "noise).sum() / (B * T)", "noise).sum() / (xt != x0).sum()",
+        ":].sum() / (B * T)", ":].sum() / (xt != x0).sum()",
         lambda m: check_loss_is_the_bound(m, *UNIFORM)),
     "padding overflows": (
         "u = torch.where(is_mask[rows, None], u, 0.0)", "u = u + 0", check_padding),
@@ -411,7 +411,7 @@ MUTANTS = {
         "u = u + torch.expm1(noise.sigma.to(u.dtype)).log()[rows // T, None]",
         "u = u.log_softmax(-1)", check_absorb_is_mdlm),
     "noise that is no random token": (
-        "torch.randint(V, (n_rows, T), generator=gen)", "torch.zeros(n_rows, T).long()",
+        "torch.randint(V, shape, generator=gen)", "torch.zeros(n_rows, T).long()",
         lambda m: check_corruption(m, *UNIFORM)),
     "more noise than stated": (
         "level = -torch.expm1(-sigma)", "level = -torch.expm1(-sigma * V / (V - 1))",

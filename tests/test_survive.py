@@ -3,6 +3,7 @@
 Real processes, SIGKILLs and signals: a run that was killed and resumed, however often, ends in the
 very bits of one that was left alone (make torture: 20 kills for every script and number of ranks).
 """
+import functools
 import os
 import random
 import re
@@ -55,11 +56,11 @@ def data(tmp_path_factory):
     return make_data(tmp_path_factory.mktemp("data"))
 
 
-def start(script, ranks, *flags, **environment):
+def start(script, ranks, *flags):
     """As a user starts it, on one rank or by torchrun."""
     if ranks == 1:
-        return launch(script.__file__, *flags, **environment)
-    return torchrun(*flags, script=script.__file__, ranks=ranks, **environment)
+        return launch(script.__file__, *flags)
+    return torchrun(*flags, script=script.__file__, ranks=ranks)
 
 
 def run_whole(script, ranks, out, *flags):
@@ -70,11 +71,6 @@ def run_whole(script, ranks, out, *flags):
     else:
         result = finish(torchrun(*flags, script=script.__file__, ranks=ranks))
     assert result.status == 0, result
-
-
-def read_to(process, pattern):
-    """Read the output of a process to a line that matches, or to its end."""
-    return any(re.search(pattern, line) for line in process.stdout)
 
 
 def assert_same_run(out, whole):
@@ -98,23 +94,37 @@ def strike(process, out, moment, rng):
     if moment == "start":
         time.sleep(rng.uniform(0, 4))
     elif moment == "write":
-        read_to(process, r"step:\d+/\d+ loss")
+        wait_for(process, r"step:\d+/\d+ loss")
         while not list(out.glob("*.partial")) and process.poll() is None:
             time.sleep(0.0002)
     else:
         last_digits = "05" if moment == "evaluation" else "0-9"
         for _ in range(rng.randint(1, 3)):
-            read_to(process, rf"step:\d*[{last_digits}]/\d+ loss")
+            wait_for(process, rf"step:\d*[{last_digits}]/\d+ loss")
         time.sleep(rng.uniform(0, 0.03))
     kill(process)
 
 
+# Enough steps for a test on a busy machine to notice the moment before the run is over.
+KILL_FLAGS = tiny(*FLAGS, "--n_embd=128", "--micro_batch=4", "--resume=1",
+                  *(("--steps=400",) if TORTURE else ("--steps=100", "--eval_every=20")))
+
+
+@pytest.fixture(scope="module")
+def left_alone(data, tmp_path_factory):
+    """(script, ranks) -> folder of the run that nobody disturbs."""
+    @functools.cache
+    def run(script, ranks):
+        out = tmp_path_factory.mktemp("whole") / "out"
+        run_whole(script, ranks, out, *KILL_FLAGS, f"--data={data}")
+        return out
+
+    return run
+
+
 @pytest.mark.parametrize("name, ranks", KILLS)
-def test_killed_run_ends_as_one_left_alone(name, ranks, data, tmp_path):
-    script, out, whole = SCRIPTS[name], tmp_path / "out", tmp_path / "whole"
-    # Enough steps for a test on a busy machine to notice the moment before the run is over.
-    steps = ("--steps=400",) if TORTURE else ("--steps=100", "--eval_every=20")
-    flags = (*tiny(*FLAGS, "--n_embd=128", *steps), f"--data={data}", "--resume=1")
+def test_killed_run_ends_as_one_left_alone(name, ranks, left_alone, data, tmp_path):
+    script, out, flags = SCRIPTS[name], tmp_path / "out", (*KILL_FLAGS, f"--data={data}")
     rng, step = random.Random(f"{name} {ranks}"), -1
     for moment in MOMENTS * 5 if TORTURE else MOMENTS[:2]:
         process = start(script, ranks, *flags, f"--out={out}")
@@ -126,8 +136,7 @@ def test_killed_run_ends_as_one_left_alone(name, ranks, data, tmp_path):
             step, before = checkpoint(out)["step"], step
             assert step >= before
     run_whole(script, ranks, out, *flags)
-    run_whole(script, ranks, whole, *flags)
-    assert_same_run(out, whole)
+    assert_same_run(out, left_alone(script, ranks))
 
 
 # ----------------------------------------------------------------------------- other ranks
@@ -158,17 +167,14 @@ def test_run_of_two_ranks_goes_on_with_one_and_with_four(name, data, tmp_path):
 
 
 # ----------------------------------------------------------------------------- a rank is lost
-def test_rank_that_dies_ends_the_others_and_torchrun_restarts_them(data, tmp_path):
-    flags = (*tiny(*FLAGS, "--steps=150", "--ckpt_every=20", "--eval_every=50"),
-             f"--data={data}", "--resume=1")
-    out, whole = tmp_path / "out", tmp_path / "whole"
-    process = torchrun(*flags, f"--out={out}", options=("--max-restarts=1",))
-    before = wait_for(process, "step:27/")
+def test_rank_that_dies_ends_the_others_and_torchrun_restarts_them(left_alone, data, tmp_path):
+    process = torchrun(*KILL_FLAGS, f"--data={data}", f"--out={tmp_path / 'out'}",
+                       options=("--max-restarts=1",))
+    before = wait_for(process, "step:7/")
     os.kill(max(children(process.pid)), signal.SIGKILL)
     result = finish(process, before)
     assert result.status == 0 and "resuming" in result.out, result
-    run_whole(train_mdlm, 2, whole, *flags)
-    assert_same_run(out, whole)
+    assert_same_run(tmp_path / "out", left_alone(train_mdlm, 2))
 
 
 # ----------------------------------------------------------------------------- told to stop

@@ -313,6 +313,7 @@ SIZES = {
     "": (50257, 150e6, 162.5e6),
     "tiny": (256, 3.2e6, 3.3e6),
     "shakespeare_10m": (65, 10.7e6 * 0.99, 10.7e6 * 1.01),
+    "shakespeare_10m_muon": (65, 10.7e6 * 0.99, 10.7e6 * 1.01),
     "fineweb_124m": (50257, 124e6 * 0.99, 124e6 * 1.01),
     "golf_19m": (1024, 19.19e6 * 0.99, 19.19e6 * 1.01),
     "tinystories_142m": (8192, 142e6 * 0.99, 142e6 * 1.01),
@@ -359,6 +360,8 @@ def test_presets_of_one_name_can_be_compared(script):
         names = {*script.SHAPE_FIELDS, "seq_len", "steps", "batch_tokens", "data", "val_tokens"}
         if script is train_block and not preset:  # the record recipe has its own
             names -= {"value_residual"}
+        if preset == "shakespeare_10m":  # as published
+            names -= {"steps"}
         a, b = (preset_config(x, preset) for x in (script, train_mdlm))
         assert [getattr(a, k) for k in names] == [getattr(b, k) for k in names]
 
@@ -386,19 +389,6 @@ def test_flops():
     assert found[1] == by_hand + 12 * 11.5 * 768 * 1040
 
 
-def test_context_of_8192_bytes(tmp_path):
-    """Two windows, and a network that has hardly begun: about ln 256."""
-    for name in ("train_000001", "val_000000"):
-        write_shard(tmp_path / f"{name}.bin", babble(16_384))
-    write_meta(tmp_path, byte_table(256), tokenizer="byte")
-    result = train_tiny("--preset=pg19_355m", "--seq_len=8192", "--n_head=1", "--n_embd=16",
-                        "--cond_dim=8", "--batch_tokens=16384", "--micro_batch=1", "--steps=2",
-                        "--checkpoint_layers=1", "--val_tokens=16384", f"--data={tmp_path}",
-                        f"--out={tmp_path / 'run'}", script=train_sedd)
-    assert result.status == 0, result.err
-    assert evaluations(result.out)[-1][0] == pytest.approx(math.log(256), rel=0.3)
-
-
 # ----------------------------------------------------------------------------- non-finite numbers
 def test_non_finite_steps_are_skipped_and_ten_in_a_row_stop(tmp_path, monkeypatch):
     """The batches that hold a token that the text does not have get no finite loss."""
@@ -424,18 +414,6 @@ def test_non_finite_steps_are_skipped_and_ten_in_a_row_stop(tmp_path, monkeypatc
     assert state["step"] == max(losses.keys() - set(bad)) == 7
     assert all(x.isfinite().all() for x in state["model"].values())
     assert {float(s["step"]) for s in state["optimizers"][0]["state"].values()} == {5.0}
-
-
-def test_weights_that_are_not_finite_are_not_saved(data, tmp_path):
-    """A step too large, after which every loss is NaN: the last good checkpoint stays."""
-    out = tmp_path / "run"
-    good = train_tiny("--steps=2", *CONSTANT_RATE, f"--data={data}", f"--out={out}")
-    assert good.status == 0, good.err
-    before = checkpoint(out)
-    result = train("--resume=1", f"--out={out}", "--steps=20", "--ckpt_every=1", "--head_lr=1e39",
-                   "--eval_every=0")
-    assert_refused(result, "weights are not finite", "stays as it was")
-    assert_same_state(checkpoint(out), before)
 
 
 # ----------------------------------------------------------------------------- reading data
@@ -538,18 +516,18 @@ def test_import_does_nothing(script):
     (train_mdlm, "--steps=0", "--steps=0"),
     (train_mdlm, "--log_every=0", "--log_every=0"),
     (train_mdlm, "--mlp=gelu", "--mlp=gelu swiglu"),
-    (train_mdlm, "--n_head=3", "--n_head=3 32"),
-    (train_mdlm, "--n_head=4 --n_kv_head=3", "--n_kv_head=3 --n_head=4"),
+    (train_mdlm, "--n_head=3", "--n_head=3 --n_embd"),
+    (train_mdlm, "--n_head=4 --n_kv_head=3", "--n_kv_head --n_head=4"),
     (train_mdlm, "--micro_batch=1", "--micro_batch=1 pairs"),
-    (train_mdlm, "--micro_batch=6", "--batch_tokens=256 384"),
-    (train_mdlm, "--batch_tokens=250", "--batch_tokens=250 256"),
+    (train_mdlm, "--micro_batch=6", "--batch_tokens=256 --micro_batch=6"),
+    (train_mdlm, "--batch_tokens=250", "--batch_tokens=250 --seq_len=32"),
     (train_mdlm, "--schedule=cosine", "--schedule --estimator=bernoulli"),
     (train_mdlm, "--estimator=bernoulli --token_entropy=none.npy", "none.npy"),
     (train_mdlm, "--loss_weight=clipped", "--loss_weight=clipped --estimator=bernoulli"),
     (train_mdlm, "--data=nowhere", "nowhere prepare_data.py"),
     (train_mdlm, "--eval_only=1", "--eval_only --init_from"),
     (train_mdlm, "--init_from=nowhere.pt", "nowhere.pt"),
-    (train_mdlm, "--vocab_size=100", "--vocab_size=100 256"),
+    (train_mdlm, "--vocab_size=100", "train_000001.bin vocabulary 100"),
     (train_mdlm, "--device=mps" if torch.cuda.is_available() else "--device=cuda", "--device="),
     (gpt, "--cond_dim=16", "--cond_dim=16"),
     (gpt, "--val_draws=4", "--val_draws=4"),
@@ -655,21 +633,24 @@ def test_checkpoint_is_refused(kind, how, short_run, data, tmp_path):
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("script", [gpt, train_mdlm], ids=lambda x: x.SCRIPT)
-def test_another_scripts_checkpoint(script, data, tmp_path):
-    """Block diffusion begins with the weights of the others, exactly, and goes on with none; they
-    refuse its weights and each other's."""
+@pytest.mark.parametrize("script, heir", [(gpt, train_mdlm), (train_mdlm, train_sedd)],
+                         ids=lambda x: x.SCRIPT)
+def test_another_scripts_checkpoint(script, heir, data, tmp_path):
+    """Some scripts begin with the weights of others, exactly, and go on with none of their runs."""
     source, out = tmp_path / "source", tmp_path / "out"
     given = train_tiny("--steps=2", f"--data={data}", f"--out={source}", script=script)
     assert given.status == 0, given.err
-    flags = tiny("--block_len=8", "--steps=1", *FROZEN, f"--init_from={source}/ckpt.pt",
-                 f"--data={data}", f"--out={out}")
-    result = train(*flags, script=train_block)
-    assert result.status == 0 and distance(checkpoint(source), checkpoint(out)) == 0, result.err
-    result = train("--eval_only=1", f"--init_from={source}/ckpt.pt", script=train_block)
-    assert_refused(result, f"a checkpoint of {script.SCRIPT}.py")
-    for other, path in ((script, out), (train_sedd, source)):
-        result = train_tiny(f"--init_from={path}/ckpt.pt", f"--data={data}",
+    for other in (heir, train_block):
+        blocks = ["--block_len=8"] if other is train_block else []
+        flags = tiny("--steps=1", *FROZEN, *blocks, f"--init_from={source}/ckpt.pt",
+                     f"--data={data}", f"--out={out / other.SCRIPT}")
+        result = train(*flags, script=other)
+        assert result.status == 0, result.err
+        assert distance(checkpoint(source), checkpoint(out / other.SCRIPT)) == 0
+        result = train("--eval_only=1", f"--init_from={source}/ckpt.pt", script=other)
+        assert_refused(result, f"a checkpoint of {script.SCRIPT}.py")
+    for other in (script, heir):
+        result = train_tiny(f"--init_from={out}/train_block/ckpt.pt", f"--data={data}",
                             f"--out={tmp_path / 'run'}", script=other)
         assert_refused(result, "a checkpoint of")
 
@@ -677,7 +658,7 @@ def test_another_scripts_checkpoint(script, data, tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (["--resume=1", "--n_embd=64"], ["--n_embd=64", "32"]),
     ([*TINY, "--data={data}", "--init_from={run}/ckpt.pt", "--n_embd=64"], ["--n_embd=64", "32"]),
-    (["--data={data}", *TINY], ["--resume=1", "--out"]),
+    (["--data={data}", "--steps=2", *TINY], ["--resume=1", "--out"]),
     (["--eval_only=1", "--init_from={run}/ckpt.pt", "--n_embd=64"], ["--n_embd=64", "32"]),
     (["--eval_only=1", "--init_from={run}/ckpt.pt", "--n_layer=2"], ["--n_layer=2"]),
 ])
