@@ -72,7 +72,8 @@ def convert(gpt2, meta):
 def run(flags):
     name = getattr(flags, "from")
     require(name and flags.out, "--from=MODEL and --out=FOLDER are needed")
-    ckpt = convert(read_gpt2(name), prepare_data.make_tokenizer(flags.tokenizer, ()))
+    cfg = prepare_data.Config(tokenizer=flags.tokenizer)
+    ckpt = convert(read_gpt2(name), prepare_data.make_tokenizer(cfg, [], []))
     path = Path(flags.out, "ckpt.pt")
     path.parent.mkdir(parents=True, exist_ok=True)
     gpt2_mdlm.save_checkpoint(str(path), ckpt)

@@ -129,7 +129,6 @@ def answer_all(lm, task, items, order, passes):
     steps = {"block": -(-passes * lm.block_len // task.answer_len), "gpt": 0,
              "sedd": passes or task.answer_len}.get(lm.kind, passes)
     opts = sample.make_options(order=order, steps=steps, temperature=0.0)
-    lm.check_able(opts)
     start = time.process_time()  # of all threads; other work does not disturb it
     batches = [*lm.batches(canvas, opts, stops=False)]
     seconds = time.process_time() - start
