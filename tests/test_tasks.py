@@ -16,6 +16,11 @@ import sample
 import train_mdlm
 from study import convert, gpt2_mdlm, puzzles, tasks
 
+KEYS = {"sudoku4": lambda row: row[16:], "sudoku6": lambda row: row[36:],
+        "countdown": lambda row: sorted(row[:8].strip(".").split("=")[0]),
+        "addition": lambda row: sorted((row[:5], row[6:11])), "brackets": lambda row: row[:20],
+        "sort": lambda row: row[12:]}
+
 
 @pytest.fixture(autouse=True)
 def small_tasks(monkeypatch):
@@ -28,7 +33,6 @@ def call(*flags, main=tasks.main):
     return runs.train(*flags, script=types.SimpleNamespace(main=main))
 
 
-# ----------------------------------------------------------------------------- scorers
 SIX = "346521215643163452524136652314431265"
 SCORED = [  # task, question, right answers, wrong ones
     ("sudoku4", "12..34..........", ["1234341221434321"],
@@ -49,14 +53,7 @@ SCORED = [  # task, question, right answers, wrong ones
 @pytest.mark.parametrize("name, question, right, wrong", SCORED)
 def test_a_scorer_knows_right_from_wrong(name, question, right, wrong):
     is_right = puzzles.TASKS[name].is_right
-    assert [a for a in right if not is_right(question, a)] == []
-    assert [a for a in wrong if is_right(question, a)] == []
-
-
-def test_where_one_answer_is_right_no_other_counts():
-    task = puzzles.TASKS["addition"]
-    items = [dict(question="00007+99995=", answer="100002")] * 3
-    assert tasks.count_right(task, items, ["100002", "010002", "200001"]) == 1
+    assert [a for a in right + wrong if is_right(question, a)] == right
 
 
 def test_random_answers_score_at_chance():
@@ -69,15 +66,7 @@ def test_random_answers_score_at_chance():
     found = tasks.count_right(task, [dict(question=question)] * n, answers)
     low, high = tasks.wilson(found, n)
     assert low < share < high and 0 < share < 0.02
-    assert tasks.wilson(0, 500)[1] == pytest.approx(0.00762, abs=1e-5)
     assert tasks.wilson(45, 50) == pytest.approx([0.7864, 0.9565], abs=1e-4)
-
-
-# ----------------------------------------------------------------------------- data and answers
-KEYS = {"sudoku4": lambda row: row[16:], "sudoku6": lambda row: row[36:],
-        "countdown": lambda row: sorted(row[:8].strip(".").split("=")[0]),
-        "addition": lambda row: sorted((row[:5], row[6:11])), "brackets": lambda row: row[:20],
-        "sort": lambda row: row[12:]}
 
 
 @pytest.mark.parametrize("name", puzzles.TASKS)
@@ -91,7 +80,7 @@ def test_training_and_test_have_no_problem_in_common(tmp_path, name):
     assert meta["tokenizer"] == "byte" and len(val) == task.n_test
     assert tasks.count_right(task, items, [item["answer"] for item in items]) == len(items)
     if name == "reversal":
-        shown = [f"..{item['row'].replace('____', item['answer'])}"[-9:] for item in items]
+        shown = [item["row"].replace("____", item["answer"])[3:] for item in items]
         backward, forward, hole_first = (shown[i:i + 40] for i in (0, 40, 80))
         rows = {row[3:] for row in train}
         assert not rows & {*backward} and rows >= {*forward} and {*forward} == {*hole_first}
@@ -99,7 +88,6 @@ def test_training_and_test_have_no_problem_in_common(tmp_path, name):
     else:
         keys, held_out = ({str(KEYS[name](row)) for row in rows} for rows in (train, val))
         assert not keys & held_out and len(train) == task.n_train
-    assert call("make", f"--task={name}", f"--out={tmp_path}").status == 0  # is there
     runs.assert_refused(call("make", f"--task={name}", "--seed=1", f"--out={tmp_path}"), "holds")
 
 
@@ -138,8 +126,7 @@ def test_an_untrained_network_is_at_chance_and_a_run_goes_on(tmp_path):
              f"--data={tmp_path}", f"--out={tmp_path}/out", "--orders=confidence")
     done = call(*flags)
     assert done.status == 0, done
-    scores = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*/*/score.json")]
-    rows = [row for score in scores for row in score]
+    rows = sum((json.loads(path.read_text()) for path in tmp_path.glob("out/*/*/score.json")), [])
     assert len(rows) == 2 + 3 * 2 and all(row["right"] == 0 for row in rows)
     assert len({(row["parameters"], row["tokens"]) for row in rows}) == 1
     assert all(row["n"] == 40 for row in rows) and done.out.count("0.0% (0.0% to 8.8%)") == 8
@@ -149,20 +136,13 @@ def test_an_untrained_network_is_at_chance_and_a_run_goes_on(tmp_path):
     runs.assert_refused(call("play"), "play", "table")
 
 
-# ----------------------------------------------------------------------------- GPT-2
-def tiny_gpt2(folder):
+def test_converted_weights_are_gpt2_until_the_mask_goes(tmp_path):
     transformers = pytest.importorskip("transformers", reason="pip install transformers")
-    torch.manual_seed(0)
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(
         vocab_size=256, n_positions=64, n_embd=32, n_layer=2, n_head=4)).eval()
     for p in gpt2.parameters():
         torch.nn.init.normal_(p, std=0.3)
-    gpt2.save_pretrained(folder)
-    return gpt2
-
-
-def test_converted_weights_are_gpt2_until_the_mask_goes(tmp_path):
-    gpt2 = tiny_gpt2(tmp_path)
+    gpt2.save_pretrained(tmp_path)
     done = call(f"--from={tmp_path}", "--tokenizer=byte", f"--out={tmp_path}", main=convert.main)
     assert done.status == 0, done
     model, cfg = sample.build_model(gpt2_mdlm, gpt2_mdlm.load_checkpoint(str(tmp_path)))
@@ -187,21 +167,19 @@ def test_a_network_of_gpt2s_shape_trains_and_writes(tmp_path):
     assert out.status == 0 and runs.log(tmp_path / "out")[-1]["val_nelbo"] < 6, out
     lm = sample.load(tmp_path / "out", script=gpt2_mdlm.__file__)
     assert lm.generate("ab", length=20, order="confidence").nfe == 18
-    out = runs.train_tiny(f"--data={data}", f"--out={tmp_path}/b", "--n_positions=32",
-                          script=gpt2_mdlm)
+    out = runs.train_tiny(f"--data={data}", "--n_positions=32", script=gpt2_mdlm)
     runs.assert_refused(out, "--seq_len=32", "n_positions")
 
 
-# ----------------------------------------------------------------------------- harness
 def test_the_harness_asks_and_is_answered(tmp_path):
     pytest.importorskip("lm_eval", reason="pip install lm_eval")
     from study import harness
     rows = [dict(q="ab", choices=["cd", "xy"], gold=0), dict(q="a c", choices=["c", "yz"], gold=1)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = dict(data_files={"test": f"{tmp_path}/rows.jsonl"}, cache_dir=str(tmp_path))
     task = dict(task="pick", output_type="multiple_choice", dataset_path="json", test_split="test",
-                dataset_kwargs=dict(data_files=dict(test=f"{tmp_path}/rows.jsonl"),
-                                    cache_dir=str(tmp_path)),
-                doc_to_text="{{q}}", doc_to_choice="choices", doc_to_target="gold")
+                dataset_kwargs=data, doc_to_text="{{q}}", doc_to_choice="choices",
+                doc_to_target="gold")
     (tmp_path / "pick.yaml").write_text(json.dumps(task))  # which is yaml, too
     for name in ("gpt", "train_mdlm"):
         ckpt = make_checkpoint(tmp_path / f"{name}.pt", name)
@@ -215,8 +193,8 @@ def test_the_harness_asks_and_is_answered(tmp_path):
         asked = [types.SimpleNamespace(args=args) for args in (("ab", text), ("ab", "zzz"))]
         (given, is_greedy), (_, other) = model.loglikelihood(asked)
         assert (is_greedy, other) == (True, False)
-        whole, part = model.loglikelihood_rolling(
-            [types.SimpleNamespace(args=(x,)) for x in (f"ab{text}", "ab")])
+        whole = [types.SimpleNamespace(args=(x,)) for x in (f"ab{text}", "ab")]
+        whole, part = model.loglikelihood_rolling(whole)
         assert name != "gpt" or given == pytest.approx(whole - part, abs=1e-4)
         ask = types.SimpleNamespace(args=(40 * "b" + "ab", dict(until=text[1], max_gen_toks=4)))
         assert text[1] not in model.generate_until([ask])[0]
