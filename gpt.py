@@ -390,17 +390,17 @@ def flops_per_token(cfg, n_weights):
 def attend(q, k, v, ctx):
     """Every position sees itself and those before it.
     q (B, H, T, d), k and v (B, Hkv, T, d) -> (B, H, T, d)"""
-    T, is_grouped = q.size(2), q.size(1) != k.size(1)
+    T, is_grouped, parts = q.size(2), q.size(1) != k.size(1), []
     if q.device.type != "cpu" or T > CPU_SHORT:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=is_grouped)
     # Plain products, faster at this length, by four strips of queries and the keys up to them.
     k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))
-    q, width, parts = q * q.size(-1) ** -0.5, math.ceil(T / 4), []
-    for start in range(0, T, width):
-        end = start + width
-        scores = (q[:, :, start:end] @ k[:, :, :end].transpose(-1, -2)).float()
-        future = torch.full(scores.shape[2:], -math.inf).triu(1 + start)
-        parts.append((scores + future).softmax(-1).type_as(v) @ v[:, :, :end])
+    q, k, v = (x.split(math.ceil(T / 4), 2) for x in (q * q.size(-1) ** -0.5, k, v))
+    for i in range(len(q)):
+        keys, values = (torch.cat(x[:i + 1], 2) for x in (k, v))
+        scores = (q[i] @ keys.transpose(-1, -2)).float()  # (B, H, width, end of the strip)
+        future = torch.full(scores.shape[2:], -math.inf).triu(1 + i * q[0].size(2))
+        parts.append((scores + future).softmax(-1).type_as(values) @ values)
     return torch.cat(parts, 2)
 
 class Model(Trunk):

@@ -24,7 +24,6 @@ NS_EPS = 1e-7  # floor of the Frobenius norm, for a gradient of zeros
 CPU_STACK = 4  # matrices multiplied at a time on CPU: larger stacks leave the cache (8% slower)
 NORMUON_EPS = 1e-8  # added to a row's rms; the smallest that matters is about cols^-.5
 
-
 def default_ns_dtype(device):
     """bfloat16 where the device multiplies in it natively, float32 elsewhere."""
     if device.type == "cuda":
@@ -32,7 +31,6 @@ def default_ns_dtype(device):
     else:
         fast = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
-
 
 def newton_schulz(G, steps=5, dtype=torch.bfloat16):
     """Move every singular value of G towards 1; the singular vectors stay.
@@ -56,7 +54,6 @@ def newton_schulz(G, steps=5, dtype=torch.bfloat16):
         X = torch.baddbmm(X, B, X, beta=a)           # a X + B X
     return (X.mT if tall else X).reshape(G.shape)
 
-
 def muon_update(grad, momentum, beta=0.95, nesterov=True, steps=5, dtype=torch.bfloat16):
     """The orthogonalised direction, before learning rate and shape scale.
 
@@ -65,7 +62,6 @@ def muon_update(grad, momentum, beta=0.95, nesterov=True, steps=5, dtype=torch.b
     """
     u = grad.lerp(momentum, beta) if nesterov else momentum
     return newton_schulz(u, steps, dtype)
-
 
 def normuon_scale(update, second_moment, beta2):
     """NorMuon (2510.05491, algorithm 1): divide each row by its running rms, keep the norm.
@@ -78,7 +74,6 @@ def normuon_scale(update, second_moment, beta2):
     scaled = update / (second_moment.sqrt() + NORMUON_EPS)
     old, new = (torch.linalg.matrix_norm(x, keepdim=True) for x in (update, scaled))
     return scaled * (old / new.clamp(min=NS_EPS)), second_moment
-
 
 class Muon(torch.optim.Optimizer):
     """Muon for float32 parameters that are matrices or (k, rows, cols) stacks of them.

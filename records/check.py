@@ -32,7 +32,6 @@ TELLING = {"graph": "train_sedd", "block_len": "train_block", "schedule": "train
 NO_RECIPE = set("data out seed preset resume micro_batch checkpoint_layers device compile "
                 "log_every ckpt_every eval_every val_tokens val_draws".split())
 
-
 @dataclass(frozen=True)
 class Track:
     """What all runs of a track have in common."""
@@ -50,7 +49,6 @@ class Track:
     ranks: int = 0  # how many of them
     baseline: dict = field(default_factory=dict)  # settings that the first record is timed against
 
-
 TRACKS = {
     "speedrun": Track(
         data="finewebedu10B", max_parameters=162_500_000, val_tokens=10_485_760, val_draws=1,
@@ -64,7 +62,6 @@ TRACKS = {
         val_sha256="d899e5ac46d5a7d027810bb4b9407f5c8697e0080d43a1fc235c2983ac20ab1e"),
 }
 
-
 def t_below(t, dof):
     """P(T <= t) of Student's distribution; dof >= 1 need not be whole.
 
@@ -75,7 +72,6 @@ def t_below(t, dof):
     heights = (math.cos(start + (i + 0.5) * step) ** (dof - 1) for i in range(QUADRATURE_STEPS))
     tail = scale * step * sum(heights)
     return tail if t < 0 else 1 - tail
-
 
 def p_lower(values, others):
     """P-value of values having the lower mean: one-sided Welch test. With a single other value,
@@ -88,11 +84,9 @@ def p_lower(values, others):
     dof = total**2 / sum(error**2 / n for error, n in errors)
     return t_below(gap / math.sqrt(total), dof)
 
-
 def require(condition, message):
     if not condition:
         raise ValueError(message)
-
 
 def read_log(path):
     """What log.txt of a run says. A resumed run may repeat steps: the last line of each counts."""
@@ -120,23 +114,19 @@ def read_log(path):
         trained=config["steps"] * config["batch_tokens"],  # tokens
         referee=referee)  # what evaluate.py added, name -> text
 
-
 def objective_of(config):
     """The script that a fork with these settings was made from."""
     return next((name for key, name in TELLING.items() if key in config), "gpt")
-
 
 def check_finished(log):
     steps = log.config["steps"]
     require(log.step == steps and log.seconds,
             f"{log.name}: ends at step {log.step} of {steps}, finish it with --resume=1")
 
-
 def check_same_recipe(log, other):
     a, b = ({"source": x.source, "muon.py": x.muon, **x.config} for x in (log, other))
     names = [k for k in {**a, **b} if k not in NO_RECIPE and a.get(k) != b.get(k)]
     require(not names, f"{log.name}: another {', '.join(names)} than {other.path}")
-
 
 def check_run(log, track):
     """Rules of the track for every run, the baseline too."""
@@ -147,7 +137,6 @@ def check_run(log, track):
                 f"{value!r}")
     limit = track.max_tokens or log.corpus
     require(log.trained <= limit, f"{log.name}: {log.trained:,} training tokens, at most {limit:,}")
-
 
 def check_verdict(log, track):
     """What evaluate.py said of a run."""
@@ -162,7 +151,6 @@ def check_verdict(log, track):
                     shard_sha256=track.val_sha256 or said["shard_sha256"])
     for key, value in expected.items():
         require(said[key] == str(value), f"{log.name}: verdict: {key} is {said[key]}, not {value}")
-
 
 def read_runs(folder, track):
     """A record's folder -> (logs of seeds 0..n-1, log of the baseline or None)."""
@@ -180,7 +168,6 @@ def read_runs(folder, track):
     require(baseline or not track.baseline, "baseline.txt: missing")
     return [logs[seed] for seed in seeds], baseline
 
-
 def check_record(runs, baseline, track, leader):
     """Do the runs belong together, and is the baseline the right one? leader: record to beat."""
     first = runs[0]
@@ -195,13 +182,11 @@ def check_record(runs, baseline, track, leader):
         for name, value in track.baseline.items():
             require(baseline.config[name] == value, f"baseline.txt: {name} is not {value!r}")
 
-
 def figure(runs, name):
     """One of the referee's figures -> (values of the runs, their mean and deviation as text)."""
     values = [float(log.referee[name].split("+-")[0]) for log in runs]
     spread = f" ({statistics.stdev(values):.4f})" if len(values) > 1 else ""
     return values, f"{statistics.fmean(values):.4f}{spread}"
-
 
 def read_record(folder, track, leaders, by=""):
     """A folder that keeps to the rules. leaders: {objective: best ranked record before this one}.
@@ -243,7 +228,6 @@ def read_record(folder, track, leaders, by=""):
         objective=objective, runs=runs, values=values, score=score, cells=cells,
         is_ranked=n >= track.min_runs and is_timed and (not others or p_value < P_VALUE))
 
-
 def examine(root, tracks, new=None, by=""):
     """-> (problems, {track: table}): the first problem of each folder; tables of those that have
     none. by: the author of the folder `new`."""
@@ -263,7 +247,6 @@ def examine(root, tracks, new=None, by=""):
         tables[name] = make_table(track, records)
     return problems, tables
 
-
 def make_table(track, records):
     """Leaderboard of a track in Markdown: ranked records by score, then the others."""
     target_columns = ["published formula", "/ baseline"] if track.target else []
@@ -276,7 +259,6 @@ def make_table(track, records):
     text = "".join("| " + " | ".join(line) + " |\n" for line in lines)
     return text if records else "No record yet.\n"
 
-
 class Parser(argparse.ArgumentParser):
     """Flags of a script: a mistake is one line, help is the docstring."""
     def error(self, message):
@@ -285,7 +267,6 @@ class Parser(argparse.ArgumentParser):
 
     def format_help(self):
         return self.description
-
 
 def main(argv, root=ROOT, tracks=TRACKS):
     parser = Parser(description=__doc__, allow_abbrev=False)
@@ -313,7 +294,6 @@ def main(argv, root=ROOT, tracks=TRACKS):
         print("\n".join(problems))
         raise SystemExit(1)
     print("\n".join(f"{name}\n{table}" for name, table in tables.items()), end="")
-
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -29,7 +29,6 @@ import numpy as np
 EVALUATION = re.compile(
     r"^step:\d+/\d+ (val_\w+):\S+ bpb:(\S+) .*tokens:(\d+) bytes:(\d+) ", re.M)
 
-
 def read_run(folder):
     log = check.read_log(folder / "log.txt")
     check.check_finished(log)
@@ -43,7 +42,6 @@ def read_run(folder):
         log=log, seed=config["seed"], bpb=float(bpb), is_exact=metric == "val_nll",
         nats=np.load(folder / f"{config['split']}_nats.npy") / config["seq_len"],  # (N,) per token
         evaluated_on=evaluated_on)  # what must agree for a comparison
-
 
 def read_row(arg):
     """[NAME=]FOLDER[,FOLDER..] -> (name, runs of one setting in the order of their seeds)."""
@@ -60,21 +58,17 @@ def read_row(arg):
         check.check_same_recipe(run.log, runs[0].log)
     return name or rest.rstrip("/").rpartition("/")[2], runs
 
-
 def standard_error(values):
     """Of the mean of independent values."""
     return values.std(ddof=1) / len(values) ** 0.5
-
 
 def over_windows(runs):
     """Nats per token of each pair of neighbouring windows, (N/2,), the mean over seeds."""
     return np.mean([run.nats for run in runs], 0).reshape(-1, 2).mean(1)
 
-
 def over_seeds(runs):
     """Nats per token of each run, the mean over windows."""
     return np.array([run.nats.mean() for run in runs])
-
 
 def difference(runs, first):
     """Mean of runs - first with its standard errors."""
@@ -88,7 +82,6 @@ def difference(runs, first):
         error = standard_error(a - b)
     return f"{text} / {error:.4f}"
 
-
 def cells(name, runs, first):
     """A row of the table; first: the runs of the first row."""
     log, pairs = runs[0].log, over_windows(runs)
@@ -99,7 +92,6 @@ def cells(name, runs, first):
             f"{len(runs)}{spread}", nats if runs[0].is_exact else f"≤ {nats}",
             f"{np.mean([run.bpb for run in runs]):.4f}",
             "" if runs is first else difference(runs, first)]
-
 
 def table(rows):
     """[(name, runs)] -> markdown."""
@@ -116,7 +108,6 @@ def table(rows):
         note += ", / over seeds"
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{note}."
 
-
 def main(argv):
     parser = check.Parser(description=__doc__)
     parser.add_argument("runs", nargs="+")
@@ -130,7 +121,6 @@ def main(argv):
     except (OSError, ValueError) as error:
         parser.error(error)
     print(table(rows))
-
 
 if __name__ == "__main__":
     main(sys.argv[1:])

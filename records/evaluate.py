@@ -41,7 +41,6 @@ LEAK_WINDOWS = 64  # as many as a window of the speedrun has blocks
 LEAK_TOLERANCE = 1e-3  # nats, in the log-probability of any token
 BOS_SHARE = 0.05  # of the replaced tokens
 
-
 def published_weights(L):
     """(L + 1,) float64: w_k of the docstring, and 0 for k = 0.
 
@@ -52,7 +51,6 @@ def published_weights(L):
     rows = [math.comb(L, k) * t**k * (1 - t) ** (L - k) for k in range(1, L + 1)]
     w = torch.stack(rows) @ weight * (high - low) / 2  # (L,)
     return torch.cat((w.new_zeros(1), w))
-
 
 def both_figures(rules, model, x0, noise, cfg):
     """(exact, published), each (B,) nats per sequence, from one pass of a block denoiser."""
@@ -67,13 +65,11 @@ def both_figures(rules, model, x0, noise, cfg):
     noise = noise._replace(weight=weight[noise.level.long()])
     return exact, rules.nelbo_fn(once, x0, noise, cfg)
 
-
 def mean_and_error(nats, seq_len):
     """(N,) nats of windows -> 'mean+-standard error' per token, over pairs of neighbours."""
     pairs = nats.view(-1, 2).mean(1) / seq_len
     require(bool(pairs.isfinite().all()), "refused: the bound is not finite")
     return f"{pairs.mean():.4f}+-{pairs.std() / len(pairs) ** 0.5:.4f}"
-
 
 def check_leaks(rules, objective, model, x0, cfg, bos_id):
     """Refuse a network whose answers change with tokens that they must not depend on.
@@ -111,7 +107,6 @@ def check_leaks(rules, objective, model, x0, cfg, bos_id):
         require(difference.max() <= LEAK_TOLERANCE, f"refused: the output at token {place} moves "
                 f"by {difference.max():.3g} nats with tokens that it must not see")
 
-
 def judge(rules, objective, model, cfg, windows, meta, device):
     """-> {figure: value}"""
     n, token_length = cfg.val_tokens // cfg.seq_len, torch.tensor(meta["byte_length"])
@@ -132,7 +127,6 @@ def judge(rules, objective, model, cfg, windows, meta, device):
         other = torch.cat(published).view(cfg.val_draws, -1).mean(0)
         figures["published"] = mean_and_error(other, cfg.seq_len)
     return figures | dict(tokens=cfg.val_tokens, draws=cfg.val_draws)
-
 
 @torch.no_grad()
 def run(args):
@@ -175,7 +169,6 @@ def run(args):
             f.writelines(lines)
         print(f"added to {log.path}")
 
-
 def main(argv):
     parser = Parser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--ckpt", required=True)
@@ -186,7 +179,6 @@ def main(argv):
         run(parser.parse_args(argv))
     except (KeyboardInterrupt, OSError, ValueError) as error:  # UserError is a ValueError
         parser.error(str(error) or "interrupted")
-
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -28,15 +28,12 @@ text = torch.tensor(list(b"".join(file.read_bytes() for file in files)[:2_000_00
 print(f"text: {files[0]}{', ..' * (len(files) > 1)}, {len(text):,} bytes")
 torch.manual_seed(0)
 
-
 def show(row):  # tokens (T,) -> one line of text
     return "".join("░" if i == MASK else chr(i) if 31 < i < 127 else "/" for i in row.tolist())
-
 
 def corrupt(x0, fraction):  # hide each token of x0 (B, T) with probability fraction (B, 1)
     is_mask = torch.rand(x0.shape) < fraction
     return torch.where(is_mask, MASK, x0)
-
 
 def chi_square_p(counts, law):  # Pearson's test; outcomes expected less than 5 times are pooled
     expected = counts.sum() * law
@@ -45,7 +42,6 @@ def chi_square_p(counts, law):  # Pearson's test; outcomes expected less than 5 
     expected = torch.cat((expected[~rare], expected[rare].sum()[None])).clamp(min=1e-9)
     statistic = ((counts - expected) ** 2 / expected).sum()
     return torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2), statistic / 2).item()
-
 
 SCHEDULES = {  # the probability that a token is hidden at time t
     "linear": lambda t: t,

@@ -32,22 +32,18 @@ train, val = (part.unfold(0, T, 1) for part in text.tensor_split([len(text) * 9 
 print(f"text: {files[0]}{', ..' * (len(files) > 1)}, {len(text):,} bytes")
 torch.manual_seed(0)
 
-
 def show(row):  # tokens (T,) -> one line of text
     return "".join("░" if i == MASK else chr(i) if 31 < i < 127 else "/" for i in row.tolist())
-
 
 def corrupt(x0, k):  # hide k (B, 1) random tokens of every row x0 (B, T)
     rank = torch.rand(x0.shape).argsort(1).argsort(1)
     return torch.where(rank < k, MASK, x0)
-
 
 def bound(model, x0):  # of -log p(x0), nats per token, by one random masking of every row
     k = torch.randint(1, x0.size(1) + 1, (len(x0), 1))
     xt = corrupt(x0, k)
     log_p = model(xt).log_softmax(-1).gather(-1, x0[..., None])[..., 0]  # (B, T)
     return (-log_p * (xt == MASK) / k).sum(1).mean()
-
 
 model = nn.Sequential(nn.Embedding(MASK + 1, WIDTH), nn.Linear(WIDTH, WIDTH), nn.ReLU(),
                       nn.Linear(WIDTH, 256))  # (B, T) -> (B, T, 256)

@@ -29,15 +29,12 @@ train, val = (part.unfold(0, T, 1) for part in text.tensor_split([len(text) * 9 
 print(f"text: {files[0]}{', ..' * (len(files) > 1)}, {len(text):,} bytes")
 torch.manual_seed(0)
 
-
 def show(row):  # tokens (T,) -> one line of text
     return "".join("░" if i == MASK else chr(i) if 31 < i < 127 else "/" for i in row.tolist())
-
 
 def corrupt(x0, k):  # hide k (B, 1) random tokens of every row x0 (B, T)
     rank = torch.rand(x0.shape).argsort(1).argsort(1)
     return torch.where(rank < k, MASK, x0)
-
 
 def bound(model, x0):  # of -log p(x0), nats per token, by one random masking of every row
     k = torch.randint(1, x0.size(1) + 1, (len(x0), 1))
@@ -45,7 +42,6 @@ def bound(model, x0):  # of -log p(x0), nats per token, by one random masking of
     log_p = model(xt).log_softmax(-1).gather(-1, x0[..., None])[..., 0]  # (B, T)
     nats = -log_p * (xt == MASK)
     return (nats / k).sum(1).mean(), nats.sum() / k.sum()
-
 
 class Layer(nn.Module):
     def __init__(self):
@@ -63,10 +59,8 @@ class Layer(nn.Module):
         h = h + self.out(y.transpose(1, 2).flatten(2))
         return h + self.down(F.relu(self.up(F.layer_norm(h, (WIDTH,)))))
 
-
 def exact(x):
     return given[x.flip(1).clamp(max=3)].log()  # (B, 2, 3)
-
 
 law = torch.tensor([[0.4, 0.1, 0.02], [0.1, 0.2, 0.02], [0.02, 0.02, 0.12]])  # P(first, second)
 given = torch.cat((law / law.sum(1, keepdim=True), law.sum(0)[None]))  # (4, 3); 3 is the mask

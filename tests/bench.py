@@ -35,12 +35,10 @@ ROUNDS = 7
 LONG = dict(n_layer=6, n_head=6, n_embd=384, seq_len=1024)
 BF16 = torch.bfloat16
 
-
 def seconds(f):
     start = time.perf_counter()
     f()
     return time.perf_counter() - start
-
 
 def row(name, what, shape, ours, baseline, unit):
     """Print a row: paired measurements -> medians and the median of the ratios."""
@@ -48,14 +46,12 @@ def row(name, what, shape, ours, baseline, unit):
     print(f"| {name} | {what} | {shape} | {median(ours):,.4g} {unit} "
           f"| {median(baseline):,.4g} {unit} | **{ratio:.2f}** |", flush=True)
 
-
 def rounds(*functions, n=ROUNDS):
     """Interleaved times of several functions, after one call of each: a list for every one."""
     for f in functions:
         f()
     times = [[seconds(f) for f in functions] for _ in range(n)]
     return [list(column) for column in zip(*times, strict=True)]
-
 
 def network(preset, batch, script=mdlm, **names):
     names = {"vocab_size": 256, "dropout": 0.0} | names
@@ -66,7 +62,6 @@ def network(preset, batch, script=mdlm, **names):
     x0 = torch.randint(cfg.vocab_size, (batch, cfg.seq_len), generator=gen)
     return cfg, model, x0, script.draw_noise(cfg, batch, gen)
 
-
 def full_logits_loss(model, x0, noise, cfg):
     """The same loss as a plain script writes it: logits and cross entropy of every position."""
     xt = mdlm.corrupt(x0, noise, cfg)
@@ -74,10 +69,8 @@ def full_logits_loss(model, x0, noise, cfg):
     ce = F.cross_entropy(logits.flatten(0, 1), x0.flatten(), reduction="none").view(x0.shape)
     return (noise.weight[:, None] * ce * (xt != x0)).sum() / x0.numel()
 
-
 def plain_attention(q, k, v, ctx):
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.size(1) != k.size(1))
-
 
 def train():
     """Forward and backward at the shape of shakespeare_10m."""
@@ -111,7 +104,6 @@ def train():
             f"6L 384, T {cfg.seq_len}, {batch} rows, {'bf16' if 'bf16' in name else 'fp32'}",
             column, rate[-1], "tok/s")
 
-
 def objectives():
     """Forward and backward of every objective at the shape of tiny, compiled as in training."""
     batch, steps = 16, []
@@ -132,13 +124,11 @@ def objectives():
         row("objectives", f"{name} / train_mdlm, compiled",
             f"6L 208, T {cfg.seq_len}, {batch} rows, bf16", column, rate[-1], "tok/s")
 
-
 def encode_all(corpus):
     """Plain tiktoken on one core, in calls of the size that prepare_data.py makes."""
     gpt2 = tiktoken.get_encoding("gpt2")
     for start in range(0, len(corpus), 1 << 19):
         gpt2.encode_ordinary(corpus[start:start + (1 << 19)])
-
 
 def tokenizer():
     """prepare_data.py on all cores against tiktoken on one of them, times their number."""
@@ -167,7 +157,6 @@ def tokenizer():
     row("tokenizer", f"prepare_data.py on {cores} cores / {cores} x tiktoken on one",
         f"{megabytes:.0f} MB of source code, gpt2", [megabytes / t for t in times[0]],
         [cores * megabytes / t for t in times[1]], "MB/s")
-
 
 def sampling():
     """Tokens per second of every sampler against first-hitting, one network pass a token."""
@@ -199,7 +188,6 @@ def sampling():
         row("sampling", f"{name} / first-hitting", f"6L 208, {batch} x {length} tokens, fp32",
             column, rate[-1], "tok/s")
 
-
 def caching():
     """Tokens per second with cached keys and values, and with all earlier tokens computed anew."""
     for script, what, length, how in ((block, "train_block, 4 passes a block of 16", 512,
@@ -220,9 +208,7 @@ def caching():
         row("caching", f"{what}, cached / earlier tokens computed anew",
             f"6L 384, 1 x {length:,} tokens, fp32", *rate, "tok/s")
 
-
 BENCHMARKS = {f.__name__: f for f in (train, objectives, tokenizer, sampling, caching)}
-
 
 def main(argv):
     unknown = [a for a in argv if not any(name.startswith(a) for name in BENCHMARKS)]
@@ -235,7 +221,6 @@ def main(argv):
     for name, run in BENCHMARKS.items():
         if not argv or any(name.startswith(a) for a in argv):
             run()
-
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -20,18 +20,15 @@ for name, n in (("quick", 100), ("torture", 10_000)):
     settings.register_profile(name, max_examples=n, derandomize=name == "quick", deadline=None,
                               database=None, suppress_health_check=list(HealthCheck))
 
-
 def pytest_addoption(parser):
     parser.addoption("--torture", action="store_true", help="the long tests, too; the others with "
                      "more kills, faults and random cases (make torture)")
-
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "torture: takes minutes or hours, runs with --torture only")
     # In the environment, since test modules size their cases as they are imported.
     os.environ["TORTURE"] = str(int(config.getoption("--torture")))
     settings.load_profile("torture" if config.getoption("--torture") else "quick")
-
 
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("--torture"):

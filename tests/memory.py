@@ -34,7 +34,6 @@ SCRIPTS = ("gpt", "train_mdlm", "train_block", "train_sedd")
 BYTE_DATA, GPT2 = ("stdlib", "shakespeare", "pg19"), 50257
 GIB = 2**30
 
-
 class Kept:
     """Saved-tensor hooks that count every storage once, the parameters' own apart."""
     def __init__(self, model):
@@ -48,10 +47,8 @@ class Kept:
             self.alive.append(storage)  # else its number may be given again
         return tensor
 
-
 def in_float32(f):
     return lambda x, *args, **kwargs: f(x.float(), *args, **kwargs)
-
 
 def saved_bytes(script, model, x0, noise, cfg):
     """Bytes that the backward pass of loss_fn needs."""
@@ -63,14 +60,12 @@ def saved_bytes(script, model, x0, noise, cfg):
         script.loss_fn(model, x0, noise, cfg)
     return sum(kept.sizes.values())
 
-
 def outside(f):
     """f by real tensors: its answer is a number, which fake ones do not have."""
     def call(*args):
         with unset_fake_temporarily():
             return f(*args)
     return call
-
 
 def measure(script, cfg):
     """-> (parameters, bytes of states, bytes saved, bytes recomputed)."""
@@ -104,7 +99,6 @@ def measure(script, cfg):
         n_states += 2 * hidden
     return n_params, 4 * n_states, saved, layer
 
-
 def main(argv):
     if argv[:1] in ([], ["--help"], ["-h"]):
         print(__doc__)
@@ -123,7 +117,6 @@ def main(argv):
     parts += f", recomputed {layer / GIB:.2f}" if layer else ""
     print(f"{argv[0]}: {n_params / 1e6:.2f}M parameters, {rows} x {cfg.seq_len} tokens of "
           f"{cfg.vocab_size}: {parts} = {(states + saved + layer) / GIB:.1f} GiB")
-
 
 if __name__ == "__main__":
     main(sys.argv[1:])

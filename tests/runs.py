@@ -27,12 +27,10 @@ TORTURE = os.environ.get("TORTURE") == "1"  # pytest --torture: more of everythi
 LAUNCHED = []  # processes, so that none outlives a test that failed
 LAUNCH_LIMIT = 600  # seconds, for a process that takes five on an idle machine
 
-
 class Result(NamedTuple):
     status: int
     out: str
     err: str
-
 
 def train(*flags, script=train_mdlm):
     """Run the command line of a training script in this process."""
@@ -50,16 +48,13 @@ def train(*flags, script=train_mdlm):
             print(f"{Path(script.__file__).name}: {' '.join(str(e).split())}", file=err)
     return Result(status, out.getvalue(), err.getvalue())
 
-
 def tiny(*flags):
     """TINY with these flags, which win."""
     named = {x.partition("=")[0]: x for x in (*TINY, *map(str, flags))}
     return tuple(named.values())
 
-
 def train_tiny(*flags, script=train_mdlm):
     return train(*tiny(*flags), script=script)
-
 
 def launch(*command, **environment):
     """Start a process with one thread per rank; its output is read by `finish`."""
@@ -69,16 +64,13 @@ def launch(*command, **environment):
     LAUNCHED.append(process)
     return process
 
-
 def finish(process, before=""):
     out, err = process.communicate(timeout=LAUNCH_LIMIT)
     return Result(process.returncode, before + out, err)
 
-
 def torchrun(*flags, script=SCRIPT, ranks=2, options=()):
     return launch("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
                   *options, script, *flags)
-
 
 def wait_for(process, pattern):
     """Read the output up to a line that matches."""
@@ -89,11 +81,9 @@ def wait_for(process, pattern):
             return seen
     raise AssertionError(f"no {pattern!r} in:\n{seen}\n{process.stderr.read()}")
 
-
 def checkpoint(folder, name="ckpt.pt"):
     """Of any script: they read all alike."""
     return train_mdlm.load_checkpoint(str(folder / name))
-
 
 def log(folder):
     """The figures of every line of a log that has a loss or an evaluation, as printed, but for
@@ -107,21 +97,17 @@ def log(folder):
         found[step, "loss" in values] = {"step": int(step)} | values
     return list(found.values())
 
-
 def presets(script):
     return sorted(p.stem for p in (ROOT / "presets" / script.OBJECTIVE).glob("*.txt"))
-
 
 def evaluations(text):
     """[(bound, standard error, bits per byte), ..] as printed."""
     found = re.findall(r"val_n\w+:([\d.]+)\+-([\d.]+|nan) bpb:([\d.]+|nan)", text)
     return [tuple(float(x) for x in line) for line in found]
 
-
 def tree(folder):
     """Every path under a folder with its content."""
     return {str(p): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
-
 
 def write_shard(path, tokens, itemsize=1, stated=None):
     """A shard by the description of the format; stated=0 is what the published ones say."""
@@ -129,7 +115,6 @@ def write_shard(path, tokens, itemsize=1, stated=None):
     header[:4] = 20240520, 1, len(tokens), itemsize if stated is None else stated
     body = np.asarray(tokens).astype({1: np.uint8, 2: "<u2"}[itemsize])
     path.write_bytes(header.tobytes() + body.tobytes())
-
 
 def write_meta(folder, table, **changes):
     """meta.json of tokens that stand for these bytes; token 0 is BOS."""
@@ -139,10 +124,8 @@ def write_meta(folder, table, **changes):
             "byte_length": [len(b) for b in table], "splits": {}, "shards": {}}
     (folder / "meta.json").write_text(json.dumps(meta | changes))
 
-
 def byte_table(n):
     return [b""] + [bytes([i]) for i in range(1, n)]
-
 
 def babble(n, seed=0):
     """n bytes of random words out of sixty."""
@@ -150,7 +133,6 @@ def babble(n, seed=0):
     words = [rng.integers(97, 123, rng.integers(2, 7)) for _ in range(60)]
     picked = [x for i in rng.integers(0, 60, n) for x in (*words[i], 32)]
     return np.array(picked[:n])
-
 
 @contextlib.contextmanager
 def keep_checkpoints(script, path):
@@ -168,7 +150,6 @@ def keep_checkpoints(script, path):
     finally:
         script.save_checkpoint = save
 
-
 def make_data(folder):
     """Bytes, the training text in two shards."""
     text = babble(16_000)
@@ -179,7 +160,6 @@ def make_data(folder):
     write_meta(folder, byte_table(256), tokenizer="byte")
     return folder
 
-
 def children(parent):
     """Process numbers, from Linux's /proc: the field behind name and state is the parent's."""
     found = []
@@ -189,13 +169,11 @@ def children(parent):
                 found.append(int(path.parent.name))
     return found
 
-
 def kill(process):
     """And all its children, at once."""
     for number in (process.pid, *children(process.pid)):
         with contextlib.suppress(ProcessLookupError):
             os.kill(number, signal.SIGKILL)
-
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
@@ -206,14 +184,12 @@ def one_thread():
             kill(process)
             process.wait()
 
-
 def flat(state):
     """Nested dicts and lists of a checkpoint -> {path: leaf}."""
     if isinstance(state, dict | list | tuple):
         items = state.items() if isinstance(state, dict) else enumerate(state)
         return {f"{k}.{name}".rstrip("."): x for k, v in items for name, x in flat(v).items()}
     return {"": state}
-
 
 def assert_same_state(a, b):
     """All of two checkpoints but the flags and the clock."""
@@ -224,13 +200,11 @@ def assert_same_state(a, b):
         same = torch.equal(x, b[name]) if isinstance(x, torch.Tensor) else x == b[name]
         assert same, name
 
-
 def assert_same_log(a, b):
     """The figures of two logs, but for the last of the digits printed."""
     for x, y in zip(log(a), log(b), strict=True):
         assert x.pop("grad_norm", 0) == pytest.approx(y.pop("grad_norm", 0), rel=2e-3)
         assert x == pytest.approx(y, rel=1e-4)
-
 
 def assert_refused(result, *words):
     assert result.status == 2, result

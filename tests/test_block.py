@@ -27,7 +27,6 @@ SWITCHES = {
                        "dropout": 0.1, "doc_mask": True, "bos_id": 3, "value_residual": True},
 }
 
-
 class Blocks:
     """The exact conditionals of a toy distribution: a block's given what is known of it in xt, and
     x0 before it."""
@@ -50,23 +49,18 @@ class Blocks:
             self.toy(context))
         return logits[torch.arange(len(rows)), at[:, 0]].float()
 
-
 def config(module, **names):
     return module.Config(**{"vocab_size": V, "seq_len": T, "block_len": L, **names})
 
-
 def tokens(n_rows, seq_len=T, seed=1, n_values=V):
     return torch.randint(n_values, (n_rows, seq_len), generator=seeded(seed))
-
 
 def bound(module, model, x0, cfg, seed=0):
     noise = module.draw_noise(cfg, len(x0), seeded(seed), bound=True)
     with torch.no_grad():
         return module.nelbo_fn(model, x0, noise, cfg)
 
-
 # ----------------------------------------------------------------------------- mask
-
 
 def moved(model, xt, x0, name, at, value=None):
     """(T,) which outputs another token of one copy changes."""
@@ -76,7 +70,6 @@ def moved(model, xt, x0, name, at, value=None):
         difference = model(**changed) - model(xt, x0)
     assert (difference[1] == 0).all()  # the other row
     return difference[0].abs().amax(-1) > 1e-6
-
 
 def check_mask(module):
     """A noised token moves its own block, a clean one later blocks, and neither any other."""
@@ -88,7 +81,6 @@ def check_mask(module):
         for at in range(T):
             assert torch.equal(moved(model, xt, x0, "xt", at), block == at // L)
             assert torch.equal(moved(model, xt, x0, "x0", at), block > at // L)
-
 
 def check_documents(module):
     """A document does not see those before it, and where it begins is no secret given away."""
@@ -104,7 +96,6 @@ def check_documents(module):
         assert torch.equal(moved(model, xt, x0, "x0", at), expected)
         assert torch.equal(moved(model, xt, x0, "xt", at), block == at // L)
 
-
 def check_likelihood_sums_to_one(module):
     """block_len=1: over all sequences, the probabilities of a network sum to one."""
     for names in ({}, {"doc_mask": True, "bos_id": 1}):
@@ -113,7 +104,6 @@ def check_likelihood_sums_to_one(module):
         p = (-bound(module, model, x0, cfg).double()).exp()
         assert p.max() > 2 / 81  # it is no uniform distribution
         assert math.isclose(p.sum(), 1, abs_tol=1e-5)
-
 
 def check_likelihood_token_by_token(module):
     """block_len=1: the chain rule, each token from a pass over a window that ends with it."""
@@ -124,7 +114,6 @@ def check_likelihood_token_by_token(module):
             logits = model(torch.full((3, i + 1), V), x0[:, :i + 1])[:, -1]
             by_token += F.cross_entropy(logits, x0[:, i], reduction="none")
     torch.testing.assert_close(bound(module, model, x0, cfg), by_token, rtol=1e-5, atol=1e-5)
-
 
 def check_one_block_is_mdlm(module):
     """block_len=seq_len: logits, bound and loss of train_mdlm, same weights and noise."""
@@ -147,7 +136,6 @@ def check_one_block_is_mdlm(module):
                     b = getattr(train_mdlm, name)(other, x0, same, other.cfg)
                     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
-
 @contextlib.contextmanager
 def flex_on_cpu(module):
     """Its backward pass works on CPUs, too, where it is not compiled; a guard says otherwise."""
@@ -163,13 +151,11 @@ def flex_on_cpu(module):
     finally:
         flex._validate_device, module.use_flex = guard, chosen
 
-
 def gradients(model, loss, x0, noise, cfg):
     model.zero_grad()
     value = loss(model, x0, noise, cfg)
     value.backward()
     return [value.detach(), *(p.grad.clone() for p in model.parameters())]
-
 
 def check_flex_attention(module):
     """FlexAttention, the dense mask and the CPU's strips: the same outputs and gradients."""
@@ -186,9 +172,7 @@ def check_flex_attention(module):
             for other in others:
                 torch.testing.assert_close(ours, other, rtol=1e-5, atol=1e-5)
 
-
 # ----------------------------------------------------------------------------- noise
-
 
 def check_counts(module):
     """k of every block is uniform over its range, and neighbours add up; whatever the number of
@@ -220,7 +204,6 @@ def check_counts(module):
         per_value = torch.bincount(strata.long(), minlength=high + 1)[low:]
         assert (per_value - 192 / len(per_value)).abs().max() <= 2  # stratified over all rows
 
-
 def check_coins(module):
     """bernoulli: t stratified over the clipped range, weights 1/t or all alike."""
     for weight in ("elbo", "uniform"):
@@ -236,7 +219,6 @@ def check_coins(module):
         torch.testing.assert_close(noise.weight, expected)
         assert abs(noise.level[:, 0].mean() - 0.55) < 5 * 0.5 / 12**0.5 / 20
 
-
 def check_weights(module):
     """Training on the whole range with weights elbo is the bound; uniform, a mean of as many."""
     cfg = config(module, t_min=0.0, t_max=1.0, loss_weight="elbo")
@@ -251,9 +233,7 @@ def check_weights(module):
     masked_mean = -toy.p.log()[x0][is_mask].mean()
     assert math.isclose(loss, masked_mean, rel_tol=1e-5)
 
-
 # ----------------------------------------------------------------------------- bound
-
 
 def check_bound_of_toys(module):
     """With exact conditionals the mean over all masks is the likelihood, of every sequence."""
@@ -269,7 +249,6 @@ def check_bound_of_toys(module):
             assert ((nats.mean(1) - toy.nll(x0)).abs() < error).all()
             alone = module.draw_noise(cfg, 1, seeded(), bound=True)
             assert module.nelbo_fn(model, x0[:1], alone, cfg).shape == (1,)
-
 
 def check_block_cut_short(module):
     """A window that ends inside a block: the rest of that block stays masked, and counts for
@@ -287,16 +266,13 @@ def check_block_cut_short(module):
     by_hand = (ce * weight * (xt == V)).sum(1)
     torch.testing.assert_close(bound(module, model, x0, cfg), by_hand.detach())
 
-
 CHECKS = [check_mask, check_documents, check_likelihood_sums_to_one,
           check_likelihood_token_by_token, check_one_block_is_mdlm, check_flex_attention,
           check_counts, check_coins, check_weights, check_bound_of_toys, check_block_cut_short]
 
-
 @pytest.mark.parametrize("check", CHECKS, ids=lambda f: f.__name__)
 def test_exactness(check):
     check(train_block)
-
 
 def test_flex_attention_stays_off_cpus():
     """Compiled for a CPU it is wrong where v is a slice of a wider tensor of the graph. When this
@@ -315,7 +291,6 @@ def test_flex_attention_stays_off_cpus():
         error = torch.compile(attend, dynamic=False)(qkv) - attend(qkv)
     assert error.abs().max() > 0.1
 
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 def test_flex_attention_on_a_gpu():
     """Compiled to a kernel, it equals the dense mask: outputs and gradients."""
@@ -328,7 +303,6 @@ def test_flex_attention_on_a_gpu():
         for a, b in zip(gradients(model, step, x0, noise, cfg),
                         gradients(model, train_block.loss_fn, x0, noise, cfg), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
 
 # ----------------------------------------------------------------------------- mutants
 
@@ -377,7 +351,6 @@ MUTANTS = {
         "[1].sum() / (B * T)", "[1].sum() / (corrupt(x0, noise, cfg) != x0).sum()",
         (check_one_block_is_mdlm,)),
 }
-
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_fails(name):

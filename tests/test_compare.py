@@ -32,15 +32,12 @@ def out(tmp_path_factory):
                             f"--seed={seed}", "--eval_every=0", script=script)
     return folder
 
-
 def nats(out, *names):
     """(runs, windows) nats per token."""
     return np.stack([np.load(out / name / "val_nats.npy") for name in names]) / runs.SEQ_LEN
 
-
 def error(values):
     return np.std(values, ddof=1) / math.sqrt(len(values))
-
 
 def table(*argv):
     """The cells of the table that is printed, row by row, the head among them; and the note."""
@@ -49,7 +46,6 @@ def table(*argv):
     assert done.err == "" and lines[1] == "|" + " --- |" * 9
     rows = [line[1:-1].split("|") for line in lines if line.startswith("|")]
     return [[cell.strip() for cell in row] for row in rows[:1] + rows[2:]], lines[-1]
-
 
 def test_single_runs(out):
     (head, a, b, c), note = table(
@@ -69,7 +65,6 @@ def test_single_runs(out):
     assert note.startswith("data, val: 512 tokens, 512 bytes, windows of 32. ± standard error")
     assert "8 pairs" in note and "over seeds" not in note
 
-
 def test_seeds_are_paired_where_they_are_the_same(out):
     mdlm = f"mdlm={out}/mdlm_2,{out}/mdlm_0,{out}/mdlm_1"
     (head, a, b, c), note = table(f"gpt={out}/gpt_*", mdlm, f"{out}/mdlm_[01]")
@@ -85,16 +80,13 @@ def test_seeds_are_paired_where_they_are_the_same(out):
     assert c[0] == "mdlm_[01]" and c[5].startswith("2, ")
     assert c[8] == f"{pairs.mean():+.4f} ± {error(pairs):.4f} / {apart:.4f}"
 
-
 def change(path, old, new):
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new))
 
-
 def assert_refused(argv, *words):
     runs.assert_refused(runs.train(*argv, script=compare), *words)
-
 
 @pytest.mark.parametrize(("name", "old", "new", "words"), [
     ("log.txt", " tokens:512 ", " tokens:480 ", "evaluated on tokens 480, "),
@@ -107,7 +99,6 @@ def test_what_does_not_compare_is_refused(out, tmp_path, name, old, new, words):
     change(other / name, old, new)
     assert_refused([out / "gpt_0", other], words, str(other))
 
-
 def test_rows_that_are_no_seeds_of_one_setting_are_refused(out, tmp_path):
     other = shutil.copytree(out / "gpt_1", tmp_path / "other")
     change(other / "log.txt", '"lr": 0.025', '"lr": 0.03')
@@ -115,7 +106,6 @@ def test_rows_that_are_no_seeds_of_one_setting_are_refused(out, tmp_path):
             ([f"{out}/gpt_0,{out}/mdlm_1"], "another source"), ([out / "none"], "none"),
             ([f"{out}/gpt_0,{other}"], "another lr than"), ([], "runs"), ([out], "log.txt")):
         assert_refused(argv, words)
-
 
 def test_the_last_of_repeated_evaluations_counts(out, tmp_path):
     other = shutil.copytree(out / "mdlm_0", tmp_path / "mdlm_0")

@@ -26,7 +26,6 @@ CASES = [(name, {}) for name in SCRIPTS] + [
     ("train_mdlm", dict(estimator="bernoulli")),
 ]
 
-
 @contextlib.contextmanager
 def as_on_cuda(script):
     """The choices that a CUDA device makes, for CPU tensors."""
@@ -42,7 +41,6 @@ def as_on_cuda(script):
         if hasattr(script, "CPU_SHORT"):
             stack.enter_context(patch(script, "CPU_SHORT", 0))
         yield
-
 
 def compile_steps(name, names):
     """Training steps with new noise each -> (graphs compiled, reasons of graph breaks)."""
@@ -64,17 +62,14 @@ def compile_steps(name, names):
             assert loss.isfinite()
     return backend.frame_count, list(counters["graph_break"])
 
-
 @pytest.mark.parametrize(("name", "names"), CASES)
 def test_a_training_step_is_one_graph(name, names):
     """No graph break, and no recompilation over steps."""
     assert compile_steps(name, names) == (1, [])
 
-
 # Where the host would wait for a GPU: methods of tensors that give numbers or values to the host.
 READS = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy")
 ON_HOST = {"draw_noise", "read", "read_batch", "evaluate", "head_rows"}  # take CPU tensors
-
 
 class Waits(collections.Counter):
     """{line of a script: how often the host waits there}."""
@@ -110,7 +105,6 @@ class Waits(collections.Counter):
                 ON_HOST - {"read_batch"})
             yield
 
-
 def waits_in_a_step(name, folder, *flags):
     """A short run on the CPU -> Waits from its third to its fourth update."""
     script = importlib.import_module(name)
@@ -127,7 +121,6 @@ def waits_in_a_step(name, folder, *flags):
                           *flags, script=script)
     assert done.status == 0, done
     return at_update[3] - at_update[2]
-
 
 @pytest.mark.parametrize(("name", "flags"), [
     *((name, ()) for name in SCRIPTS), ("train_mdlm", ("--estimator=bernoulli",)),

@@ -16,7 +16,6 @@ from study import golf
 
 SCRIPTS = {name: sample.load_script(runs.ROOT / f"{name}.py") for name in sample.SCRIPTS}
 
-
 def make_checkpoint(path, name, **settings):
     """A checkpoint of a small network, none of whose weights are zero -> what is in it."""
     module = SCRIPTS[name]
@@ -34,10 +33,8 @@ def make_checkpoint(path, name, **settings):
     module.save_checkpoint(str(path), ckpt)
     return ckpt
 
-
 def call(*flags, main=golf.main):
     return runs.train(*flags, script=types.SimpleNamespace(main=main))
-
 
 def test_fp8_is_the_format_and_rows_are_scaled():
     """Every finite value by the definition: 4 bits of exponent with bias 7, 3 of mantissa."""
@@ -56,7 +53,6 @@ def test_fp8_is_the_format_and_rows_are_scaled():
     error = (golf.from_fp8(golf.to_fp8(x, e), e) - x).abs()
     assert (error <= x.abs() / 16 + torch.exp2(e - 10.0)[:, None]).all()
     assert golf.to_fp8(x[:1], golf.row_exponents(x[:1], "none")).float().count_nonzero() == 0
-
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_round_trip(name, tmp_path):
@@ -82,7 +78,6 @@ def test_round_trip(name, tmp_path):
     assert alone.strip() in done.out and alone.strip() in pair
     assert "difference: +0.00000+-0.00000" in pair and "+0.00000+-0.00000" not in done.out
 
-
 def test_the_average_is_packed_and_the_limit_holds(tmp_path):
     ckpt = make_checkpoint(tmp_path / "ckpt.pt", "gpt", data=str(make_data(tmp_path)))
     ckpt["ema"] = {name: 2 * x for name, x in ckpt["model"].items()}
@@ -93,7 +88,6 @@ def test_the_average_is_packed_and_the_limit_holds(tmp_path):
     assert call(*flags, "--scale=none").status == 0
     for name, x in golf.read(tmp_path / "a")["model"].items():
         assert torch.allclose(x, ckpt["ema"][name], rtol=0.07, atol=2e-3)
-
 
 def damaged(raw):
     """[(part of the message, file)], one fault each."""
@@ -119,7 +113,6 @@ def damaged(raw):
     yield "n_layer", file(config=config | {"n_layer": 10**9})
     yield "no sense", file(tensors=[[first[0], [-1, -1]], *rest])
     yield "bytes of weights", file(tensors=rest)
-
 
 def test_what_is_no_artifact_is_refused_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(golf, "LIMIT", 10**6)

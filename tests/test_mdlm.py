@@ -35,7 +35,6 @@ MASKED_RANGE = {
     "sigmoid": (1 / (1 + math.exp(5)), 1 / (1 + math.exp(-5))),
 }
 
-
 @contextlib.contextmanager
 def entropy_file(values):
     with tempfile.NamedTemporaryFile(suffix=".npy") as file:
@@ -43,15 +42,12 @@ def entropy_file(values):
         file.flush()
         yield file.name
 
-
 def toy_config(mdlm, seq_len=N_TOKENS, vocab_size=N_VALUES, **names):
     return mdlm.Config(vocab_size=vocab_size, seq_len=seq_len, **names)
-
 
 def all_masks(seq_len):
     """(2**T, T) bool, every set of masked positions."""
     return torch.tensor(list(itertools.product([False, True], repeat=seq_len)))
-
 
 def mask_probability(noise, masks, estimator):
     """(R, M): how likely each set is in each row, by the definition of the estimator."""
@@ -61,7 +57,6 @@ def mask_probability(noise, masks, estimator):
         return level**size * (1 - level) ** (seq_len - size)
     ways = torch.tensor([math.comb(seq_len, int(k)) for k in size], dtype=torch.float64)
     return (size == level).double() / ways
-
 
 def spread_masks(noise, masks, n_repeat):
     """Rows of `noise` with every mask in turn in place of the random ranks, n_repeat times each.
@@ -74,7 +69,6 @@ def spread_masks(noise, masks, n_repeat):
     rank = rank.repeat_interleave(n_repeat, 0).repeat(len(noise.level), 1)
     return noise._replace(level=repeat(noise.level), sigma=repeat(noise.sigma),
                           weight=repeat(noise.weight), score=rank)
-
 
 def exact_nelbo(mdlm, model, x0, cfg, seed=0):
     """(S,) expectation of nelbo_fn for each x0 (S, T), over levels and masks: no sampling error.
@@ -90,7 +84,6 @@ def exact_nelbo(mdlm, model, x0, cfg, seed=0):
     values = values.double().view(2 * seq_len, len(masks), len(x0))
     return (prob[:, :, None] * values).sum(1).mean(0)
 
-
 def masked_entropy(joint, masks):
     """(M,) E_x0 sum_{i in S} -log p(x0_i | x0 outside S), from the joint alone."""
     out = []
@@ -100,7 +93,6 @@ def masked_entropy(joint, masks):
         out.append((joint.p * (ce * mask).sum(-1)).sum())
     return torch.stack(out)
 
-
 def loss_at_fraction(joint, fraction):
     """(R,) f(m): expected sum of masked cross entropies, each token masked with probability m."""
     masks = all_masks(joint.n)
@@ -108,13 +100,11 @@ def loss_at_fraction(joint, fraction):
     m = fraction.double()[:, None]
     return (m**size * (1 - m) ** (joint.n - size) * masked_entropy(joint, masks)).sum(-1)
 
-
 def elbo_over_range(joint, low, high):
     """The integral of f(m) / m dm over masked fractions: over (0, 1), the entropy of the joint."""
     nodes, weights = np.polynomial.legendre.leggauss(8)  # exact: f(m) / m is a polynomial
     m = torch.from_numpy((high - low) / 2 * nodes + (high + low) / 2)
     return ((loss_at_fraction(joint, m) / m) @ torch.from_numpy(weights)).item() * (high - low) / 2
-
 
 def time_of(schedule, level):
     """(R,) masked fraction -> t, by bisection of alpha(t) = 1 - level."""
@@ -125,14 +115,12 @@ def time_of(schedule, level):
         low, high = torch.where(clean, mid, low), torch.where(clean, high, mid)
     return (low + high) / 2
 
-
 def elbo_weight(schedule, t):
     """-alpha'(t) / (1 - alpha(t)) by autograd."""
     t = t.clone().requires_grad_()
     alpha = ALPHA[schedule](t)
     (slope,) = torch.autograd.grad(alpha.sum(), t)
     return (-slope / (1 - alpha)).detach()
-
 
 # The bound.
 
@@ -142,14 +130,12 @@ def check_bound_of_joint(mdlm):
     assert (nelbo - JOINT.nll(JOINT.states)).abs().max() < 1e-5
     assert abs((JOINT.p @ nelbo).item() - JOINT.entropy) < 1e-6 * JOINT.entropy + 1e-6
 
-
 def check_bound_of_iid(mdlm):
     """For independent tokens it is T H(p) on average, -log p(x0) for each x0."""
     toy = Iid([0.7, 0.2, 0.1])
     x0 = toy.draw(16, 6, seeded(1))
     nelbo = exact_nelbo(mdlm, toy, x0, toy_config(mdlm, seq_len=6))
     assert (nelbo - toy.nll(x0)).abs().max() < 1e-5
-
 
 def check_bound_with_few_rows(mdlm, n_rows):
     """nelbo_fn is unbiased for any batch: one row, or an odd number, whose last has no partner."""
@@ -160,7 +146,6 @@ def check_bound_with_few_rows(mdlm, n_rows):
     z = (nelbo.mean(0) - JOINT.nll(x0)) / (nelbo.std(0) / math.sqrt(n_draws))
     assert z.abs().max() < Z_LIMIT
 
-
 def check_every_row_sees_every_count(mdlm, n_rows, bound):
     """The number of masked tokens of every single row is uniform over 1..T."""
     seq_len, n_draws = 5, 1500
@@ -170,7 +155,6 @@ def check_every_row_sees_every_count(mdlm, n_rows, bound):
         counts = torch.bincount(k[:, row].long(), minlength=seq_len + 1)
         assert counts.numel() == seq_len + 1 and counts[0] == 0, "k lies outside 1..T"
         assert abs(chi_square_z(counts[1:], torch.ones(seq_len))) < Z_LIMIT
-
 
 def check_pairs(mdlm, bound):
     """Adjacent rows mask k and T + 1 - k; a batch of 2P rows has one k in each 2P-th of 1..T."""
@@ -186,7 +170,6 @@ def check_pairs(mdlm, bound):
         alpha = 1 - noise.level.double() / (seq_len + 1)
         assert torch.allclose(noise.sigma.double(), -alpha.log(), rtol=1e-5)
 
-
 def check_bound_ignores_training_options(mdlm):
     options = [{}, {"loss_weight": "uniform"}]
     for schedule in ALPHA:
@@ -196,14 +179,12 @@ def check_bound_ignores_training_options(mdlm):
     for draw in draws[1:]:
         assert all(torch.equal(a, b) for a, b in zip(draws[0], draw, strict=True))
 
-
 def check_bound_ignores_training_masks(mdlm):
     """Entropy masking tilts which tokens training masks; the bound is computed as without it."""
     with entropy_file([0.1, 1.0, 2.0]) as path:
         cfg = toy_config(mdlm, estimator="bernoulli", token_entropy=path)
         nelbo = exact_nelbo(mdlm, JOINT, JOINT.states, cfg)
     assert (nelbo - JOINT.nll(JOINT.states)).abs().max() < 1e-5
-
 
 # Training losses.
 
@@ -215,7 +196,6 @@ def check_loss_is_the_bound(mdlm):
         nelbo = mdlm.nelbo_fn(JOINT, x0, noise, cfg).mean() / N_TOKENS
         assert math.isclose(mdlm.loss_fn(JOINT, x0, noise, cfg), nelbo, rel_tol=1e-5)
 
-
 def check_head_rows(mdlm, schedule):
     """The rows for the head are enough for the masks of independent coins, but hardly more."""
     cfg = mdlm.Config(vocab_size=2, seq_len=64, schedule=schedule, estimator="bernoulli")
@@ -226,7 +206,6 @@ def check_head_rows(mdlm, schedule):
     x0, every = torch.zeros(2, 64, dtype=torch.int64), noise._replace(
         level=torch.ones(2), sigma=torch.ones(2), weight=torch.ones(2), score=torch.zeros(2, 64))
     assert mdlm.masked_losses(Iid(torch.ones(2)), x0, x0 + 2, every, 127)[1].isnan().all()
-
 
 def check_elbo_of_schedule(mdlm, schedule):
     """The levels and weights of a schedule integrate f(m) / m over the masked fractions it reaches.
@@ -245,7 +224,6 @@ def check_elbo_of_schedule(mdlm, schedule):
     else:
         assert expected < JOINT.entropy
 
-
 def check_schedule(mdlm, schedule):
     """t stratified over all rows, level = 1 - alpha_t, sigma = -log alpha_t, weight by autograd."""
     n_rows = 256
@@ -263,7 +241,6 @@ def check_schedule(mdlm, schedule):
     torch.testing.assert_close(noise.sigma.double()[safe], -ALPHA[schedule](t[safe]).log(),
                                rtol=2e-3, atol=1e-6)
 
-
 def check_training_loss_of_draws(mdlm, estimator):
     """A large draw, from draw_noise to loss_fn: its mean is the joint's entropy per token."""
     n_rows, n_parts = 40_000, 40
@@ -274,7 +251,6 @@ def check_training_loss_of_draws(mdlm, estimator):
     error = losses.std() / math.sqrt(n_parts)
     assert abs(losses.mean() - JOINT.entropy) < Z_LIMIT * error
     assert error < 0.02 * JOINT.entropy
-
 
 def check_training_weights(mdlm):
     """What the other loss weights do to the weight of the bound."""
@@ -288,7 +264,6 @@ def check_training_weights(mdlm):
     for estimator in ("exact_k", "bernoulli"):
         flat = draw(estimator, loss_weight="uniform")[1].weight
         assert (flat == flat[0]).all() and flat[0] > 0
-
 
 # Masks.
 
@@ -307,7 +282,6 @@ def check_masks(mdlm, estimator):
     counts = torch.bincount((is_mask * torch.tensor([4, 2, 1])).sum(-1), minlength=8)
     assert abs(chi_square_z(counts, mask_probability(noise, masks, estimator).sum(0))) < Z_LIMIT
 
-
 def check_entropy_masking(mdlm):
     """P(masked) = 1 - alpha_t ** clamp(2 - H_token, .5, 1.5), over evenly spaced scores."""
     n_grid, fraction = 20_000, 0.4
@@ -323,7 +297,6 @@ def check_entropy_masking(mdlm):
     power = torch.tensor([1.5, 1.5, 2 - 1 / 1.4, 2 - 1.5 / 1.4, 0.5]).double()
     expected = 1 - (1 - fraction) ** power
     assert (masked - expected).abs().max() < 2 / n_grid
-
 
 def check_masked_tokens_stay_hidden(mdlm):
     """The network's input does not change with the tokens under the mask."""
@@ -344,28 +317,23 @@ def check_masked_tokens_stay_hidden(mdlm):
             mdlm.nelbo_fn(spy, x0, noise, cfg)
         assert all(torch.equal(torch.where(is_mask, N_VALUES, a), xt) for xt in inputs)
 
-
 CHECKS = [check_bound_of_joint, check_bound_of_iid, check_bound_ignores_training_options,
           check_bound_ignores_training_masks, check_loss_is_the_bound, check_training_weights,
           check_masked_tokens_stay_hidden, check_entropy_masking]
 
-
 @pytest.mark.parametrize("check", CHECKS, ids=lambda f: f.__name__)
 def test_exactness(check):
     check(train_mdlm)
-
 
 @pytest.mark.parametrize("n_rows", [1, 2, 7])
 def test_bound_is_unbiased_for_any_batch(n_rows):
     check_bound_with_few_rows(train_mdlm, n_rows)
     check_every_row_sees_every_count(train_mdlm, n_rows, bound=True)
 
-
 @pytest.mark.parametrize("bound", [True, False])
 def test_pairs_are_antithetic_and_stratified(bound):
     check_pairs(train_mdlm, bound)
     check_every_row_sees_every_count(train_mdlm, 4, bound)
-
 
 @pytest.mark.parametrize("schedule", ALPHA)
 def test_schedule(schedule):
@@ -373,12 +341,10 @@ def test_schedule(schedule):
     check_elbo_of_schedule(train_mdlm, schedule)
     check_head_rows(train_mdlm, schedule)
 
-
 @pytest.mark.parametrize("estimator", ["exact_k", "bernoulli"])
 def test_training_loss_is_the_bound_in_expectation(estimator):
     check_training_loss_of_draws(train_mdlm, estimator)
     check_masks(train_mdlm, estimator)
-
 
 # Mutants: a changed line makes its oracle fail.
 
@@ -436,7 +402,6 @@ MUTANTS = {
         ".clamp(0.5, 1.5)", ".clamp(0, 1.5)", check_entropy_masking),
 }
 
-
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_fails(name):
     snippet, replacement, *checks = MUTANTS[name]
@@ -444,7 +409,6 @@ def test_mutant_fails(name):
     for check in checks:
         with pytest.raises(AssertionError):
             check(module)
-
 
 # The network.
 
@@ -461,17 +425,14 @@ SWITCHES = {
 }
 V = 11  # real tokens of the small network; also the mask's id
 
-
 def small_model(**names):
     return toys.small_model(train_mdlm, **names)
-
 
 def half_masked(n_rows=4, seq_len=12, seed=1):
     """(xt, sigma): random tokens, about half of them masked."""
     xt = torch.randint(V, (n_rows, seq_len), generator=seeded(seed))
     is_mask = torch.rand(n_rows, seq_len, generator=seeded(seed + 1)) < 0.5
     return torch.where(is_mask, V, xt), torch.linspace(0.3, 1.5, n_rows)
-
 
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_every_parameter_gets_a_finite_gradient(switch):
@@ -483,7 +444,6 @@ def test_every_parameter_gets_a_finite_gradient(switch):
     for name, p in model.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all(), name
         assert p.grad.abs().sum() > 0, f"{name} has no effect"
-
 
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_gathered_rows_equal_full_logits(switch):
@@ -502,7 +462,6 @@ def test_gathered_rows_equal_full_logits(switch):
         results.append([logits.detach(), *[p.grad.clone() for p in model.parameters()]])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-
 
 @pytest.mark.parametrize("switch", ["plain", "time input", "all"])
 def test_what_an_output_depends_on(switch):
@@ -524,7 +483,6 @@ def test_what_an_output_depends_on(switch):
         moved = (model(xt, told) - base).abs().amax((1, 2)) > 1e-6
         assert moved.tolist() == [SWITCHES[switch].get("cond_dim", 0) > 0, False, False, False]
 
-
 def test_dropout_acts_in_training_only():
     model, _ = small_model(dropout=0.2)
     xt, sigma = half_masked()
@@ -533,7 +491,6 @@ def test_dropout_acts_in_training_only():
         assert not torch.allclose(model(xt, sigma), model(xt, sigma))
         model.eval()
         assert torch.equal(model(xt, sigma), model(xt, sigma))
-
 
 def test_no_masked_token_is_no_loss():
     """A Bernoulli draw may mask nothing at all: the loss is 0, its gradient too."""
@@ -545,7 +502,6 @@ def test_no_masked_token_is_no_loss():
     assert loss == 0
     assert all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
 
-
 def test_tied_head_leaves_out_the_mask():
     tied, cfg = small_model(tied=True)
     free, _ = small_model(tied=False)
@@ -555,7 +511,6 @@ def test_tied_head_leaves_out_the_mask():
     tied(xt % V, sigma).square().sum().backward()
     (embedding,) = [p for p in tied.parameters() if p.shape == (V + 1, cfg.n_embd)]
     assert (embedding.grad[V] == 0).all() and (embedding.grad[:V].abs().sum(-1) > 0).all()
-
 
 def test_softcap_bounds_the_logits():
     model, _ = small_model(softcap=3.0)

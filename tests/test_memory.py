@@ -15,7 +15,6 @@ def small(name, **names):
                  micro_batch=8) | names
     return script, script.Config(**names)
 
-
 @pytest.mark.parametrize("name", memory.SCRIPTS)
 def test_fake_and_real_tensors_take_the_same_memory(name, monkeypatch):
     script, cfg = small(name)
@@ -35,7 +34,6 @@ def test_fake_and_real_tensors_take_the_same_memory(name, monkeypatch):
     assert n_params == sum(p.numel() for p in model.parameters())
     assert states == pytest.approx(2 * 4 * n_params, rel=0.01)  # weights and gradients
 
-
 def test_norms_and_squares_are_kept_in_float32():
     """As CUDA's autocast does, unlike a CPU's."""
     h = torch.ones(1000, dtype=torch.bfloat16, requires_grad=True)
@@ -43,13 +41,11 @@ def test_norms_and_squares_are_kept_in_float32():
         script = types.SimpleNamespace(loss_fn=lambda model, x0, noise, cfg, f=f: f(h).sum())
         assert memory.saved_bytes(script, torch.nn.Linear(1, 1), None, None, None) >= 4000
 
-
 def test_recomputing_saves_memory():
     script, cfg = small("train_mdlm", n_layer=6)
     _, _, full, _ = memory.measure(script, cfg)
     _, _, saved, layer = memory.measure(script, dataclasses.replace(cfg, checkpoint_layers=True))
     assert saved + layer < full / 2
-
 
 def test_a_script_that_is_none_is_refused_in_a_line(capsys):
     with pytest.raises(SystemExit) as stop:

@@ -12,11 +12,9 @@ from muon import Muon, newton_schulz
 SHAPES = [(48, 48), (48, 48), (48, 48), (96, 24), (24, 96), (96, 24), (33, 70), (130, 7), (1, 20)]
 STACK = (3, 40, 24)
 
-
 def make_params(shapes=SHAPES, seed=0):
     gen = torch.Generator().manual_seed(seed)
     return [torch.nn.Parameter(0.1 * torch.randn(s, generator=gen)) for s in shapes]
-
 
 def train(params, *optimizers, steps, first=0):
     """Pseudo-random gradients, a function of the step alone; lr and momentum change every step."""
@@ -30,10 +28,8 @@ def train(params, *optimizers, steps, first=0):
         for opt in optimizers:
             opt.step()
 
-
 def tensors(opt):
     return [v for state in opt.state.values() for v in state.values()]
-
 
 def test_equals_torch_muon_over_20_steps():
     ours, theirs = make_params(), make_params()
@@ -46,7 +42,6 @@ def test_equals_torch_muon_over_20_steps():
     # matrices it rounds to the neighbouring bfloat16, which moves entries by about 1% of lr.
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-3)
-
 
 @pytest.mark.parametrize("shape", [(64, 64), (128, 32), (32, 128), (1, 9), (4, 48, 20)])
 def test_newton_schulz_is_the_polynomial_of_the_singular_values(shape):
@@ -64,7 +59,6 @@ def test_newton_schulz_is_the_polynomial_of_the_singular_values(shape):
     error = newton_schulz(G).double() - exact
     assert error.norm() < 0.04 * exact.norm()
 
-
 def test_singular_values_reach_the_documented_range():
     torch.manual_seed(0)
     for shape in ((64, 64), (128, 32), (3, 48, 20)):
@@ -76,7 +70,6 @@ def test_singular_values_reach_the_documented_range():
     s = torch.linalg.svdvals(newton_schulz(of_rank_3, 5, torch.float32))
     assert s[:3].min() > 0.66 and s[:3].max() < 1.23 and s[3:].max() < 1e-3
     assert newton_schulz(torch.zeros(2, 8, 8)).abs().max() == 0
-
 
 def test_a_stack_is_a_batch_of_matrices():
     stacked = make_params([STACK])
@@ -91,7 +84,6 @@ def test_a_stack_is_a_batch_of_matrices():
         b.step()
     assert torch.equal(stacked[0], torch.stack([p.detach() for p in single]))
 
-
 def test_cautious_decay_acts_only_where_it_helps_the_update():
     before, free, cautious, full = (make_params([(32, 64)])[0] for _ in range(4))
     for p, options in ((free, {}), (cautious, dict(weight_decay=2.0, cautious=True)),
@@ -104,7 +96,6 @@ def test_cautious_decay_acts_only_where_it_helps_the_update():
     torch.testing.assert_close(cautious[~shrinks], free[~shrinks], rtol=0, atol=0)
     torch.testing.assert_close(cautious[shrinks], full[shrinks], rtol=0, atol=1e-7)
     assert (cautious[shrinks].abs() < free[shrinks].abs()).float().mean() > 0.9
-
 
 def test_normuon_keeps_the_norm_and_evens_out_the_rows():
     plain, normed = make_params([(96, 24)]), make_params([(96, 24)])
@@ -122,9 +113,7 @@ def test_normuon_keeps_the_norm_and_evens_out_the_rows():
     torch.testing.assert_close(v / v.norm(dim=1, keepdim=True), u / u.norm(dim=1, keepdim=True),
                                rtol=0, atol=1e-5)
 
-
 OPTIONS = [dict(weight_decay=0.1), dict(weight_decay=0.1, cautious=True, beta2=0.9)]
-
 
 def run_rank(rank, folder):
     torch.set_num_threads(1)
@@ -137,7 +126,6 @@ def run_rank(rank, folder):
     dist.barrier()  # gloo aborts a rank that leaves while another one still sends
     dist.destroy_process_group()
 
-
 def test_two_ranks_give_the_bits_of_one(tmp_path):
     """On CPU the tolerance is 0, parameters and state: no sum depends on a stack's size."""
     mp.spawn(run_rank, args=(str(tmp_path),), nprocs=2)
@@ -149,7 +137,6 @@ def test_two_ranks_give_the_bits_of_one(tmp_path):
         for rank in range(2):
             two = torch.load(tmp_path / f"{i}_{rank}.pt", weights_only=True)
             assert all(torch.equal(x, y) for x, y in zip(one, two, strict=True))
-
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_resume_continues_bit_for_bit(options):
@@ -169,7 +156,6 @@ def test_resume_continues_bit_for_bit(options):
     assert all(torch.equal(p, q) for p, q in zip(straight, fresh, strict=True))
     assert all(torch.equal(x, y) for x, y in zip(tensors(a), tensors(c), strict=True))
 
-
 def test_parameters_without_gradient_stay():
     params = make_params()
     params[1].grad = torch.randn(48, 48)
@@ -178,7 +164,6 @@ def test_parameters_without_gradient_stay():
     opt.step()
     changed = [not torch.equal(p, q) for p, q in zip(params, before, strict=True)]
     assert changed == [i == 1 for i in range(len(params))] and len(tensors(opt)) == 1
-
 
 @pytest.mark.parametrize("shape", [(7,), (2, 3, 4, 5), (0, 4)])
 def test_refuses_what_is_no_matrix(shape):

@@ -16,7 +16,6 @@ from study import page, publish
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 TEXT = "é <script>alert(1)</script> & 'tis\n</script> wörld \x07"
 
-
 def recording(path):
     """A text written from right to left, one byte of it masked again on the way; and from left to
     right, up to the end of a document."""
@@ -34,7 +33,6 @@ def recording(path):
                              "frames": forth}]}
     path.write_text(json.dumps(race))
     return race
-
 
 def test_the_files_hold_the_recording(tmp_path):
     race, picture = recording(tmp_path / "race.json"), tmp_path / "race.svg"
@@ -55,7 +53,6 @@ def test_the_files_hold_the_recording(tmp_path):
         (tmp_path / "bad.json").write_text(bad)
         done = call(tmp_path / "bad.json", "-o", tmp_path, main=page.main)
         assert done.status == 2 and done.err.count("\n") == 1 and "bad.json: " in done.err
-
 
 BEFORE = """<script>  // a clock that the probe winds
 let now = 0, frames = [];
@@ -80,7 +77,6 @@ seen.push(document.body.scrollWidth);
 document.title = JSON.stringify(seen);
 </script>"""
 
-
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
 def test_the_page_in_a_browser(tmp_path):
     recording(tmp_path / "race.json")
@@ -96,7 +92,6 @@ def test_the_page_in_a_browser(tmp_path):
         html.unescape(re.search("<title>(.*)</title>", done.stdout)[1]))
     assert played == 3 * [TEXT] and again == [TEXT, TEXT, TEXT[:-1] + "░"] and button == "Play"
     assert "░" in home[0] and by_pass[1].startswith("é <s░") and width <= 360
-
 
 def test_the_folder_for_the_hub(tmp_path):
     """Weights alone, a card with the log's figures, a tokenizer that cuts text as ours does."""

@@ -26,12 +26,10 @@ CASES = {  # (script, exact denoiser, settings, tokens of the prompt)
     "the end, too": (train_block, Blocks(JOINT, T, 3), dict(block_len=3), 1),
 }
 
-
 def given(x0, prompt_len):
     """(B, T) -> (B,) exact nats of what follows the prompt, given it."""
     prompt = JOINT.p.view(V**prompt_len, -1).sum(1)  # its law
     return JOINT.nll(x0) + prompt[JOINT.code(x0, V) // V**(T - prompt_len)].log()
-
 
 @pytest.mark.parametrize("name", CASES)
 def test_bound_is_that_of_the_answer(name):
@@ -49,7 +47,6 @@ def test_bound_is_that_of_the_answer(name):
     if "loss_weight" in names or name in ("gpt", "absorb"):  # the loss is the mean of the bound
         loss = script.loss_fn(model, x0, noise, cfg)
         torch.testing.assert_close(loss * (T - prompt_len), nelbo.mean().float())
-
 
 def test_uniform_noise_spares_the_prompt():
     """Whatever the network says at the prompt, the bound is that of the answer alone."""
@@ -72,7 +69,6 @@ def test_uniform_noise_spares_the_prompt():
         bounds.append(train_sedd.nelbo_fn(network, tokens, noise, cfg).double())
     error = (bounds[0] - bounds[1]).std() / math.sqrt(n_rows)
     assert abs((bounds[0] - bounds[1]).mean()) < Z_LIMIT * error
-
 
 def test_row_mean_is_the_bound_but_for_rows_without_masks():
     """1 / (masks of a row) is the weight T / k of the bound; one of T + 1 counts is 0."""

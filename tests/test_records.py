@@ -29,11 +29,9 @@ H100 = "NVIDIA H100 80GB HBM3"
 # The texts made up here have other checksums.
 TRACKS = {name: dataclasses.replace(track, val_sha256="") for name, track in check.TRACKS.items()}
 
-
 def call(main, *args, **names):
     """A command line in this process -> Result(status, out, err)."""
     return runs.train(*args, script=types.SimpleNamespace(main=functools.partial(main, **names)))
-
 
 def test_p_values_of_runs():
     for dof, p, t in ((1, 0.01, 31.821), (2, 0.01, 6.965), (3, 0.05, 2.353), (30, 0.01, 2.457)):
@@ -45,12 +43,10 @@ def test_p_values_of_runs():
     a, b = [1.0, 2.0, 3.0], [4.0, 5.0, 6.0]  # equal spread: the pooled test, 4 degrees
     assert check.p_lower(a, b) == pytest.approx(check.t_below(-3 / math.sqrt(2 / 3), 4), rel=1e-9)
 
-
 def small_model(module, **names):
     flags = {"vocab_size": V, "seq_len": T, "n_head": 2, "n_embd": 16}
     flags |= {"block_len": L} if module.SCRIPT == "train_block" else {}
     return toys.small_model(module, **flags | names)
-
 
 @torch.no_grad()
 def test_both_figures_are_integrals_over_t():
@@ -73,7 +69,6 @@ def test_both_figures_are_integrals_over_t():
                        for c, d in zip(ce, density, strict=True))
         assert float((figure * chance).sum()) == pytest.approx(integral, rel=1e-5)
 
-
 def fork(path, script, old, new):
     """Write a script with one text replaced -> its module."""
     source = (ROOT / f"{script}.py").read_text(encoding="utf-8")
@@ -81,20 +76,17 @@ def fork(path, script, old, new):
     path.write_text(source.replace(old, new), encoding="utf-8")
     return evaluate.sample.load_script(path)
 
-
 @torch.no_grad()
 def check_leaks(script, name, **flags):
     model, cfg = small_model(script, **flags)
     x0 = torch.randint(V, (16, T), generator=torch.Generator().manual_seed(1))
     evaluate.check_leaks(SCRIPTS[name], name, model, x0, cfg, 3)
 
-
 @pytest.mark.parametrize("name, flags", [
     *((name, {}) for name in SCRIPTS), ("train_mdlm", {"cond_dim": 8}),
     ("train_block", {"doc_mask": True, "bos_id": 3, "n_layer": 3, "unet": True})])
 def test_honest_networks_pass(name, flags):
     check_leaks(SCRIPTS[name], name, **flags)
-
 
 @pytest.mark.parametrize("name, old, new, flags", [
     # the clean copy of the block itself
@@ -114,7 +106,6 @@ def test_networks_that_see_too_much_are_refused(name, old, new, flags, tmp_path)
     with pytest.raises(ValueError, match="must not see"):
         check_leaks(script, name, **flags)
 
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with data of the shakespeare track's size, in which runs are made."""
@@ -129,14 +120,12 @@ def place(tmp_path_factory):
         patch.setattr(evaluate, "TRACKS", TRACKS)
         yield folder
 
-
 def train(module, out, *flags):
     given = ("--seq_len=128 --n_layer=1 --n_head=2 --n_embd=16 --device=cpu --dtype=fp32 "
              "--compile=0 --steps=3 --batch_tokens=8192 --micro_batch=64 --val_tokens=200000 "
              "--eval_every=0").split()
     done = call(module.main, "--data=shakespeare", f"--out={out}", *given, *flags)
     assert done.status == 0, done.err
-
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_run_judge_enter(name, place, root):
@@ -159,7 +148,6 @@ def test_run_judge_enter(name, place, root):
     (row,) = table(root, "shakespeare")
     assert row[3:5] == [verdict["bound"].split("+-")[0], "1, unverified"] and "First" in row[-1]
 
-
 def test_forks_are_judged_by_the_repository(place):
     """A fork's network counts, its bound does not; a network that leaks is refused."""
     text = "return losses.new_zeros(B).index_add(0, rows // x0.size(1), losses)"
@@ -177,7 +165,6 @@ def test_forks_are_judged_by_the_repository(place):
                          (["--ckpt=out/leaky", "--script=leaky.py"], "must not see")):
         runs.assert_refused(call(evaluate.main, *flags), words)
 
-
 def test_mistakes_at_the_referee(place):
     train(SCRIPTS["gpt"], "out/long", "--seq_len=256", "--val_tokens=2048")
     train(SCRIPTS["gpt"], "out/short", "--val_tokens=2048")
@@ -189,13 +176,11 @@ def test_mistakes_at_the_referee(place):
     runs.write_meta(place / "data" / "shakespeare", [b"", *[b"x"] * 255])
     runs.assert_refused(call(evaluate.main, "--ckpt=out/short"), "another vocabulary")
 
-
 def shakespeare_log(seed, bound):
     """A real log, altered."""
     path = ROOT / "records" / "shakespeare" / "2026-11-20_MaskedDiffusion" / "0.txt"
     text = path.read_text(encoding="utf-8").replace('"seed": 0', f'"seed": {seed}')
     return re.sub(r" bound:\S+", f" bound:{bound}+-0.0030", text)
-
 
 def speedrun_log(seed, bound, *, seconds=600, ranks=8, **settings):
     """log.txt of a run that might have been, with its verdict."""
@@ -213,7 +198,6 @@ def speedrun_log(seed, bound, *, seconds=600, ranks=8, **settings):
         f"referee bound:{bound:.4f}+-0.0030 published:{bound - 0.02:.4f}+-0.0030 tokens:10485760 "
         "objective:train_block parameters:162137100 step:10000 leak:none shard_sha256:cd\n"])
 
-
 def enter(root, track, slug, logs):
     """Make a record's folder of {file name: text} -> what --new says of it."""
     folder = root / track / slug
@@ -221,7 +205,6 @@ def enter(root, track, slug, logs):
     for name, text in {"README.md": f"# {slug[11:]}\n\nText.\n", **logs}.items():
         (folder / name).write_text(text)
     return run_check(root, f"--new={folder}", "--by=A. Nonymous")
-
 
 def speedrun(root, slug, bounds, baseline=None, **names):
     """Enter a record of the speedrun -> its folder."""
@@ -231,21 +214,17 @@ def speedrun(root, slug, bounds, baseline=None, **names):
     assert enter(root, "speedrun", slug, logs).status == 0
     return root / "speedrun" / slug
 
-
 @pytest.fixture
 def root(tmp_path):
     shutil.copy(ROOT / "records" / "README.md", tmp_path)
     return tmp_path
 
-
 def run_check(root, *flags):
     return call(check.main, *flags, root=root, tracks=TRACKS)
-
 
 def table(root, track):
     lines = (root / "README.md").read_text().partition(f"table of {track},")[2].splitlines()
     return [line.strip("| ").split(" | ") for line in lines[3:lines.index("<!-- end of table -->")]]
-
 
 def test_speedrun_table(root):
     """Ranked by time, and only where runs, certainty and machine allow it."""
@@ -265,7 +244,6 @@ def test_speedrun_table(root):
     assert rows[1][5] == "0.667" and "unverified" in rows[2][6] and "p = 0.2" in rows[4][6]
     assert rows[3][9] == f"1 x {H100}"
 
-
 def test_shakespeare_table(root):
     for slug, bounds in (("2026-01-01_First", (2.015, 2.01, 2.024)),
                          ("2026-01-02_Pair", (1.9, 1.91)),
@@ -278,7 +256,6 @@ def test_shakespeare_table(root):
     assert [(row[0], re.search(r"\[(\w+)\]", row[-1])[1]) for row in rows] == [
         ("1", "Better"), ("2", "First"), ("-", "Pair"), ("-", "Luck")]
     assert rows[1][3] == "2.0163 (0.0071)" and rows[1][4] == "3"
-
 
 @pytest.mark.parametrize("name, old, new, words", [
     ("0.txt", '"seed": 0', '"seed": 1', "0.txt: a run of another seed"),
@@ -300,7 +277,6 @@ def test_the_rules(name, old, new, words, root):
     found = run_check(root, f"--new={folder}", "--by=A")
     assert found.status == 1 and words in found.out and found.out.count("\n") == 1, found.out
 
-
 def test_what_was_entered_stays(root):
     """Logs as they were, none left out; digits of the table; the script that a baseline runs."""
     folder = speedrun(root, "2026-01-01_First", (3.45, 3.451, 3.452))
@@ -317,7 +293,6 @@ def test_what_was_entered_stays(root):
     (folder / "0.txt").unlink()
     assert "First: seeds 1" in run_check(root).out
 
-
 def test_a_resumed_log_counts_its_last_lines(tmp_path):
     """Killed after the last step, before its checkpoint; then resumed, and again for more steps."""
     path, text = tmp_path / "log.txt", speedrun_log(0, 3.4)
@@ -329,14 +304,12 @@ def test_a_resumed_log_counts_its_last_lines(tmp_path):
     with pytest.raises(ValueError, match="ends at step 10000 of 20000"):
         check.check_finished(check.read_log(path))
 
-
 def test_mistakes_at_the_command_line(root):
     folder = root / "speedrun" / "2026-01-01_X"
     folder.mkdir(parents=True)
     for flags, words in ((["--new=nowhere", "--by=A"], "--new"), (["--write=1"], "--write"),
                          (["--check"], "--check"), ([f"--new={folder}"], "--by=NAME")):
         runs.assert_refused(run_check(root, *flags), words)
-
 
 def test_the_records_of_this_repository():
     assert call(check.main).status == 0

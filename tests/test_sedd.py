@@ -31,19 +31,15 @@ GRAPHS, NOISES = ("absorb", "uniform"), ("loglinear", "geometric")
 BOTH = list(itertools.product(GRAPHS, NOISES))
 SIGMAS = torch.logspace(-4, math.log10(25), 30, dtype=torch.float64)
 
-
 def config(sedd, graph, noise="loglinear", seq_len=T, vocab_size=V, **names):
     return sedd.Config(vocab_size=vocab_size, seq_len=seq_len, graph=graph, noise=noise, **names)
-
 
 def exact(graph, toy, **how):
     return (AbsorbScore if graph == "absorb" else UniformScore)(toy, **how)
 
-
 def sigma_one(cfg):
     """Total noise at t = 1, by its definition."""
     return cfg.sigma_max if cfg.noise == "geometric" else -math.log(1e-3)
-
 
 def rates(graph, n_values=V):
     """Q[a, b], the rate at which a becomes b: the mask is the last state (2310.16834, section 3.4;
@@ -56,7 +52,6 @@ def rates(graph, n_values=V):
         q += 1 / n
     return q - torch.diag(q.sum(1))
 
-
 def outcomes(graph, x0):
     """(O, T) everything that x0 (T,) can become."""
     if graph == "absorb":
@@ -64,7 +59,6 @@ def outcomes(graph, x0):
     else:
         choices = [range(V)] * len(x0)
     return torch.tensor(list(itertools.product(*choices)))
-
 
 def probability(noise, graph, x0, xt):
     """(R, O) of every outcome in every row of a noise, by the definition of the draw."""
@@ -74,7 +68,6 @@ def probability(noise, graph, x0, xt):
         return (k == noise.level.double()[:, None]).double() / ways
     kernel = torch.linalg.matrix_exp(noise.sigma.double()[:, None, None] * rates(graph))  # (R,V,V)
     return kernel[:, x0, xt].prod(-1)
-
 
 def exact_nelbo(sedd, model, x0, cfg, n_rows, seed=0):
     """Expectation of nelbo_fn for one x0 (T,), over all outcomes; only sigma is drawn."""
@@ -92,7 +85,6 @@ def exact_nelbo(sedd, model, x0, cfg, n_rows, seed=0):
     values = sedd.nelbo_fn(model, x0.expand(n_rows * n, -1), every, cfg)
     return (prob * values.double().view(n_rows, n)).sum(1).mean().item()
 
-
 def likelihood(graph, toy, x0, cfg):
     """What the bound of the exact score is: -log p(x0), and what the prior loses by not being the
     noised data, E log p_1(x_1) / prior(x_1)."""
@@ -104,11 +96,9 @@ def likelihood(graph, toy, x0, cfg):
         nats += (kernel[x0, xt].prod(-1) * (p_1 * V ** len(x0)).log()).sum().item()
     return nats
 
-
 # The bound.
 
 BOUNDS = {"absorb": [{}], "uniform": [{}, {"sigma_max": 0.5, "sigma_min": 0.1}]}
-
 
 def check_bound(sedd, graph, noise):
     """The exact score's bound on every x0 is its negative log-likelihood, from no noise to sigma(1)
@@ -122,7 +112,6 @@ def check_bound(sedd, graph, noise):
                 nats = likelihood(graph, toy, x0, cfg)
                 assert math.isclose(nelbo, nats, rel_tol=1e-5 if graph == "absorb" else 1e-3)
 
-
 def check_bound_of_draws(sedd, graph, noise):
     """T H(p), and a joint's entropy, from real draws of x0, levels and noise; for odd batches."""
     for toy, n_rows in ((Joint(IID.p, copies=32), 1001), (JOINT, 30_001)):
@@ -132,7 +121,6 @@ def check_bound_of_draws(sedd, graph, noise):
         error = (nelbo - toy.nll(x0)).std() / math.sqrt(n_rows)
         assert abs((nelbo - toy.nll(x0)).mean()) < Z_LIMIT * error
         assert error < 0.03 * toy.entropy * toy.copies
-
 
 def check_training_noise(sedd, graph, noise):
     """sigma(t) as defined, t stratified over all rows in antithetic neighbours, the weight its
@@ -164,7 +152,6 @@ def check_training_noise(sedd, graph, noise):
     torch.testing.assert_close(drawn.weight.double(), weight, rtol=5e-3, atol=0)
     torch.testing.assert_close(drawn.level.double(), -(-sigma).expm1(), rtol=1e-5, atol=0)
 
-
 def check_loss_is_the_bound(sedd, graph, noise):
     """Large draws from draw_noise to loss_fn: their mean is the joint's entropy a token, but for
     what lies below sigma(0) and above sigma(1)."""
@@ -177,7 +164,6 @@ def check_loss_is_the_bound(sedd, graph, noise):
     error = losses.std() / math.sqrt(n_parts)
     assert abs(losses.mean() - JOINT.entropy) < Z_LIMIT * error + 5e-3
     assert error < 0.03 * JOINT.entropy
-
 
 def check_corruption(sedd, graph, noise):
     """Every outcome of x0 occurs as often as the rates say, at every bound's and training draw."""
@@ -198,7 +184,6 @@ def check_corruption(sedd, graph, noise):
             law = probability(drawn, graph, x0, xt_of)
         assert abs(chi_square_z(found, law.sum(0))) < Z_LIMIT
 
-
 def check_hidden_tokens(sedd):
     """The network's input does not change with the tokens that noise has replaced."""
     for graph, noise in BOTH:
@@ -217,7 +202,6 @@ def check_hidden_tokens(sedd):
             sedd.nelbo_fn(spy, x0, drawn, cfg)
         assert len(inputs) == 4 and all(torch.equal(xt, inputs[0]) for xt in inputs)
 
-
 # The score entropy.
 
 def definition(graph, score, x0, xt, sigma):
@@ -229,7 +213,6 @@ def definition(graph, score, x0, xt, sigma):
     r, s = (p / p[xt])[:len(score)], score
     terms = s.exp() - r * s + torch.xlogy(r, r) - r
     return (q[:len(score), xt] * terms)[y].sum().item()
-
 
 def score_entropy(sedd, graph, score, x0, xt, sigma):
     """What the module makes of one token a row: score (B, n) at xt (B,), sigma a number."""
@@ -243,7 +226,6 @@ def score_entropy(sedd, graph, score, x0, xt, sigma):
     nats = sedd.nelbo_fn(lambda xt, sigma, rows=None: take_rows(score[:, None], rows), x0[:, None],
                          drawn, cfg)
     return nats.double() - (sedd.prior_nats(cfg) if graph == "uniform" else 0)
-
 
 def check_definition(sedd, graph):
     """The score entropy is the definition's sum over states, for any score, at every noise."""
@@ -260,7 +242,6 @@ def check_definition(sedd, graph):
         rel = 2e-7 if graph == "absorb" else 1e-9
         assert found.tolist() == pytest.approx(expected, rel=rel)
 
-
 def check_precision(sedd):
     """In fp32 a score near the truth costs what it costs in fp64, whatever sigma: the terms cancel
     to 1e-20 of the largest, and are weighted by up to sigma."""
@@ -274,7 +255,6 @@ def check_precision(sedd):
         exact_value = score_entropy(sedd, "uniform", score, x0, xt, sigma)
         found = score_entropy(sedd, "uniform", score.float(), x0, xt, sigma)
         torch.testing.assert_close(found, exact_value, rtol=1e-4, atol=2e-7 / sigma)
-
 
 def check_absorb_is_mdlm(sedd):
     """With u = log p the score entropy is train_mdlm's cross entropy, for any denoiser, batch and
@@ -305,7 +285,6 @@ def check_absorb_is_mdlm(sedd):
             more = sedd.loss_fn(lambda *a, shift=shift: score(*a, shift=shift), x0, same, ours)
             assert more > train_mdlm.loss_fn(denoiser, x0, drawn, theirs) + 1e-3
 
-
 def check_padding(sedd):
     """Rows are padded with positions that no loss trains, whose exponential may overflow."""
     cfg = config(sedd, "absorb", "geometric", seq_len=32)
@@ -322,12 +301,10 @@ def check_padding(sedd):
     assert loss.isfinite() and u.grad.isfinite().all()
     assert sedd.nelbo_fn(model, x0, noise, cfg).isfinite().all()
 
-
 @pytest.mark.parametrize(("graph", "noise"), BOTH)
 def test_bound_equals_the_likelihood_of_an_exact_score(graph, noise):
     check_bound(train_sedd, graph, noise)
     check_bound_of_draws(train_sedd, graph, noise)
-
 
 @pytest.mark.parametrize(("graph", "noise"), BOTH)
 def test_noise_and_training_loss(graph, noise):
@@ -335,18 +312,15 @@ def test_noise_and_training_loss(graph, noise):
     check_loss_is_the_bound(train_sedd, graph, noise)
     check_corruption(train_sedd, graph, noise)
 
-
 def test_hidden_tokens_do_not_reach_the_network():
     check_hidden_tokens(train_sedd)
     check_padding(train_sedd)
-
 
 def test_score_entropy():
     for graph in GRAPHS:
         check_definition(train_sedd, graph)
     check_precision(train_sedd)
     check_absorb_is_mdlm(train_sedd)
-
 
 # Mutants: a changed line makes its oracle fail.
 
@@ -418,14 +392,12 @@ MUTANTS = {
         lambda m: check_corruption(m, *UNIFORM)),
 }
 
-
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_fails(name):
     snippet, replacement, check = MUTANTS[name]
     module = mutant(train_sedd, snippet, replacement)
     with pytest.raises(AssertionError):
         check(module)
-
 
 # The network.
 
@@ -436,16 +408,13 @@ SWITCHES = {
     "normalized": {"graph": "uniform", "normalized": True, "softcap": 3.0, "n_kv_head": 2},
 }
 
-
 def small_model(**names):
     return toys.small_model(train_sedd, **names)
-
 
 def small_batch(cfg, n_rows=6):
     x0 = torch.randint(V_NET, (n_rows, T_NET), generator=seeded(3))
     noise = train_sedd.draw_noise(cfg, n_rows, seeded(4))
     return x0, noise, train_sedd.corrupt(x0, noise, cfg)
-
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("graph", GRAPHS)
@@ -472,7 +441,6 @@ def test_gradients_are_finite_at_every_noise_level(graph, dtype):
     loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
-
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_gathered_rows_equal_full_scores(switch):
     model, cfg = small_model(**SWITCHES[switch])
@@ -484,7 +452,6 @@ def test_gathered_rows_equal_full_scores(switch):
         torch.testing.assert_close(model(xt, noise.sigma, rows), take_rows(full, rows))
         if cfg.graph == "uniform":
             assert (full.gather(-1, xt[..., None]) == 0).all()
-
 
 def test_normalised_absorbing_score_is_a_masked_diffusion_model():
     """The same weights give train_mdlm's loss and bound; not normalised they give another."""

@@ -20,7 +20,6 @@ SCRIPTS = ("train_mdlm.py", "gpt.py", "train_block.py", "train_sedd.py")
 OPEN, CLOSE = "# >>> objective", "# <<< objective"
 DOCSTRING = re.compile(r'(""".*?"""\n)', re.S)
 
-
 # Lines, and Python tokens without comments and line ends, at the most.
 LIMITS = {
     "train_mdlm.py": (880, 8300),
@@ -30,11 +29,10 @@ LIMITS = {
     "sample.py": (1150, 11_500),
     "prepare_data.py": (620, 6000),
 }
-TESTS_LINES = 7200
+TESTS_LINES = 7000
 FUNCTION_LINES, MAIN_LINES, LOOP_LINES = 90, 190, 75
 NO_TOKEN = (token.NEWLINE, tokenize.NL, tokenize.COMMENT, tokenize.ENCODING, token.INDENT,
             token.DEDENT, token.ENDMARKER)
-
 
 def size(path):
     """(lines, tokens) of a Python file."""
@@ -42,12 +40,10 @@ def size(path):
         tokens = [t for t in tokenize.generate_tokens(f.readline) if t.type not in NO_TOKEN]
     return len(path.read_text(encoding="utf-8").splitlines()), len(tokens)
 
-
 @pytest.mark.parametrize("name", LIMITS)
 def test_no_file_outgrows_its_reader(name):
     lines, tokens = size(ROOT / name)
     assert (lines, tokens) <= LIMITS[name] and tokens <= LIMITS[name][1], (lines, tokens)
-
 
 @pytest.mark.parametrize("name", LIMITS)
 def test_no_function_outgrows_a_screen(name):
@@ -58,16 +54,13 @@ def test_no_function_outgrows_a_screen(name):
         elif isinstance(node, ast.While):  # over steps
             assert node.end_lineno - node.lineno < LOOP_LINES, name
 
-
 def test_tests_and_records_stay_small():
     for folder, limit in (("tests", TESTS_LINES), ("records", 650)):
         lines = sum(size(path)[0] for path in (ROOT / folder).glob("*.py"))
         assert lines <= limit, folder
 
-
 class Broken(ValueError):
     """A script whose shared text cannot be told from its own."""
-
 
 def split(path):
     """A script -> [docstring, shared, region of Config, shared, region of the body, shared]."""
@@ -89,10 +82,8 @@ def split(path):
                      f"each from '{OPEN}' to '{CLOSE}'")
     return [doc[0], *parts]
 
-
 def training_scripts(folder):
     return [folder / name for name in SCRIPTS if (folder / name).exists()]
-
 
 def shared_diff(a, b):
     """What differs outside the regions, as a unified diff; '' when nothing does."""
@@ -102,7 +93,6 @@ def shared_diff(a, b):
         parts[::2] = '"""Docstring."""\n', *2 * ["[objective]\n"]
         texts.append("".join(parts).splitlines(keepends=True))
     return "".join(difflib.unified_diff(*texts, a.name, b.name))
-
 
 def write(source, folder):
     """Give all other scripts the shared text of one -> names of those that changed."""
@@ -115,7 +105,6 @@ def write(source, folder):
             path.write_bytes("".join(parts).encode("utf-8"))
             changed.append(path.name)
     return changed
-
 
 def main(argv, folder=ROOT):
     if not argv:
@@ -134,7 +123,6 @@ def main(argv, folder=ROOT):
         raise SystemExit(2) from None
     print("changed: " + (", ".join(changed) or "nothing"))
 
-
 def test_scripts_share_their_text():
     first, *others = training_scripts(ROOT)
     split(first)
@@ -143,13 +131,11 @@ def test_scripts_share_their_text():
         print(diff)  # line ends that differ show here as they are
         assert not diff, f"{first.name} and {path.name} differ:\n{diff}"
 
-
 # The tool itself, on scripts in small.
 
 SMALL = '''"""{doc}"""
 
 import os
-
 
 class Config:
     seed: int = 0  # of all
@@ -157,17 +143,14 @@ class Config:
     {field}
     # <<< objective
 
-
 # >>> objective
 def loss():
     return "{loss}"
 # <<< objective
 
-
 def main():
     loss()
 '''
-
 
 @pytest.fixture
 def folder(tmp_path):
@@ -183,12 +166,10 @@ def folder(tmp_path):
     (tmp_path / "fork.py").write_text("print()\n")  # forks are exempt
     return tmp_path
 
-
 def edit(path, old, new):
     text = path.read_bytes().decode()
     assert text.count(old) == 1
     path.write_bytes(text.replace(old, new).encode())
-
 
 def test_docstrings_and_regions_may_differ(folder):
     first, *others = training_scripts(folder)
@@ -197,7 +178,6 @@ def test_docstrings_and_regions_may_differ(folder):
     edit(folder / "gpt.py", "About nll.", "About\nthis and that.")
     edit(folder / "gpt.py", 'return "nll"', "x = 1\n    return x")
     assert write(folder / "gpt.py", folder) == []
-
 
 @pytest.mark.parametrize(("old", "new"), [
     ("import os", "import sys"),
@@ -218,7 +198,6 @@ def test_a_shared_line_that_differs_is_found_and_repaired(folder, old, new, caps
     main(["--write", "elsewhere/gpt.py"], folder)
     assert capsys.readouterr().out == "changed: nothing\n"
 
-
 def test_the_change_of_one_goes_to_all_the_others(folder):
     edit(folder / "gpt.py", "    loss()\n", "    print(loss())\n")
     own = {p.name: split(p)[::2] for p in training_scripts(folder)}
@@ -226,9 +205,8 @@ def test_the_change_of_one_goes_to_all_the_others(folder):
     assert {p.name: split(p)[::2] for p in training_scripts(folder)} == own
     assert all("print(loss())" in p.read_text() for p in training_scripts(folder))
 
-
 @pytest.mark.parametrize(("old", "new"), [
-    ("# <<< objective\n\n\ndef main", "\n\ndef main"),
+    ("# <<< objective\n\ndef main", "\n\ndef main"),
     ("# >>> objective\ndef", "def"),
     ("# >>> objective\ndef", "# >>> objective\n# >>> objective\ndef"),
     ("    loss()\n", "    loss()\n# >>> objective\n# <<< objective\n"),
@@ -247,7 +225,6 @@ def test_other_than_two_regions_are_refused(folder, old, new, capsys):
         assert stop.value.code == 2 and "gpt.py" in capsys.readouterr().err
     assert {p: p.read_bytes() for p in folder.iterdir()} == before
 
-
 @pytest.mark.parametrize("argv", [["--write"], ["--write", "fork.py"], ["train_mdlm.py"],
                                   ["--write", "train_sedd.py"]])
 def test_mistakes_end_in_one_line(folder, argv, capsys):
@@ -255,7 +232,6 @@ def test_mistakes_end_in_one_line(folder, argv, capsys):
         main(argv, folder)
     out, err = capsys.readouterr()
     assert (stop.value.code, out, err.count("\n")) == (2, "", 1)
-
 
 if __name__ == "__main__":
     main(sys.argv[1:])

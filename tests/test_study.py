@@ -19,7 +19,6 @@ SCRIPTS = {name: sample.load_script(runs.ROOT / f"{name}.py") for name in sample
 V, T = 3, 4
 TEXTS = _grid(V, T)  # (81, T), all of them
 
-
 def random_model(name, **settings):
     """A network of random weights, whose answers do not belong to one joint distribution."""
     settings |= dict(block_len=2) if name == "train_block" else {}
@@ -29,7 +28,6 @@ def random_model(name, **settings):
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.7)
     return model.eval(), cfg
-
 
 # ----------------------------------------------------------------------------- likelihood
 @pytest.mark.parametrize("name", ["train_mdlm", "train_block", "train_sedd"])
@@ -46,7 +44,6 @@ def test_a_decoder_gives_all_texts_probability_1(name, steps, threshold):
         if threshold is None:
             assert (when.amax(1) == min(T, (1 + (name == "train_block")) * (steps or T))).all()
 
-
 @pytest.mark.parametrize("n_tokens", [1, 2])
 def test_a_rule_that_sees_the_true_token_is_no_decoder(n_tokens):
     model, cfg = random_model("train_mdlm")
@@ -58,7 +55,6 @@ def test_a_rule_that_sees_the_true_token_is_no_decoder(n_tokens):
 
     nats, _ = likelihood.chain_rule(model, cfg, "mdlm", TEXTS, peek, TEXTS.double())
     assert nats.sum(1).neg().exp().sum() > 1.2
-
 
 @pytest.mark.parametrize("name, settings", [("train_mdlm", {}), ("train_sedd", {"normalized": 1})])
 def test_the_mean_over_random_orders_is_the_nelbo(name, settings):
@@ -79,7 +75,6 @@ def test_the_mean_over_random_orders_is_the_nelbo(name, settings):
     by_order, by_mask = (torch.stack(x).mean(0) for x in (by_order, by_mask))
     assert torch.allclose(by_order, by_mask, atol=1e-5), (by_order - by_mask).abs().max()
 
-
 def test_gaps_by_prefix_are_local():
     difference = torch.arange(8.0).double().expand(6, 8)
     rows = likelihood.prefix_gap(difference, torch.full((6, 8), 2))
@@ -87,7 +82,6 @@ def test_gaps_by_prefix_are_local():
     rest = [tuple(r[key] for key in ("first", "last", "cumulative", "tail")) for r in rows]
     assert rest == [(0, 0, 0, 3.5), (1, 1, 0.5, 4), (2, 3, 1.5, 4.5), (4, 7, 3.5, 5.5)]
     assert rows[2]["bpb"] == pytest.approx(2.5 / 2 / math.log(2))
-
 
 def test_likelihood_from_a_checkpoint(tmp_path):
     data = make_data(tmp_path)
@@ -109,12 +103,10 @@ def test_likelihood_from_a_checkpoint(tmp_path):
     assert done["gap"][-1]["cumulative"] == pytest.approx(difference, abs=1e-5)
     runs.assert_refused(runs.train(*common, "--orders=best", script=likelihood), "=best", "margin")
 
-
 # ----------------------------------------------------------------------------- judge
 BYTES = sample.Tokenizer({"tokenizer": "byte", "bos_id": 0}, 256)
 CHAIN = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.5, 0.1, 0.4]], dtype=torch.float64)
 LAW = torch.linalg.matrix_power(CHAIN, 99)[0]  # of a letter: a, b or c
-
 
 def bigram_judge(context=64):
     """The exact judge of letters drawn from CHAIN."""
@@ -123,14 +115,12 @@ def bigram_judge(context=64):
     return judge.Judge("bigram", lambda text: list(text.encode()), BYTES.table, [256], context,
                        lambda x: (table.log()[x], torch.nn.functional.one_hot(x, 257).double()))
 
-
 def letters(n, length, seed=0):
     gen = torch.Generator().manual_seed(seed)
     rows = [LAW.multinomial(n, True, generator=gen)]
     for _ in range(length - 1):
         rows.append(CHAIN[rows[-1]].multinomial(1, generator=gen)[:, 0])
     return (97 + torch.stack(rows, 1)).tolist()
-
 
 def test_an_exact_judge_finds_the_entropy_rate():
     entropy = -(LAW * LAW.log()).sum().item()
@@ -151,7 +141,6 @@ def test_an_exact_judge_finds_the_entropy_rate():
     dull, _ = judge.measure(bigram_judge(), BYTES, [([97] * 40, [False] * 40)] * 2)
     assert dull["gen_ppl"][0] < figures["gen_ppl"][0] and dull["entropy"] == (0, 0)
 
-
 def test_prompts_and_what_begins_documents_are_not_scored():
     row, known = judge.trim([0, *b"abcab", 0, *b"ccc"], [True] * 3 + [False] * 7, 9, 0, cut=True)
     assert bytes(row) == b"abcab" and known == [True] * 2 + [False] * 3
@@ -161,7 +150,6 @@ def test_prompts_and_what_begins_documents_are_not_scored():
     want = -sum(CHAIN["abc".index(a), "abc".index(b)].log().item() for a, b in ("bc", "ca", "ab"))
     assert figures["tokens"] == figures["judge_tokens"] == 6
     assert figures["nats_per_judge_token"][0] == pytest.approx(want / 3)
-
 
 def test_diversity_and_retokenizing():
     assert judge.entropy([5, 5, 5]) == 0 and judge.entropy([3, 1, 2]) == pytest.approx(math.log(3))
@@ -175,7 +163,6 @@ def test_diversity_and_retokenizing():
     rows = [([3, 1, 2, 3], [False] * 4), ([3, 3, 3, 1, 2], [False] * 5)]
     assert judge.measure(joined, own, rows)[0]["retokenized"] == 2 / 7
 
-
 def test_mauve_is_an_area(monkeypatch):
     p, q = torch.tensor([3.0, 5, 2]), torch.tensor([1.0, 4, 5])
     assert mauve.area(p, p) == pytest.approx(1) and mauve.area(p, q) < 0.9
@@ -188,7 +175,6 @@ def test_mauve_is_an_area(monkeypatch):
     assert near["mauve"][0] > 0.8 and apart["mauve"][0] < apart["mauve_star"][0] < 0.2
     monkeypatch.setattr(mauve, "POINTS", 20_001)
     assert mauve.area(one, other) == pytest.approx(1 / 252, abs=1e-5)
-
 
 def test_a_judge_from_a_checkpoint(tmp_path):
     data, path = make_data(tmp_path), tmp_path / "mine.jsonl"
@@ -209,12 +195,10 @@ def test_a_judge_from_a_checkpoint(tmp_path):
     path.write_text(json.dumps(dict(about, tokenizer="gpt2")) + "\n" + json.dumps(lines[0]))
     runs.assert_refused(runs.train(*flags, script=judge), "mine", "gpt2")
 
-
 def test_windows_that_begin_with_documents():
     windows = types.SimpleNamespace(shards=[np.array([5, 0, 1, 2, 3, 0, 4, 0, 6]).reshape(3, 3)])
     rows = likelihood.take_windows(windows, {"bos_id": 0}, 9, "document")
     assert rows.tolist() == [[0, 1, 2], [0, 4, 0]]
-
 
 def test_gpt2_as_judge():
     transformers = pytest.importorskip("transformers")
@@ -230,7 +214,6 @@ def test_gpt2_as_judge():
     nats, _ = judge.read(gpt2, [tokens])
     assert nats[0] == pytest.approx([-law[i, t].item() for i, t in enumerate(tokens)], abs=1e-5)
 
-
 def test_entropy_of_tokens_in_closed_form():
     """H_v: the entropy of what may follow u, over the letters u that come before v."""
     text = torch.tensor(letters(3000, 30))
@@ -238,7 +221,6 @@ def test_entropy_of_tokens_in_closed_form():
     want = (LAW * -(CHAIN * CHAIN.log()).sum(1)) @ CHAIN / LAW
     want = (29 * want - (LAW * LAW.log()).sum()) / 30  # the first letter follows the start alone
     assert torch.allclose((total / count)[97:100], want, atol=0.01)
-
 
 def test_the_mean_masked_share_is_that_of_uniform_masking():
     """Also where clamps bite, and with tokens that hardly occur."""

@@ -50,18 +50,15 @@ MORE = 6  # steps that a stopped run then does: an evaluation and two checkpoint
 # Runs that end when they are told to; with a constant rate a step does not depend on --steps.
 ENDLESS = tiny(*FLAGS, *CONSTANT_RATE, "--steps=1000000")
 
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return make_data(tmp_path_factory.mktemp("data"))
-
 
 def start(script, ranks, *flags):
     """As a user starts it, on one rank or by torchrun."""
     if ranks == 1:
         return launch(script.__file__, *flags)
     return torchrun(*flags, script=script.__file__, ranks=ranks)
-
 
 def run_whole(script, ranks, out, *flags):
     """A run that nobody disturbs, or what is left of one."""
@@ -72,7 +69,6 @@ def run_whole(script, ranks, out, *flags):
         result = finish(torchrun(*flags, script=script.__file__, ranks=ranks))
     assert result.status == 0, result
 
-
 def assert_same_run(out, whole):
     """The same weights, averages and optimizer states, and the same figures in the log, of which
     the last of repeated steps count."""
@@ -82,12 +78,10 @@ def assert_same_run(out, whole):
     assert evaluated[0] == evaluated[1]
     assert (out / "val_nats.npy").read_bytes() == (whole / "val_nats.npy").read_bytes()
 
-
 # ----------------------------------------------------------------------------- killed
 MOMENTS = ("write", "step", "evaluation", "start")
 KILLS = [(name, ranks) for name in SCRIPTS for ranks in (1, 2)] if TORTURE else [
     ("block", 1), ("mdlm", 2)]
-
 
 def strike(process, out, moment, rng):
     """Kill every process of a run at a moment of it."""
@@ -104,11 +98,9 @@ def strike(process, out, moment, rng):
         time.sleep(rng.uniform(0, 0.03))
     kill(process)
 
-
 # Enough steps for a test on a busy machine to notice the moment before the run is over.
 KILL_FLAGS = tiny(*FLAGS, "--n_embd=128", "--micro_batch=4", "--resume=1",
                   *(("--steps=400",) if TORTURE else ("--steps=100", "--eval_every=20")))
-
 
 @pytest.fixture(scope="module")
 def left_alone(data, tmp_path_factory):
@@ -120,7 +112,6 @@ def left_alone(data, tmp_path_factory):
         return out
 
     return run
-
 
 @pytest.mark.parametrize("name, ranks", KILLS)
 def test_killed_run_ends_as_one_left_alone(name, ranks, left_alone, data, tmp_path):
@@ -138,17 +129,14 @@ def test_killed_run_ends_as_one_left_alone(name, ranks, left_alone, data, tmp_pa
     run_whole(script, ranks, out, *flags)
     assert_same_run(out, left_alone(script, ranks))
 
-
 # ----------------------------------------------------------------------------- other ranks
 GENTLE = ("--optimizer=adamw",
           *(f"--{name}=0.001" for name in "lr embed_lr head_lr scalar_lr".split()))
-
 
 def gap(a, b):
     """Largest distance of a parameter of two checkpoints, relative to its norm."""
     return max(float((x - b[part][name]).norm() / x.norm())
                for part in ("model", "ema") for name, x in a[part].items())
-
 
 @pytest.mark.parametrize("name", SCRIPTS if TORTURE else ["sedd"])
 def test_run_of_two_ranks_goes_on_with_one_and_with_four(name, data, tmp_path):
@@ -165,7 +153,6 @@ def test_run_of_two_ranks_goes_on_with_one_and_with_four(name, data, tmp_path):
         assert_same_log(out, tmp_path / "alone")
         assert gap(checkpoint(out), expected) < 5e-4
 
-
 # ----------------------------------------------------------------------------- a rank is lost
 def test_rank_that_dies_ends_the_others_and_torchrun_restarts_them(left_alone, data, tmp_path):
     process = torchrun(*KILL_FLAGS, f"--data={data}", f"--out={tmp_path / 'out'}",
@@ -176,13 +163,11 @@ def test_rank_that_dies_ends_the_others_and_torchrun_restarts_them(left_alone, d
     assert result.status == 0 and "resuming" in result.out, result
     assert_same_run(tmp_path / "out", left_alone(train_mdlm, 2))
 
-
 # ----------------------------------------------------------------------------- told to stop
 LONG = {  # seconds, of one step or one evaluation
     "step": ("--batch_tokens=8192", "--n_layer=12", "--ckpt_every=0"),
     "evaluation": ("--val_draws=100000", "--ckpt_every=0"),
 }
-
 
 def stopped_at(out, result):
     """The step that the last line names, with all that goes with it."""
@@ -190,7 +175,6 @@ def stopped_at(out, result):
     lines = re.findall(text, result.out, re.M)
     assert len(lines) == 1 and lines[0][1] == str(out), result
     return int(lines[0][0])
-
 
 @pytest.mark.parametrize("long, name", [("step", "USR1"), ("evaluation", "TERM"), ("step", "INT")])
 def test_long_step_or_evaluation_is_broken_off(long, name, data, tmp_path):
@@ -210,11 +194,9 @@ def test_long_step_or_evaluation_is_broken_off(long, name, data, tmp_path):
         run_whole(train_mdlm, 1, tmp_path / "whole", *flags)
         assert_same_run(out, tmp_path / "whole")
 
-
 STOPS = [("launcher", "TERM"), ("1", "USR1")]
 if TORTURE:
     STOPS = [(who, name) for who in ("launcher", "0", "1") for name in ("TERM", "USR1", "INT")]
-
 
 def test_two_ranks_stop_at_the_same_step_and_save(data, tmp_path):
     """One run, told to stop in one way after the other; in the end as one left alone."""
@@ -231,7 +213,6 @@ def test_two_ranks_stop_at_the_same_step_and_save(data, tmp_path):
     run_whole(train_mdlm, 2, tmp_path / "whole", *tiny(*flags, steps))
     assert_same_run(out, tmp_path / "whole")
 
-
 # ----------------------------------------------------------------------------- SLURM
 # Stand-ins: srun passes a signal to every process of its step, scontrol keeps what it was asked.
 STAND_INS = {
@@ -241,7 +222,6 @@ STAND_INS = {
             'while kill -0 $step 2>/dev/null; do wait $step; status=$?; done; exit $status',
     "scontrol": 'echo "$@" >> "$CALLS"',
 }
-
 
 @pytest.fixture
 def sbatch(tmp_path):
@@ -266,7 +246,6 @@ def sbatch(tmp_path):
 
     return begin, lambda: calls.read_text().splitlines()
 
-
 def test_batch_script_queues_itself_again_until_done(sbatch, data, tmp_path):
     begin, calls = sbatch
     out, flags = tmp_path / "out", (*ENDLESS, f"--data={data}")
@@ -281,7 +260,6 @@ def test_batch_script_queues_itself_again_until_done(sbatch, data, tmp_path):
     assert calls() == ["requeue 71"]
     run_whole(train_block, 1, tmp_path / "whole", *flags)
     assert_same_run(out, tmp_path / "whole")
-
 
 def test_batch_script_says_when_a_run_has_no_folder(sbatch):
     begin, calls = sbatch

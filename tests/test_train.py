@@ -56,11 +56,9 @@ SCRIPTS = (train_mdlm, gpt, train_block, train_sedd)
 FROZEN = tuple(f"--{name}=0" for name in "lr embed_lr head_lr scalar_lr cond_lr".split())
 CONSTANT_RATE = ("--cooldown=0", "--momentum_warmup=0")  # a step then does not depend on --steps
 
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return make_data(tmp_path_factory.mktemp("data"))
-
 
 @pytest.fixture(scope="module")
 def short_run(data, tmp_path_factory):
@@ -68,7 +66,6 @@ def short_run(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "short"
     return out, train_tiny(f"--data={data}", f"--out={out}", "--steps=4", "--eval_every=2",
                            "--ckpt_every=3", "--ema=0.5", "--lr=0.01")
-
 
 @pytest.fixture(scope="module")
 def counting(tmp_path_factory):
@@ -81,23 +78,19 @@ def counting(tmp_path_factory):
     write_meta(folder, byte_table(16))
     return folder
 
-
 def moments(state):
     """Running means of the gradients, of every parameter that AdamW has."""
     values = [s for o in state["optimizers"] for s in o["state"].values()]
     return [s["exp_avg"] for s in values if "exp_avg" in s]
 
-
 def distance(a, b):
     """Largest difference of any parameter between two checkpoints."""
     return max(float((x - b["model"][n]).abs().max()) for n, x in a["model"].items())
-
 
 # ----------------------------------------------------------------------------- learn and resume
 UNIFORM = ("--graph=uniform", "--noise=geometric", "--cond_dim=16")
 RICH = ("--dropout=0.1", "--ema=0.9", "--ema_start=0.02", "--micro_batch=16", "--muon_beta2=0.95",
         "--cautious=1", "--unet=1", "--value_residual=1", "--n_layer=2")
-
 
 @pytest.mark.parametrize("script, flags", [
     (train_mdlm, ("--optimizer=adamw", "--lr=0.005", "--ema=0.9")),
@@ -132,7 +125,6 @@ def test_learns_a_rule_and_goes_on_bit_for_bit(script, flags, counting, tmp_path
     alone = train("--eval_only=1", f"--init_from={out / 'ckpt.pt'}", script=script)
     assert alone.status == 0 and evaluations(alone.out) == [last], alone.err
 
-
 @pytest.mark.parametrize("flags", [(), ("--steps=2",)], ids=["same steps", "fewer"])
 def test_finished_run_stays_as_it_is(flags, short_run):
     folder, _ = short_run
@@ -141,7 +133,6 @@ def test_finished_run_stays_as_it_is(flags, short_run):
     assert result.status == 0 and "done:" in result.out
     assert_same_state(before, checkpoint(folder))
     assert [x["step"] for x in log(folder) if "loss" in x] == [1, 2, 3, 4]
-
 
 def test_full_disk_keeps_the_checkpoint_before(data, tmp_path):
     """A line for a checkpoint that has no room; training goes on; the run ends with status 1."""
@@ -159,14 +150,12 @@ def test_full_disk_keeps_the_checkpoint_before(data, tmp_path):
     assert result.out.count("not written") == 2 and os.strerror(errno.EFBIG) in result.out
     assert_same_state(checkpoint(tmp_path / "run"), before)
 
-
 def test_second_run_in_a_folder_is_refused(data, tmp_path):
     first = launch(SCRIPT, *tiny("--steps=100000", f"--data={data}", f"--out={tmp_path / 'run'}"))
     wait_for(first, "step:1/")
     result = train_tiny("--steps=2", f"--data={data}", f"--out={tmp_path / 'run'}")
     first.kill()
     assert_refused(result, "--out", "another run")
-
 
 # ----------------------------------------------------------------------------- ranks
 def test_two_ranks_train_as_one(data, tmp_path):
@@ -184,10 +173,8 @@ def test_two_ranks_train_as_one(data, tmp_path):
     alone = train("--eval_only=1", f"--init_from={tmp_path / 'two' / 'ckpt.pt'}")
     assert evaluations(alone.out)[0] == evaluations(result.out)[-1]
 
-
 GENTLE = ("--optimizer=adamw",
           *(f"--{name}=0.001" for name in "lr embed_lr head_lr scalar_lr cond_lr".split()))
-
 
 @pytest.mark.parametrize("script, options", [
     (train_mdlm, ()), (train_mdlm, ("--estimator=bernoulli",)), (train_sedd, UNIFORM),
@@ -211,7 +198,6 @@ def test_accumulation_and_recomputation_give_the_same_run(script, options, data,
             assert torch.allclose(x, y, rtol=0, atol=1e-4 * float(y.abs().max()) + 1e-12)
         assert_same_log(tmp_path / "0", tmp_path / name)
 
-
 # ----------------------------------------------------------------------------- evaluation
 @pytest.mark.parametrize("n, val_tokens, draws", [
     (10, 100_000, 1), (10, 100_000, 2), (4, 4 * SEQ_LEN, 1), (2, 1, 1)])
@@ -234,7 +220,6 @@ def test_bound_bits_per_byte_and_error_by_hand(n, val_tokens, draws, tmp_path):
     assert evaluations(line)[0] == pytest.approx(by_hand, abs=1e-4, nan_ok=True)
     assert f"tokens:{n * SEQ_LEN} bytes:{total}" in line
 
-
 def test_evaluation_depends_on_the_draws_alone(short_run):
     """Masks come from a fixed seed, so that runs compare in pairs however memory cuts them. More
     draws are another estimate of the same bound."""
@@ -248,7 +233,6 @@ def test_evaluation_depends_on_the_draws_alone(short_run):
     assert cut == pytest.approx(same, abs=2e-4)
     assert 0 < abs(more[0] - bound) < 5 * error and test != same
     assert tree(folder) == before
-
 
 # ----------------------------------------------------------------------------- optimization
 def test_average_follows_its_formula(data, tmp_path):
@@ -272,13 +256,11 @@ def test_average_follows_its_formula(data, tmp_path):
         d = min(decay, 2 / 11)
         assert torch.allclose(v.double(), d * weights[2][k] + (1 - d) * weights[3][k], atol=1e-5)
 
-
 def rates(data, out, *flags):
     result = train_tiny(*FROZEN[1:], f"--data={data}", f"--out={out}", "--lr=0.01", "--steps=10",
                    *flags)
     assert result.status == 0, result.err
     return np.array([x["lr"] for x in log(out) if "loss" in x]) / 0.01
-
 
 def test_learning_rate_schedules(data, tmp_path):
     linear = rates(data, tmp_path / "a", "--cooldown=0.5", "--lr_end=0.1", "--warmup=4")
@@ -288,7 +270,6 @@ def test_learning_rate_schedules(data, tmp_path):
     falling = [0.2 + 0.4 * (1 + math.cos(math.pi * s / 8)) for s in range(8)]
     assert cosine == pytest.approx([0.5, 1.0, *falling], rel=0.005)
     assert rates(data, tmp_path / "c", "--cooldown=0") == pytest.approx([1.0] * 10)
-
 
 def test_gradient_is_clipped_to_its_norm(data, tmp_path):
     """AdamW's first moment after one step is (1 - beta1) times the gradient that it was given."""
@@ -304,7 +285,6 @@ def test_gradient_is_clipped_to_its_norm(data, tmp_path):
         assert log(out)[0]["grad_norm"] == pytest.approx(norms[0], rel=1e-3)
     assert norms[0.01] == pytest.approx(0.01, rel=1e-3)
     assert norms[100] == pytest.approx(norms[0], rel=1e-5)
-
 
 # ----------------------------------------------------------------------------- presets
 # Parameters of each preset: (vocabulary, lowest, highest). A published count is met within 1%, with
@@ -322,11 +302,9 @@ SIZES = {
 }
 HIDDEN = re.compile(r"layers\.\d+\.(q|k|v|o|up|gate|down)\.weight")
 
-
 def preset_config(script, preset):
     cfg = script.make_config([f"--preset={preset}"] if preset else [])[0]
     return dataclasses.replace(cfg, vocab_size=SIZES[preset][0])
-
 
 @pytest.mark.parametrize("script, preset", [
     (script, preset) for script in SCRIPTS for preset in ("", *presets(script))],
@@ -352,7 +330,6 @@ def test_preset_fits_its_description(script, preset):
     else:
         assert len(held) == 1
 
-
 @pytest.mark.parametrize("script", SCRIPTS[1:], ids=lambda x: x.SCRIPT)
 def test_presets_of_one_name_can_be_compared(script):
     """Equal tokens and shapes: what the comparison of the objectives rests on."""
@@ -365,13 +342,11 @@ def test_presets_of_one_name_can_be_compared(script):
         a, b = (preset_config(x, preset) for x in (script, train_mdlm))
         assert [getattr(a, k) for k in names] == [getattr(b, k) for k in names]
 
-
 def test_a_parameter_without_an_optimizer_is_an_error():
     model = train_mdlm.Model(train_mdlm.Config(vocab_size=9, n_embd=12))
     model.layers[0].extra = torch.nn.Parameter(torch.zeros(12, 12))
     with pytest.raises(train_mdlm.UserError, match=r"layers\.0\.extra.* GROUPS"):
         train_mdlm.make_optimizers(model, model.cfg)
-
 
 def test_flops():
     """Counted by hand: 12 layers of 12 D^2 weights but for SwiGLU's rounding, head, causal half;
@@ -387,7 +362,6 @@ def test_flops():
     assert abs(found[0] / by_hand - 1) < 0.01
     by_hand = 6 * (2 * 12 * 12 * 768**2 - 10 * 768**2 + 50257 * 768 * 17 / 32)
     assert found[1] == by_hand + 12 * 11.5 * 768 * 1040
-
 
 # ----------------------------------------------------------------------------- non-finite numbers
 def test_non_finite_steps_are_skipped_and_ten_in_a_row_stop(tmp_path, monkeypatch):
@@ -415,7 +389,6 @@ def test_non_finite_steps_are_skipped_and_ten_in_a_row_stop(tmp_path, monkeypatc
     assert all(x.isfinite().all() for x in state["model"].values())
     assert {float(s["step"]) for s in state["optimizers"][0]["state"].values()} == {5.0}
 
-
 # ----------------------------------------------------------------------------- reading data
 def test_windows_cover_the_shards_once_an_epoch(tmp_path):
     """Twelve windows in three shards whose tails are no windows, each of one token."""
@@ -439,7 +412,6 @@ def test_windows_cover_the_shards_once_an_epoch(tmp_path):
     assert everything not in epochs and epochs[0] != epochs[1] != epochs[2] != epochs[0]
     assert order(seed=1) != order()
 
-
 def test_another_vocabulary_of_the_same_size_is_refused(data, short_run, tmp_path):
     shutil.copytree(data, tmp_path / "data")
     words = [b"", *(bytes([i ^ 1]) for i in range(1, 256))]
@@ -448,7 +420,6 @@ def test_another_vocabulary_of_the_same_size_is_refused(data, short_run, tmp_pat
         result = train(f"--data={tmp_path / 'data'}", f"--init_from={short_run[0] / 'ckpt.pt'}",
                        *flags)
         assert_refused(result, "another vocabulary", f"{tmp_path}", "ckpt.pt", "--tokenizer=")
-
 
 # ----------------------------------------------------------------------------- machine
 def test_no_compiler_is_said_and_survived(tmp_path):
@@ -464,7 +435,6 @@ def test_no_compiler_is_said_and_survived(tmp_path):
         PATH=empty, HOME=empty, CXX="", https_proxy=nowhere, HTTPS_PROXY=nowhere))
     assert result.status == 0 and "without torch.compile" in result.out, result
 
-
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no compiler")
 def test_compiled_losses_equal_eager_ones(data, tmp_path):
     flags = tiny("--steps=3", "--eval_every=0", f"--data={data}", "--ema=0.5", "--lr=0.01")
@@ -478,7 +448,6 @@ def test_compiled_losses_equal_eager_ones(data, tmp_path):
     # A compiled run's checkpoint is one like any other.
     states = [checkpoint(tmp_path / name)["model"] for name in ("compiled", "eager")]
     assert states[0].keys() == states[1].keys()
-
 
 PROBE = """
 import os, random, signal, sys, threading
@@ -498,13 +467,11 @@ assert state() == before
 print(sorted({"sample", "train_mdlm", "gpt"} & {*sys.modules} - {"SCRIPT"}))
 """
 
-
 @pytest.mark.parametrize("script", [train_mdlm, train_sedd], ids=lambda x: x.SCRIPT)
 def test_import_does_nothing(script):
     result = finish(launch("-c", PROBE.replace("SCRIPT", script.SCRIPT),
                            PYTHONDONTWRITEBYTECODE="1"))
     assert result == (0, "[]\n", "")
-
 
 # ----------------------------------------------------------------------------- bad input
 @pytest.mark.parametrize("script, flags, words", [
@@ -547,13 +514,11 @@ def test_flag_is_refused(script, flags, words, data, tmp_path):
     assert_refused(result, *words.split())
     assert not (tmp_path / "run" / "ckpt.pt").exists()
 
-
 def test_help_lists_every_flag():
     result = train("--help")
     assert result.status == 0
     for name in train_mdlm.Config.__dataclass_fields__:
         assert f" {name}: " in result.out
-
 
 @pytest.mark.parametrize("name, content, words", [
     ("train_000001.bin", b"PK\x03\x04" * 1000, "train_000001.bin"),
@@ -588,7 +553,6 @@ def test_data_is_refused(name, content, words, data, tmp_path):
     assert_refused(result, *words.split())
     assert tree(folder) == before and "step:" not in result.out
 
-
 class Touch:
     """Pickled, it is code that makes a file when loaded."""
 
@@ -597,7 +561,6 @@ class Touch:
 
     def __reduce__(self):
         return os.system, (f"touch {self.path}",)
-
 
 def bad_checkpoint(kind, good, path):
     state = torch.load(good, weights_only=True) | {"ema": None}
@@ -618,7 +581,6 @@ def bad_checkpoint(kind, good, path):
         state["model"]["embed.weight"] = state["model"]["embed.weight"][:-1]
         torch.save(state, path)
 
-
 @pytest.mark.parametrize("how", ["init_from", "resume", "eval_only"])
 @pytest.mark.parametrize("kind", ["cut", "text", "code", "pickle", "foreign", "script", "shape"])
 def test_checkpoint_is_refused(kind, how, short_run, data, tmp_path):
@@ -631,7 +593,6 @@ def test_checkpoint_is_refused(kind, how, short_run, data, tmp_path):
                                f"--init_from={path}")}
     assert_refused(train(*flags[how]), "ckpt.pt")
     assert tree(tmp_path) == before
-
 
 @pytest.mark.parametrize("script, heir", [(gpt, train_mdlm), (train_mdlm, train_sedd)],
                          ids=lambda x: x.SCRIPT)
@@ -654,7 +615,6 @@ def test_another_scripts_checkpoint(script, heir, data, tmp_path):
                             f"--out={tmp_path / 'run'}", script=other)
         assert_refused(result, "a checkpoint of")
 
-
 @pytest.mark.parametrize("flags, words", [
     (["--resume=1", "--n_embd=64"], ["--n_embd=64", "32"]),
     ([*TINY, "--data={data}", "--init_from={run}/ckpt.pt", "--n_embd=64"], ["--n_embd=64", "32"]),
@@ -669,7 +629,6 @@ def test_run_is_not_touched_by_a_mistake(flags, words, short_run, data):
     result = train(f"--out={folder}", *flags)
     assert_refused(result, *words)
     assert tree(folder) == before
-
 
 def test_refusal_as_a_user_sees_it(tmp_path):
     result = finish(launch(SCRIPT, "--lrate=1", f"--out={tmp_path / 'run'}"))

@@ -14,10 +14,8 @@ import torch
 
 Z_LIMIT = 5.0  # a correct program fails one z-test in about 10**6; the seeds are fixed besides
 
-
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
-
 
 def small_model(script, seed=0, **names):
     """(network, its Config) in evaluation mode, with every parameter in use: the matrices that
@@ -32,7 +30,6 @@ def small_model(script, seed=0, **names):
                 p.add_(0.2 * torch.randn_like(p))
     return model.eval(), cfg
 
-
 def mutant(script, snippet, replacement):
     """A script with one snippet of its text replaced."""
     source = Path(script.__file__).read_text(encoding="utf-8")
@@ -42,7 +39,6 @@ def mutant(script, snippet, replacement):
     sys.modules[module.__name__] = module  # its dataclasses look there
     exec(compile(source.replace(snippet, replacement), "mutant", "exec"), module.__dict__)
     return module
-
 
 class Joint:
     """A joint distribution of n tokens over V values, repeated side by side in `copies` groups.
@@ -106,7 +102,6 @@ class Joint:
     def __call__(self, xt, sigma=None, rows=None):
         return take_rows(self.log_conditional(xt).float(), rows)
 
-
 class Iid:
     """Tokens drawn independently from p (V,): the exact denoiser answers log p, for any T."""
 
@@ -131,7 +126,6 @@ class Iid:
         shape = xt.shape if rows is None else rows.shape
         return self.p.log().float().expand(*shape, -1)
 
-
 class AbsorbScore:
     """Exact log score of a toy under masking: log p(token | context) - log(exp(sigma) - 1), at the
     masked positions. shift is added, which denormalises it."""
@@ -144,7 +138,6 @@ class AbsorbScore:
         context = torch.where(xt < self.toy.n_values, xt, self.toy.mask_id)
         log_p = self.toy.log_conditional(context) + self.shift
         return take_rows((log_p - level).to(self.dtype), rows)
-
 
 class UniformScore:
     """Exact log score of a joint whose tokens are replaced by uniform ones with probability
@@ -172,17 +165,14 @@ class UniformScore:
         log_p = self.noised(sigma).log().gather(1, code).view(b, t, v)
         return take_rows((log_p - log_p.gather(-1, xt[..., None])).to(self.dtype), rows)
 
-
 def correlated(n_values=3, n=3, seed=0):
     """Weights of a joint whose tokens depend on each other strongly, every state possible."""
     gen = torch.Generator().manual_seed(seed)
     return (1.5 * torch.randn((n_values,) * n, generator=gen, dtype=torch.float64)).exp()
 
-
 def take_rows(logits, rows):
     """(B, T, V) -> (R, V) at flat positions; None keeps all."""
     return logits if rows is None else logits.reshape(-1, logits.shape[-1])[rows]
-
 
 def chi_square_z(counts, p):
     """Standard score of Pearson's statistic of counts against probabilities p (any scale).
@@ -200,10 +190,8 @@ def chi_square_z(counts, p):
     spread = 2 / (9 * dof)
     return ((statistic / dof) ** (1 / 3) - (1 - spread)) / math.sqrt(spread)
 
-
 def _grid(base, n):
     return torch.cartesian_prod(*[torch.arange(base)] * n).view(-1, n)
-
 
 def with_samplers(script, sampler=None):
     """A training script with the sampler of sample.py, or of a mutant of it, that belongs to it:
@@ -237,7 +225,6 @@ def with_samplers(script, sampler=None):
     script.generate, script.uniforms = generate, sampler.uniforms
     script.draw_tokens = sampler.draw_tokens
     return script
-
 
 def mutant_of_sample(snippet, replacement):
     import sample
