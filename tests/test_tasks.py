@@ -121,7 +121,7 @@ def test_answers_are_read_from_the_holes(tmp_path, monkeypatch, name):
     assert n_passes == {"gpt": {4}, "train_sedd": {1}}.get(name, {4, 2}), rows
 
 
-def test_an_untrained_network_is_at_chance_and_a_run_goes_on(tmp_path):
+def test_a_network_of_two_steps_is_at_chance_and_a_run_goes_on(tmp_path):
     flags = ("run", "--tasks=reversal", "--scripts=gpt,train_mdlm", "--seeds=1", "--tokens=8192",
              f"--data={tmp_path}", f"--out={tmp_path}/out", "--orders=confidence")
     done = call(*flags)
