@@ -26,7 +26,7 @@ def read_gpt2(name):
     try:
         from transformers import AutoConfig, GPT2LMHeadModel
     except ImportError:
-        raise ValueError("convert.py needs a package: pip install transformers") from None
+        raise ValueError("needs a package: pip install transformers") from None
     config = AutoConfig.from_pretrained(name)
     fits = config.model_type == "gpt2" and config.activation_function == "gelu_new"
     fits &= config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx

@@ -143,7 +143,9 @@ def score(lm, name, folder, orders, passes):
     task, results = TASKS[name], []
     fits = lm.tokenizer.name == "byte" and lm.cfg.seq_len == task.seq_len
     require(fits, f"{lm.path}: not trained on --task={name}")
-    items = [json.loads(line) for line in Path(folder, "test.jsonl").read_text().splitlines()]
+    path = Path(folder, "test.jsonl")
+    require(path.exists(), f"--data={folder}: no test.jsonl in it; make the data first")
+    items = [json.loads(line) for line in path.read_text().splitlines()]
     for asked, group in itertools.groupby(items, lambda item: item["asked"]):
         group = list(group)
         if lm.kind in ("gpt", "block") and not group[0]["row"].endswith(HOLE):
