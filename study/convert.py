@@ -33,7 +33,6 @@ def read_gpt2(name):
     require(fits and config.tie_word_embeddings, f"--from={name}: not a network of GPT-2's kind")
     return GPT2LMHeadModel.from_pretrained(name)
 
-
 def rename(source, n_layer):
     """GPT-2's weights by its names -> by those of gpt2_mdlm.Model"""
     embed = source["transformer.wte.weight"]
@@ -53,7 +52,6 @@ def rename(source, n_layer):
             weights |= {f"{new}.{part}.{kind}": x for part, x in parts.items()}
     return {name: x.detach().clone().contiguous() for name, x in weights.items()}
 
-
 def convert(gpt2, meta):
     """-> a checkpoint for training by gpt2_mdlm.py"""
     shape, n_ids = gpt2.config, meta["vocab_size"]
@@ -68,7 +66,6 @@ def convert(gpt2, meta):
     return dict(format=3, script=gpt2_mdlm.SCRIPT, config=dataclasses.asdict(cfg), meta=meta,
                 model=weights, ema=None, optimizers=[], step=0, seconds=0.0)
 
-
 def run(flags):
     name = getattr(flags, "from")
     require(name and flags.out, "--from=MODEL and --out=FOLDER are needed")
@@ -80,10 +77,8 @@ def run(flags):
     n = sum(x.numel() for x in ckpt["model"].values())
     print(f"{path}: {n / 1e6:.1f}M parameters of {name}", file=sys.stderr)
 
-
 def main(argv):
     run_cli("convert.py", run, argv, __doc__, **{"from": ""}, tokenizer="gpt2", out="")
-
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -31,7 +31,6 @@ from study.judge import BATCH_TOKENS, SCRIPT, load_judge  # noqa: E402
 
 TILT_MIN, TILT_MAX = 0.5, 1.5  # as in train_mdlm.py
 
-
 @torch.no_grad()
 def add_up(judge, batches, vocab_size, what):
     """Batches (B, T) of tokens -> (sum of nats, count) of every id, (V,) float64 each"""
@@ -46,7 +45,6 @@ def add_up(judge, batches, vocab_size, what):
         total.index_add_(0, x0.flatten(), nats.flatten().cpu().double())
         count += x0.flatten().bincount(minlength=vocab_size)
     return total, count
-
 
 def in_units(total, count, min_count):
     """Sums and counts (V,) -> entropies (V,) in the unit that masks as much of the text as without;
@@ -69,7 +67,6 @@ def in_units(total, count, min_count):
     shares = {"by vocabulary": masked(float(entropy.mean())), "by mean of text": masked(mean),
              "by text": masked(high), "unit": high}
     return result, shares
-
 
 def run(flags):
     require(flags.what in ("entropy", "surprisal"), f"--what={flags.what}: entropy or surprisal")
@@ -100,11 +97,9 @@ def run(flags):
                  coverage=dict(ids=ids, occurrences=occurrences))
     path.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
 
-
 def main(argv):
     run_cli("entropy.py", run, argv, __doc__, judge="gpt2", data="", tokens=10_000_000,
             min_count=10, what="entropy", out="token_entropy.npy", device="auto", dtype="fp32")
-
 
 if __name__ == "__main__":
     main(sys.argv[1:])

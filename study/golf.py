@@ -46,15 +46,12 @@ FP8_MAX, FP8_MIN_NORMAL = 448.0, 2.0**-6
 MIN_EXPONENT = -100  # far from where float32 ends
 KEPT = ("format", "script", "config", "meta", "step")  # of a checkpoint, as they are
 
-
 class UserError(ValueError):
     """A user's mistake, in one line that names the flag or file and the remedy."""
-
 
 def require(condition, message):
     if not condition:
         raise UserError(message)
-
 
 class Parser(argparse.ArgumentParser):
     """A mistake is one line, help is the docstring."""
@@ -64,7 +61,6 @@ class Parser(argparse.ArgumentParser):
 
     def format_help(self):
         return self.description
-
 
 def run_cli(program, main, argv, doc, **defaults):
     """Call main(flags): --name=value, typed as the defaults are, and files; -o is --out."""
@@ -77,7 +73,6 @@ def run_cli(program, main, argv, doc, **defaults):
     except (OSError, ValueError) as e:
         parser.error(str(e))
 
-
 # ----------------------------------------------------------------------------- fp8
 def row_exponents(x, scale):
     """x (R, C) -> (R,) int32: x / 2^exponent fits into fp8, the largest number closely."""
@@ -88,16 +83,13 @@ def row_exponents(x, scale):
     exponent = exponent - torch.where(mantissa <= FP8_MAX / 512, 9, 8)  # 448 is .875 of 2^9
     return torch.where(mantissa == 0, 0, exponent).clamp(MIN_EXPONENT, 127).int()
 
-
 def to_fp8(x, exponents):
     """(R, C) float32 -> (R, C) float8_e4m3fn. Clamped, since a cast may overflow into NaN."""
     x = torch.ldexp(x, -exponents[:, None])
     return x.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
 
-
 def from_fp8(x, exponents):
     return torch.ldexp(x.float(), exponents[:, None])
-
 
 # ----------------------------------------------------------------------------- files
 def encode(ckpt, scale="row"):
@@ -122,12 +114,10 @@ def encode(ckpt, scale="row"):
     require(len(head) <= MAX_HEADER, f"{len(head)} bytes of settings and tokens, over {MAX_HEADER}")
     return struct.pack("<I", len(head)) + head + payload
 
-
 def compress(raw):
     """-> {codec: the whole file}"""
     lz = lzma.compress(raw, lzma.FORMAT_XZ, preset=6)
     return {"zlib": MAGIC + b"z" + zlib.compress(raw, 9), "lzma": MAGIC + b"x" + lz}
-
 
 def decompress(data, bound):
     """The bytes of a file -> what is in it, at most `bound` bytes."""
@@ -139,7 +129,6 @@ def decompress(data, bound):
     require(len(raw) <= bound, f"more than {bound} bytes in it")
     require(machine.eof and not machine.unused_data, "cut short, or with something behind its end")
     return raw
-
 
 def decode(raw):
     """The inverse of encode -> a checkpoint, its weights in float32."""
@@ -168,7 +157,6 @@ def decode(raw):
         model[name] = x.view(shape)
     return {key: head[key] for key in KEPT} | dict(model=model, ema=None, scale=head["scale"])
 
-
 def check_shapes(ckpt, module):
     """Refuse weights that the model of these settings does not have, before it takes memory.
     Settings that the script has no longer, which did not make the model, are left out."""
@@ -183,14 +171,12 @@ def check_shapes(ckpt, module):
         fits = there is not None and there.shape == here
         require(fits, f"{name} is not of the shape {here and tuple(here)}")
 
-
 def is_artifact(path):
     """Does a file begin as an artifact does?"""
     if not os.path.isfile(path):
         return False
     with open(path, "rb") as f:
         return f.read(len(MAGIC)) == MAGIC
-
 
 def read(path, script=None):
     """An artifact -> a checkpoint as load_checkpoint gives it, without average and optimizers.
@@ -207,7 +193,6 @@ def read(path, script=None):
     except Exception as e:  # a file may hold anything
         line = str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
         raise UserError(f"{path}: {line}") from None
-
 
 # ----------------------------------------------------------------------------- figures
 def print_errors(weights, scale):
@@ -229,7 +214,6 @@ def print_errors(weights, scale):
         print(f"{kind:6} {len(x):10,} {error:9.2%} {x.abs().max():9.3g} {flushed:8.3%} "
               f"{small:9.3%}")
 
-
 def bound(ckpt, module, flags):
     """-> (line, nats per token of every window), by the script's own evaluation."""
     given = dict(data=flags.data, val_tokens=flags.val_tokens, val_draws=flags.val_draws)
@@ -245,7 +229,6 @@ def bound(ckpt, module, flags):
     line += f" draws:{cfg.val_draws} {str(dtype)[6:]} on {device.type}"
     return line, nats / cfg.seq_len
 
-
 def print_bounds(artifact, ckpt, module, flags):
     """The bound of an artifact, and how far it is from the checkpoint's on the same noise."""
     line, after = bound(artifact, module, flags)
@@ -257,7 +240,6 @@ def print_bounds(artifact, ckpt, module, flags):
     print(f"before: {first}\nafter:  {line}\ndifference: {pairs.mean():+.5f}+-"
           f"{pairs.std() / len(pairs) ** 0.5:.5f} nats per token, same windows and noise")
 
-
 def open_checkpoint(name, script=None):
     """-> (its path, what is in it, the module of the script that wrote it)"""
     path = sample.find_checkpoint(name)
@@ -266,7 +248,6 @@ def open_checkpoint(name, script=None):
     fits = script.is_file() and script.stem == ckpt["script"]
     require(fits, f"{path}: written by {ckpt['script']}.py: pass it as --script=FILE")
     return path, ckpt, sample.load_script(script)
-
 
 def pack(flags):
     path, ckpt, module = open_checkpoint(flags.pack, flags.script)
@@ -289,7 +270,6 @@ def pack(flags):
     print(f"{out}: written, sha256 {hashlib.sha256(files[best]).hexdigest()}")
     return artifact, ckpt, module
 
-
 @torch.no_grad()
 def pack_or_evaluate(flags):
     require(bool(flags.pack) != bool(flags.eval), "one of --pack=CKPT and --eval=FILE")
@@ -301,11 +281,9 @@ def pack_or_evaluate(flags):
         ckpt = flags.against and open_checkpoint(flags.against, flags.script)[1]
     print_bounds(artifact, ckpt, module, flags)
 
-
 def main(argv):
     run_cli("golf.py", pack_or_evaluate, argv, __doc__, pack="", eval="", against="", script="",
             out="", scale="row", limit=LIMIT, data="", val_tokens=0, val_draws=0, device="auto")
-
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -27,7 +27,6 @@ import sample  # noqa: E402
 base = sample.load_script(ROOT / "train_mdlm.py")
 globals().update({name: x for name, x in vars(base).items() if not name.startswith("__")})
 
-
 @dataclasses.dataclass(frozen=True)
 class Config(base.Config):
     """Flags as in train_mdlm.py, with the shape of the small GPT-2 and rates for fine-tuning."""
@@ -44,7 +43,6 @@ class Config(base.Config):
     adam_beta1: float = 0.9  # AdamW
     adam_weight_decay: float = 0.0  # everything else
     grad_clip: float = 1.0  # global gradient norm
-
 
 class Layer(nn.Module):
     def __init__(self, cfg):
@@ -66,7 +64,6 @@ class Layer(nn.Module):
         h = h + F.dropout(y, self.cfg.dropout, self.training)
         y = self.down(F.gelu(self.up(self.ln_2(h)), approximate="tanh"))
         return h + F.dropout(y, self.cfg.dropout, self.training)
-
 
 class Model(nn.Module):
     """Denoiser: p(x0_i | xt) for every i at once."""
@@ -94,7 +91,6 @@ class Model(nn.Module):
         if rows is not None:
             h = h.flatten(0, 1).index_select(0, rows)  # (R, D)
         return F.linear(h, self.embed.weight[:-1]).float()
-
 
 SCRIPT = "gpt2_mdlm"
 INIT_FROM = ()

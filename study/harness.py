@@ -28,7 +28,6 @@ except ImportError:
 
 NEW_TOKENS = 256  # where a task does not say how many
 
-
 class Adapter(LM):
     def __init__(self, lm, draws=8, greedy=True, **how):
         super().__init__()
@@ -76,7 +75,6 @@ class Adapter(LM):
             texts.append(text.partition(sample.END.decode())[0])
         return texts
 
-
 def run(flags):
     require(flags.tasks, "--tasks=NAME[,NAME..] is needed")
     lm = sample.load(flags.ckpt, flags.script or None, device=flags.device)
@@ -90,11 +88,9 @@ def run(flags):
     if n := len(adapter.errors):
         print(f"{n} likelihoods, standard error of each bound {sum(adapter.errors) / n:.3f} nats")
 
-
 def main(argv):
     run_cli("harness.py", run, argv, __doc__, ckpt="", script="", tasks="", include="", limit=0,
             draws=8, greedy=1, order="", steps=0, device="auto")
-
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -49,7 +49,6 @@ GRAM = 4  # of repetition
 ABOUT = "script", "parameters", "sampler", "seed", "device"
 BATCH_TOKENS = 2**13
 
-
 # ----------------------------------------------------------------------------- judges
 class Judge(NamedTuple):
     name: str
@@ -60,7 +59,6 @@ class Judge(NamedTuple):
     forward: Callable  # x (B, S) -> logits (B, S, V), features (B, S, D)
     sha256: str = ""
     data: str = ""  # what it was trained on
-
 
 def gpt_judge(path, device, dtype):
     """A checkpoint of gpt.py; its features are what its head reads."""
@@ -77,7 +75,6 @@ def gpt_judge(path, device, dtype):
 
     return Judge(Path(path).name, lm.tokenizer.encode, lm.tokenizer.table, [lm.cfg.vocab_size],
                  lm.cfg.seq_len, forward, likelihood.digest(lm.path), Path(lm.cfg.data).name)
-
 
 def gpt2_judge(name, device, dtype, no_start=False, model=None):
     """GPT-2 of transformers: the name of a model of the hub, or its folder."""
@@ -100,11 +97,9 @@ def gpt2_judge(name, device, dtype, no_start=False, model=None):
     start = [] if no_start else [words.eot_token]
     return Judge(name, words.encode_ordinary, table, start, model.config.n_positions, forward)
 
-
 def load_judge(name, device, dtype, no_start=False):
     is_gpt2 = name.startswith("gpt2") or Path(name, "config.json").exists()
     return gpt2_judge(name, device, dtype, no_start) if is_gpt2 else gpt_judge(name, device, dtype)
-
 
 @torch.no_grad()
 def read(judge, texts):
@@ -135,7 +130,6 @@ def read(judge, texts):
                 features[i] = h[len(tokens) - 1].cpu()
     return nats, torch.stack(features)
 
-
 # ----------------------------------------------------------------------------- figures
 def trim(tokens, known, length, bos_id, cut):
     """Tokens and which of them were given -> both without what begins a document, up to length and,
@@ -147,7 +141,6 @@ def trim(tokens, known, length, bos_id, cut):
     pairs = [pair for pair in pairs if pair[0] != bos_id]
     return [token for token, _ in pairs], [is_known for _, is_known in pairs]
 
-
 def ratio(above, below):
     """Sum of above / sum of below, and its standard error over samples (delta method)."""
     above, below = (np.asarray(x, float) for x in (above, below))
@@ -155,20 +148,16 @@ def ratio(above, below):
     rest = ((above - mean * below) ** 2).sum()
     return float(mean), float((n / (n - 1) * rest) ** 0.5 / below.sum())
 
-
 def entropy(tokens):
     """Nats of the frequencies of tokens in a sample."""
     share = np.unique(tokens, return_counts=True)[1] / len(tokens)
     return float(-(share * np.log(share)).sum())
 
-
 def grams(tokens, n):
     return [tuple(tokens[i:i + n]) for i in range(len(tokens) - n + 1)]
 
-
 def distinct(tokens, n):
     return len(set(grams(tokens, n))) / max(1, len(tokens) - n + 1)
-
 
 def repeated(tokens):
     """Share of tokens inside a 4-gram that has been there before."""
@@ -177,7 +166,6 @@ def repeated(tokens):
         is_again[i:i + GRAM] |= gram in seen
         seen.add(gram)
     return float(is_again.mean())
-
 
 def measure(judge, tokenizer, rows, no_start=False):
     """rows: [(tokens, which were given)], without bos_id -> (figures, features (N, D))"""
@@ -210,7 +198,6 @@ def measure(judge, tokenizer, rows, no_start=False):
         retokenized=n_changed / sum(map(len, texts)) if judge.table == tokenizer.table else None,
     ), features
 
-
 # ----------------------------------------------------------------------------- command line
 def read_samples(path):
     """A .jsonl file -> its first line, [(tokens, which of them were given)], passes a sample"""
@@ -223,7 +210,6 @@ def read_samples(path):
         return about, rows, float(np.mean([line["nfe"] for line in lines]))
     except (KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{path}: not the samples of sample.py --save=FILE.jsonl ({e})") from None
-
 
 def print_rows(done):
     rows = done["rows"]
@@ -243,7 +229,6 @@ def print_rows(done):
     if any(row["entropy"][0] < least for row in rows):
         print("\n\\* entropy more than .15 nats below real text: lower perplexity at lower entropy "
               "is no better text")
-
 
 def run(flags):
     require(flags.files, "name the samples: FILE.jsonl..")
@@ -293,12 +278,10 @@ def run(flags):
     about = dict(vars(flags), program="judge", judge_sha256=judge.sha256, length=length)
     likelihood.finish(dict(about=about, rows=out), print_rows, flags.out)
 
-
 def main(argv):
     run_cli("judge.py", run, argv, __doc__, reference="", judge="gpt2-large", length=0, cut=1,
             split="val", start="document", mauve=0, no_start=0, seed=0, device="auto",
             dtype="fp32", out="")
-
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -44,7 +44,6 @@ from study.golf import require, run_cli  # noqa: E402
 BLIND = ("l2r", "r2l", "random")  # orders that do not look at the network's answers
 NELBO_SEED = 20240520
 
-
 @torch.no_grad()
 def chain_rule(model, cfg, kind, x0, choose, u, steps=None, is_blind=False):
     """-log p of x0 (B, T) for the decoder whose rule is choose (sample.ordered), in `steps` passes
@@ -79,7 +78,6 @@ def chain_rule(model, cfg, kind, x0, choose, u, steps=None, is_blind=False):
             tokens[:, here] = torch.where(is_left, mask_id, x0[:, here])
     return nats, when
 
-
 def make_rule(order, shape, gen, threshold=None):
     """An order -> (choose, u (N, T) float64), as sample.py would use it. l2r and r2l are its random
     order with numbers that are not random."""
@@ -89,7 +87,6 @@ def make_rule(order, shape, gen, threshold=None):
         u = 1 - u if order == "l2r" else u
     name = "random" if order in BLIND else order
     return sample.ordered(name, threshold), u
-
 
 def decoder_nats(lm, x0, order, steps=None, threshold=None, seed=0):
     """x0 (N, T) -> nats (N, T), which pass revealed each token (N, T), how many there were (N,);
@@ -107,7 +104,6 @@ def decoder_nats(lm, x0, order, steps=None, threshold=None, seed=0):
         parts.append((nats, when, when.amax(1)))
     return [torch.stack(x).double().mean(0) for x in zip(*parts, strict=True)]
 
-
 @torch.no_grad()
 def causal_nats(lm, x0):
     """gpt.py: x0 (N, T) -> nats (N, T)"""
@@ -118,7 +114,6 @@ def causal_nats(lm, x0):
             logits = lm.model(F.pad(x[:, :-1], (1, 0), value=lm.cfg.vocab_size))  # (B, T, V)
         found.append(F.cross_entropy(logits.mT, x, reduction="none").cpu().double())
     return torch.cat(found)
-
 
 @torch.no_grad()
 def nelbo(lm, x0, draws):
@@ -134,12 +129,10 @@ def nelbo(lm, x0, draws):
             total[rows] += nats.cpu().double() / draws
     return total / x0.size(1)
 
-
 def mean_and_error(x):
     """(N,) float64 -> mean and its standard error over pairs of neighbours"""
     pairs = x.view(-1, 2).mean(1)
     return x.mean().item(), pairs.std().item() / len(pairs) ** 0.5
-
 
 def prefix_gap(difference, n_bytes):
     """difference (N, T) in nats and bytes (N, T) of the tokens -> [{first, last (position),
@@ -158,7 +151,6 @@ def prefix_gap(difference, n_bytes):
         first = last
     return rows
 
-
 def take_windows(windows, meta, n, start):
     """The first n windows (.., T) of a split, or fewer if it has no more: as evaluation cuts them
     (anywhere), or those that begin with a document, without overlap."""
@@ -173,7 +165,6 @@ def take_windows(windows, meta, n, start):
                 rows, end = [*rows, text[at:at + T].astype(np.int64)], at + T
     return torch.from_numpy(np.array(rows, np.int64).reshape(-1, T))
 
-
 def read_windows(lm, flags):
     """-> x0 (N, T), bytes (N, T) of its tokens, the name of the data"""
     cfg = dataclasses.replace(lm.cfg, data=flags.data or lm.cfg.data, split=flags.split,
@@ -186,7 +177,6 @@ def read_windows(lm, flags):
     require(len(x0) >= 4, f"--windows={flags.windows}: four or more are needed; {flags.split} of "
             f"{cfg.data} has {len(x0)} for --start={flags.start}")
     return x0, torch.tensor(meta["byte_length"])[x0], cfg.data
-
 
 def settings(flags, lm):
     """[(order, steps or None, threshold or None)], checked"""
@@ -203,7 +193,6 @@ def settings(flags, lm):
     ways += [(None, float(x)) for x in flags.threshold.split(",") if x]
     return [(order, *way) for order in orders for way in ways or [(None, None)]]
 
-
 def say_estimate(lm, x0, todo, seconds):  # of a pass over whole windows
     T, L = x0.size(1), lm.block_len or x0.size(1)
     n_passes = sum(int(order.partition(":")[2] or 1) * min(T, T // L * (steps or L))
@@ -211,26 +200,21 @@ def say_estimate(lm, x0, todo, seconds):  # of a pass over whole windows
     print(f"{n_passes} passes over {len(x0)} windows of {T} tokens: about "
           f"{n_passes * seconds * L / T:.0f} s", file=sys.stderr)
 
-
 def print_table(rows, head):
     print("| " + " | ".join(head) + " |\n|" + " --- |" * len(head))
     for row in rows:
         print("| " + " | ".join(row) + " |")
 
-
 def digest(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
 
 def finish(done, print_rows, out):
     print_rows(done)
     if out:
         Path(out).write_text(json.dumps(done, indent=1) + "\n")
 
-
 def shown(pair, digits=4, star=""):
     return "" if pair is None else f"{pair[0]:.{digits}f}{star} ± {pair[1]:.{digits}f}"
-
 
 def print_rows(done):
     print_table([
@@ -246,7 +230,6 @@ def print_rows(done):
              round(g["bpb"], 4)), f"{g['cumulative']:.4f}", f"{g['tail']:.4f}"]
             for g in done["gap"]],
             ["positions", "gap here", "bits per byte", "up to here", "from here on"])
-
 
 def run(flags):
     require(not flags.files, f"{' '.join(flags.files)}: name the checkpoint with --ckpt=PATH")
@@ -299,12 +282,10 @@ def run(flags):
     if flags.out:
         np.savez_compressed(Path(flags.out).with_suffix(".npz"), **arrays)
 
-
 def main(argv):
     run_cli("likelihood.py", run, argv, __doc__, ckpt="", script="", orders="l2r,confidence,random",
             steps="", threshold="", windows=64, data="", split="val", start="anywhere",
             against="", draws=8, seed=0, out="", device="auto", dtype="fp32")
-
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -14,7 +14,6 @@ C, POINTS, SEEDS = 5, 25, 3  # scale of the divergences, mixtures, clusterings
 VARIANCE = 0.9  # that the projection keeps
 STARTS, STEPS = 5, 500  # of a clustering
 
-
 def k_means(x, k, gen):
     """x (N, D) float64 -> cluster (N,) of the best of several starts, by Lloyd's algorithm."""
     best = math.inf, None
@@ -30,7 +29,6 @@ def k_means(x, k, gen):
         best = min(best, (distance.square().sum().item(), cluster), key=lambda pair: pair[0])
     return best[1]
 
-
 def area(p, q):
     """The area under the divergence curve of two histograms (k,), as mauve-text computes it."""
     p, q = p.double() / p.sum(), q.double() / q.sum()
@@ -40,7 +38,6 @@ def area(p, q):
     x, y = F.pad(x, (1, 1)), F.pad(y, (1, 1))
     x[0] = y[-1] = 1  # the ends of the curve: (1, 0) and (0, 1)
     return sum(torch.trapezoid(b[a.argsort()], a.sort().values) for a, b in ((x, y), (y, x))) / 2
-
 
 def mauve(ours, theirs, seed=0):
     """Features (n, D) of two sets of texts -> {mauve, mauve_star: (mean, spread of seeds), k}

@@ -37,7 +37,6 @@ FORMAT, MASK, MAX_BYTES = 1, -1, 300_000
 LABELS = {"train_mdlm": "masked diffusion", "train_block": "block diffusion",
           "train_sedd": "score entropy diffusion", "gpt": "autoregressive"}
 
-
 # ----------------------------------------------------------------------------- recordings
 def save(path, runs):
     """Write what the runs of sample.py have done: FILE.json, FILE.svg, or samples as JSON lines."""
@@ -67,7 +66,6 @@ def save(path, runs):
         text = "".join(json.dumps(line) + "\n" for line in lines)
     Path(path).write_text(text, encoding="utf-8")
 
-
 def load(path):
     """A recording; UserError if it is none."""
     with open(path, encoding="utf-8") as f:
@@ -82,7 +80,6 @@ def load(path):
             line = f"{path}: not a recording of sample.py ({type(e).__name__}: {e})"
             raise UserError(line) from None
 
-
 def changes_of(done, tokenizer):
     """What is known at the beginning of a sample, and its frames."""
     mask_id, n = len(tokenizer.shown) - 1, len(done.tokens)
@@ -94,7 +91,6 @@ def changes_of(done, tokenizer):
         frames += [[nfe, round(1000 * seconds, 3), changes]] if changes else []
     return known, frames
 
-
 def replay(run):
     """The tokens of the last picture, MASK where none was fixed."""
     row = [MASK] * run["length"]
@@ -102,7 +98,6 @@ def replay(run):
         for position, token in changes:
             row[position] = token
     return row
-
 
 def letters(row, tokens):
     """The text of each token of a row: a character belongs to the token that completes it."""
@@ -112,7 +107,6 @@ def letters(row, tokens):
         texts.append(decoder.decode(word, final=not word))
     return texts
 
-
 def page(races, titles):
     """-> HTML. "<" is escaped, so that no text ends the element that it stands in."""
     data = [race | {"title": title} for race, title in zip(races, titles, strict=True)]
@@ -121,13 +115,11 @@ def page(races, titles):
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     return template.replace("null</script>", data + "</script>")
 
-
 # ----------------------------------------------------------------------------- picture
 WIDTH, MARGIN, CELL, LINE = 860, 24, 7.8, 19  # pixels
 COLUMNS = 2  # runs side by side
 SHORTEST, HOLD, FADE = 5.0, 3.0, 0.5  # seconds: of the slowest run, of the end, of a new token
 TICKS = 80  # moments that the slowest run is cut into
-
 
 def wrap(texts, width):
     """[(column, line)] of each token's text, words kept whole, and the number of lines."""
@@ -146,7 +138,6 @@ def wrap(texts, width):
         column, line = (0, line + 1) if char == "\n" else (column + 1, line)
     return [where[i] for i in range(len(texts))], line + 1
 
-
 def intervals(run):
     """[(position, token, first, last)]: what stood where, in milliseconds; last None: to stay."""
     row = [(MASK, 0)] * run["length"]
@@ -160,7 +151,6 @@ def intervals(run):
                 row[position] = token, now
     for position, (token, since) in row.items():
         yield position, token, since, None
-
 
 def draw_run(run, tokens, x0, y0, columns, timing):
     """-> (SVG of a run, its height); timing(first, last) gives the class that shows it."""
@@ -183,17 +173,14 @@ def draw_run(run, tokens, x0, y0, columns, timing):
             body.append(f'<text class="{name}" x="{xs}" y="{y0 + line * LINE}">{text}</text>')
     return "\n".join(body), n_lines * LINE
 
-
 def facts(run):
     n = run["length"] - len(run["known"])
     return (f"{run['nfe']} passes · {run['seconds']:.2f} s · {n / run['seconds']:.0f} tokens/s · "
             f"{run['parameters'] / 1e6:.2f}M parameters")
 
-
 def end_of(run):
     """In milliseconds; a sample may be empty."""
     return run["frames"][-1][1] if run["frames"] else 0.0
-
 
 def svg(race):
     """The first COLUMNS runs of a recording, animated by style sheets alone: what stands in an
@@ -250,7 +237,6 @@ def svg(race):
         f'<rect class="c" x=".5" y=".5" width="{WIDTH - 1}" height="{bottom + 13}" rx="10"/>',
         *parts, f'<text class="s" x="{MARGIN}" y="{bottom}">{speed}</text></svg>', ""))
 
-
 def write(flags):
     require(flags.files and (flags.out or flags.svg), "RECORDING.json .. -o FOLDER, or --svg=FILE")
     races, written = [load(path) for path in flags.files], {}
@@ -267,10 +253,8 @@ def write(flags):
         path.write_text(text, encoding="utf-8")
         print(f"{path}: {size:,} bytes")
 
-
 def main(argv):
     run_cli("page.py", write, argv, __doc__, out="", svg="")
-
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -31,7 +31,6 @@ STYLE = {"svg.fonttype": "none", "svg.hashsalt": "nanodlm", "axes.grid": True, "
          "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
          "lines.markersize": 4, "lines.linewidth": 1.4, "errorbar.capsize": 2, "xtick.labelsize": 8}
 
-
 # Each kind of plot: paths -> curves, as matplotlib's errorbar takes them, and what the axes say.
 def loss(paths, flags):
     require(flags.x in ("tokens", "seconds"), f"--x={flags.x}: tokens or seconds")
@@ -48,12 +47,10 @@ def loss(paths, flags):
         curves.append(dict(label=path.name, x=x, y=nats))
     return curves, dict(xlabel=flags.x, ylabel="training loss, nats per token")
 
-
 def read(path, key):
     done = json.loads(Path(path).read_text())
     require(done.get(key), f"{path}: no {key} in it")
     return done[key]
-
 
 def nfe(paths, flags):
     curves, lines = [], defaultdict(list)
@@ -74,7 +71,6 @@ def nfe(paths, flags):
     return curves, dict(xlabel="passes of the network a window (NFE)", ylabel="nats per token",
                         xscale="log")
 
-
 def gap(paths, flags):
     curves, ticks = [], []
     for path in paths:
@@ -87,7 +83,6 @@ def gap(paths, flags):
                            y=[row["cumulative"] for row in rows]))
     return curves, dict(xlabel="position in the window", xticks=range(len(ticks)),
                         xticklabels=ticks, ylabel="left to right minus AR, nats per token")
-
 
 def frontier(paths, flags):
     lines = defaultdict(list)
@@ -103,7 +98,6 @@ def frontier(paths, flags):
                            names=[row["text"][len(name) + 1:] for row in rows]))
     return curves, dict(xlabel="entropy of a sample, nats", ylabel="generative perplexity")
 
-
 def density(paths, flags):
     curves = []
     for name, fraction in train_mdlm.MASKED_FRACTION.items():
@@ -116,9 +110,7 @@ def density(paths, flags):
     return curves, dict(xlabel="masked fraction of a window", ylim=(0, 4),
                         ylabel="density of the training loss")
 
-
 KINDS = {f.__name__: f for f in (loss, nfe, gap, frontier, density)}
-
 
 def draw(curves, settings, path):
     """Write the plot -> its figure"""
@@ -144,7 +136,6 @@ def draw(curves, settings, path):
         figure.savefig(path, metadata={"Date": None} if path.endswith(".svg") else None)
     return figure
 
-
 def run(flags):
     kind, *paths = flags.files or [""]
     require(kind in KINDS, f"{kind}: the first word is one of {', '.join(KINDS)}")
@@ -152,10 +143,8 @@ def run(flags):
     require(flags.out, "--out=FILE.svg: what to write")
     draw(*KINDS[kind](paths, flags), flags.out)
 
-
 def main(argv):
     run_cli("plot.py", run, argv, __doc__, x="tokens", out="")
-
 
 if __name__ == "__main__":
     main(sys.argv[1:])

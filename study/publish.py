@@ -24,13 +24,11 @@ from study.golf import open_checkpoint, require, run_cli  # noqa: E402
 
 NO_FLAG = ("out", "preset", "resume", "eval_only")  # the other settings are all there
 
-
 def printed_bytes():
     """{byte: character}: how byte-level BPE writes bytes, as GPT-2 does."""
     kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in kept]
     return {b: chr(b) for b in kept} | {b: chr(256 + i) for i, b in enumerate(others)}
-
 
 def tokenizer_json(meta):
     """meta of a checkpoint -> tokenizer.json: byte-level BPE, for bytes without merges."""
@@ -53,7 +51,6 @@ def tokenizer_json(meta):
     return {"version": "1.0", "added_tokens": [special], "pre_tokenizer": byte_level,
             "decoder": byte_level, "model": {"type": "BPE", "vocab": vocab, "merges": merges}}
 
-
 def command(config, module, script):
     """The flags that are not the script's defaults, as a shell takes them."""
     default = vars(module.Config())
@@ -61,7 +58,6 @@ def command(config, module, script):
              for name, value in config.items()
              if name not in NO_FLAG and value != default.get(name)]
     return f"python {script}.py " + " ".join(map(shlex.quote, flags))
-
 
 def figures(path, metric):
     """The last evaluation in the run's log -> rows of a table."""
@@ -73,7 +69,6 @@ def figures(path, metric):
     bound = "" if metric == "val_nll" else "at most "
     return (f"| nats per token | {bound}{nats} ± {error} |\n| bits per byte | {bound}{bits} |\n"
             f"| validation tokens | {int(n):,} |")
-
 
 def write_folder(flags, folder):
     """Everything that is uploaded."""
@@ -101,7 +96,6 @@ def write_folder(flags, folder):
     for file in (flags.script, ROOT / "muon.py") if flags.script else ():
         shutil.copy(file, folder)
 
-
 def publish(flags):
     require(flags.repo.count("/") == 1 and all(flags.repo.split("/")),
             f"--repo={flags.repo}: write OWNER/NAME")
@@ -119,10 +113,8 @@ def publish(flags):
         require(False, f"--repo={flags.repo}: not uploaded: {type(e).__name__}: {e}")
     print(f"https://huggingface.co/{flags.repo}")
 
-
 def main(argv):
     run_cli("publish.py", publish, argv, __doc__, ckpt="", repo="", out="", script="", dry_run=0)
-
 
 if __name__ == "__main__":
     main(sys.argv[1:])

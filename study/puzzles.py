@@ -14,7 +14,6 @@ from fractions import Fraction
 
 PAD = "."
 
-
 @dataclasses.dataclass(frozen=True)
 class Task:
     draw: Callable
@@ -29,14 +28,12 @@ class Task:
     def seq_len(self):
         return self.prompt_len + self.answer_len
 
-
 @functools.cache
 def peers(size):
     """For every cell of a grid, those of its row, column and box, which is 2 cells high."""
     places = [(i // size, i % size) for i in range(size * size)]
     keys = [((0, r), (1, c), (2, r // 2, c // (size // 2))) for r, c in places]
     return [[j for j, b in enumerate(keys) if i != j and {*a} & {*b}] for i, a in enumerate(keys)]
-
 
 def complete(grid, size, rng):
     """Fill the zeros of a grid in place, at random -> whether that is possible."""
@@ -52,7 +49,6 @@ def complete(grid, size, rng):
     grid[at] = 0
     return False
 
-
 def draw_sudoku(rng, size):
     n = size * size
     grid = [0] * n
@@ -61,14 +57,12 @@ def draw_sudoku(rng, size):
     blanks = rng.permutation(n)[:rng.integers(n // 4, 3 * n // 4 + 1)]
     return answer, "".join(PAD if i in blanks else c for i, c in enumerate(answer)), answer
 
-
 def solves_sudoku(question, answer):
     size = math.isqrt(len(question))
     keeps = all(a in (PAD, b) for a, b in zip(question, answer, strict=True))
     is_full = set(answer) == {str(1 + i) for i in range(size)}
     return keeps and is_full and all(answer[cell] not in [answer[i] for i in others]
                                      for cell, others in enumerate(peers(size)))
-
 
 def draw_countdown(rng):
     """Join two of four digits, or of what they have become, until one value is left."""
@@ -87,7 +81,6 @@ def draw_countdown(rng):
     question = "".join(map(str, digits)) + f"={value}"
     return str(sorted(digits)), question.rjust(8, PAD), text[1:-1] + PAD
 
-
 def solves_countdown(question, answer):
     digits, target = question.strip(PAD).split("=")
     answer = answer.rstrip(PAD)
@@ -100,11 +93,9 @@ def solves_countdown(question, answer):
         return False
     return value == int(target) and Counter(re.findall(r"\d", answer)) <= Counter(digits)
 
-
 def draw_addition(rng):
     a, b = rng.integers(0, 10**5, 2).tolist()
     return str(sorted((a, b))), f"{a:05}+{b:05}=", f"{a + b:06}"
-
 
 def draw_brackets(rng):
     text, closers = "", []
@@ -119,25 +110,21 @@ def draw_brackets(rng):
     question = text[:at] + 8 * PAD + text[at + 8:]
     return question, question, text[at:at + 8]
 
-
 def closes_brackets(question, answer):
     text, before = question.replace(8 * PAD, answer), None
     while text != before:
         before, text = text, text.replace("()", "").replace("[]", "")
     return not text
 
-
 def draw_sort(rng):
     letters = [chr(97 + i) for i in rng.permutation(26)[:12]]
     answer = "".join(sorted(letters))
     return answer, "".join(letters), answer
 
-
 def draw_fact(rng):
     """A name, in capitals, and what it is."""
     name, what = ("".join(map(chr, first + rng.integers(26, size=4))) for first in (65, 97))
     return name, name, what
-
 
 TASKS = {
     "sudoku4": Task(lambda rng: draw_sudoku(rng, 4), solves_sudoku, 16, 16, 4),

@@ -62,7 +62,6 @@ MATRICES = {  # row -> script, flags; the first row is what the table compares w
 }
 ERROR = re.compile(r"^(\w+\.py: |(\[rank\d+\]: *)?Traceback )", re.M)  # in a run's output
 
-
 # ----------------------------------------------------------------------------- states
 def is_locked(folder):
     """Is a run at work there? A shared lock, so that this question holds up nobody."""
@@ -73,7 +72,6 @@ def is_locked(folder):
     except (ImportError, OSError) as e:  # Windows, or not begun
         return isinstance(e, BlockingIOError)
     return False
-
 
 def state(folder):
     """-> (state, what there is to say of it)"""
@@ -90,7 +88,6 @@ def state(folder):
         return "failed", output.strip().splitlines()[-1]
     return ("stalled", at) if log else ("absent", "")
 
-
 def runs_of(matrix, scale, seeds, out, data="", token_entropy=""):
     """[(folder, command)], the first seed of all rows before the second."""
     runs = []
@@ -102,7 +99,6 @@ def runs_of(matrix, scale, seeds, out, data="", token_entropy=""):
                                   *flags, f"--seed={seed}", f"--out={folder}"]))
     return runs
 
-
 # ----------------------------------------------------------------------------- starting
 def unfinished(runs):
     """Those that are absent or stalled when their turn comes"""
@@ -112,7 +108,6 @@ def unfinished(runs):
             print(f"{folder}: {how_far}, started", flush=True)
             folder.mkdir(parents=True, exist_ok=True)
             yield folder, command
-
 
 def run_here(runs, n_jobs):
     env, running = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // n_jobs)), **os.environ}, []
@@ -130,12 +125,10 @@ def run_here(runs, n_jobs):
         for process in running:
             process.wait()
 
-
 def ask(*command):
     done = subprocess.run(command, capture_output=True, text=True)
     require(done.returncode == 0, f"{command[0]}: {done.stderr}")
     return done.stdout
-
 
 def submit(runs, limit):
     queue = ask("squeue", "--me", "--noheader", "--format=%j").split()
@@ -145,7 +138,6 @@ def submit(runs, limit):
         (folder / "output.txt").unlink(missing_ok=True)
         ask("sbatch", f"--job-name={name}", f"--output={folder}/output.txt",
             str(ROOT / "slurm.sh"), *command)
-
 
 def run(flags):
     require(flags.matrix in MATRICES, f"--matrix={flags.matrix}: there are {', '.join(MATRICES)}")
@@ -167,11 +159,9 @@ def run(flags):
     names = [name for name, _ in found]
     print(", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names)))
 
-
 def main(argv):
     run_cli("run.py", run, argv, __doc__, matrix="", scale="tiny", data="books", seeds=3,
             jobs="local:1", queue=8, status=0, token_entropy="", out="out/study")
-
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -31,16 +31,13 @@ EXTRA = {  # key in the JSON of judge.py or zeroshot.py -> head of its column
     "gen_ppl": "gen ppl", "entropy": "entropy", "bits_per_byte": "judge's bits per byte",
     "mauve": "mauve", "ppl": "zero-shot ppl", "ppl_word": "ppl_word"}
 
-
 def difference(runs, first):
     """-> [mean, error over windows, and error over seeds if there are any]"""
     return [float(x) for x in re.findall(r"[-+]?\d+\.\d+|nan", compare.difference(runs, first))]
 
-
 def is_best(runs, others):
     found = [difference(runs, other) for other in others]
     return bool(found) and all(errors[1:] and -mean > 2 * max(errors) for mean, *errors in found)
-
 
 def read_folder(folder):
     """-> {row: its finished runs}, in the order of the matrix; [what is left out]"""
@@ -55,13 +52,11 @@ def read_folder(folder):
     return {name: compare.read_row(f"{name}={','.join(found[name])}")[1] if name in found else []
             for name in names}, left_out
 
-
 def read_extra(path):  # -> {name of a row: its columns}
     rows = json.loads(Path(path).read_text())["rows"] if path else []
     return {row.get("name", row.get("text")): {
         key: row[key][0] if isinstance(row[key], list) else row[key] for key in EXTRA if key in row
     } for row in rows}
-
 
 def study(folder, flags):
     """A folder of runs -> the JSON of its table"""
@@ -92,7 +87,6 @@ def study(folder, flags):
     return dict(about=dict(program="table", folder=folder.name, first=first, left_out=left_out,
                            **on), rows=rows)
 
-
 def print_rows(done):
     about, table = done["about"], []
     extra = [key for key in EXTRA if any(key in row for row in done["rows"])]
@@ -111,10 +105,8 @@ def print_rows(done):
     if about["left_out"]:
         print(f"Left out: {', '.join(about['left_out'])}.")
 
-
 PRINT = {"table": print_rows, "judge": judge.print_rows, "zeroshot": zeroshot.print_rows,
          "likelihood": likelihood.print_rows}
-
 
 def run(flags):
     require(flags.files, "name a folder of runs, or the JSON files of tables")
@@ -127,10 +119,8 @@ def run(flags):
         likelihood.finish(done, PRINT[program], not is_old and flags.out)
         print()
 
-
 def main(argv):
     run_cli("table.py", run, argv, __doc__, first="", judge="", zeroshot="", out="")
-
 
 if __name__ == "__main__":
     main(sys.argv[1:])

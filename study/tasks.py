@@ -52,7 +52,6 @@ TRUNK = ("--n_layer=4", "--n_head=4", "--n_embd=64", "--lr=0.03", "--shuffle=1",
 OWN = {"train_block": ("--value_residual=0", "--muon_beta2=0")}  # so that all have one trunk
 ORDERS = {"gpt": ("",), "sedd": ("tweedie",)}  # of the kinds that have no choice
 
-
 # ----------------------------------------------------------------------------- data sets
 def draw_problems(task, rng):
     """-> {question: answer} to train on and to test on, of keys that do not meet."""
@@ -68,10 +67,8 @@ def draw_problems(task, rng):
             part[question] = answer
     return train, test
 
-
 def fact(left, right):
     return f"{left}={right}".rjust(12, PAD)
-
 
 def make(name, folder, seed=0):
     """Write the shards of train and val (the test, answered) and test.jsonl, if not there yet."""
@@ -106,7 +103,6 @@ def make(name, folder, seed=0):
     print(f"{folder}: {len(windows['train']):,} windows of {task.seq_len} bytes to train on, "
           f"{len(items):,} questions of other keys", file=sys.stderr)
 
-
 # ----------------------------------------------------------------------------- scores
 def wilson(n_right, n, z=1.96):
     """95% interval of a share."""
@@ -114,12 +110,10 @@ def wilson(n_right, n, z=1.96):
     half = math.sqrt(p * (1 - p) * spread + spread * spread / 4)
     return [(p + spread / 2 + sign * half) / (1 + spread) for sign in (-1, 1)]
 
-
 def count_right(task, items, answers):
     return sum(given == item["answer"] if task.is_right is None else
                bool(task.is_right(item["question"], given))
                for item, given in zip(items, answers, strict=True))
-
 
 def answer_all(lm, task, items, order, passes):
     """-> the answers, passes and CPU seconds for one of them, in batches"""
@@ -136,7 +130,6 @@ def answer_all(lm, task, items, order, passes):
     holes = tokens[~canvas.is_known].view(len(items), -1).tolist()
     n_passes = sum(nfe * len(rows) for rows, nfe in batches) / len(items)
     return [lm.tokenizer.decode(hole) for hole in holes], n_passes, seconds / len(items)
-
 
 def score(lm, name, folder, orders, passes):
     """Every question in every order -> [{asked, order, steps, right, n, passes, seconds}]"""
@@ -158,7 +151,6 @@ def score(lm, name, folder, orders, passes):
                                     passes=n_passes, seconds=seconds))
     return results
 
-
 def show(found):
     """{(asked, script, order, steps): [a score for every seed]} -> a table, seeds together"""
     table = []
@@ -172,7 +164,6 @@ def show(found):
                       f"{1e3 * seconds:.2f}"])
     print_table(table, ["asked", "script", "order", "passes", "right (95% interval)", "by seed",
                         "CPU ms an answer"])
-
 
 # ----------------------------------------------------------------------------- runs
 def run_cell(flags, name, seed, script, orders, passes):
@@ -201,7 +192,6 @@ def run_cell(flags, name, seed, script, orders, passes):
     rows = [about | row for row in score(lm, name, data, orders, passes)]
     (folder / "score.json").write_text(json.dumps(rows, indent=1) + "\n")
 
-
 def write_tables(out, names):
     """A table for each task from the scores that are there."""
     for name in names:
@@ -215,13 +205,11 @@ def write_tables(out, names):
                   f"{row['tokens']:,} training tokens, {row['seq_len']} a problem.\n")
             show(dict(sorted(found.items(), key=lambda item: item[0][0])))
 
-
 def names_of(flag, text, known):
     found = text.split(",")
     for name in found:
         require(name in known, f"--{flag}={name}: there are {', '.join(known)}")
     return found
-
 
 def run(flags):
     way, = names_of("", " ".join(flags.files), ("make", "score", "run", "table"))
@@ -243,12 +231,10 @@ def run(flags):
                 run_cell(flags, name, seed, script, orders, passes)
         write_tables(flags.out, names)
 
-
 def main(argv):
     run_cli("tasks.py", run, argv, __doc__, task="", tasks=",".join(TASKS), ckpt="", script="",
             scripts=",".join(sample.SCRIPTS), seeds=3, seed=0, tokens=2_500_000, data="data",
             out="out/tasks", orders="random,confidence,entropy,margin", steps="0,4")
-
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -56,13 +56,11 @@ RULES = [(re.compile(pattern, re.M), replacement) for pattern, replacement in (
     (r"(?<=[(\[$£€]) ", ""),
 )]
 
-
 def detokenize(text):
     """Undo the splitting into words."""
     for pattern, replacement in RULES:
         text = pattern.sub(replacement, text)
     return text.strip()
-
 
 def read_lines(source, path, split):
     """The lines of the original file, from a path or from the hub"""
@@ -79,7 +77,6 @@ def read_lines(source, path, split):
         raise ValueError(f"{source}: {name}, {split}: {type(e).__name__}: {str(e)[:200]}; with the "
                          "file at hand: --input=FILE") from None
 
-
 def documents(source, lines, raw=False):
     if source.startswith("wikitext"):
         titles = [i for i, line in enumerate(lines) if TITLE.fullmatch(line)]
@@ -89,7 +86,6 @@ def documents(source, lines, raw=False):
         texts = [" ".join(line.strip() for line in lines)] if source == "ptb" else lines
     texts = [text if raw else detokenize(text) for text in texts]
     return [text for text in texts if text.strip()]
-
 
 def evaluate(name, texts, n_words, flags):
     """A checkpoint -> its figures, by its own script, on shards in its tokens"""
@@ -113,7 +109,6 @@ def evaluate(name, texts, n_words, flags):
                 ppl_word=math.exp(total / n_words), bpb=total / math.log(2) / size["bytes"],
                 words=n_words, **size)
 
-
 def print_rows(done):
     about = done["about"]
     print(f"{about['files'][0]}, {about['input'] or about['split']}, "
@@ -123,7 +118,6 @@ def print_rows(done):
               f"{row['ppl']:.3f}", f"{row['ppl_word']:.1f}", f"{row['bpb']:.4f}",
               *(f"{row[key]:,}" for key in COUNTS)] for row in done["rows"]]
     print_table(table, ["run", "script", "nats/token", "ppl", "ppl_word", "bits/byte", *COUNTS])
-
 
 def run(flags):
     source, *rest = flags.files or [""]
@@ -136,11 +130,9 @@ def run(flags):
     rows = [evaluate(name, texts, n_words, flags) for name in flags.ckpt.split(",")]
     finish(dict(about=dict(vars(flags), program="zeroshot"), rows=rows), print_rows, flags.out)
 
-
 def main(argv):
     run_cli("zeroshot.py", run, argv, __doc__, ckpt="", input="", split="test", raw=0, tokens=0,
             draws=0, device="auto", out="")
-
 
 if __name__ == "__main__":
     main(sys.argv[1:])

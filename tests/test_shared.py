@@ -132,20 +132,17 @@ def test_scripts_share_their_text():
         assert not diff, f"{first.name} and {path.name} differ:\n{diff}"
 
 # The tool itself, on scripts in small.
-
-SMALL = '''"""{doc}"""
-
+SMALL = '''"""About {own}."""
 import os
 
 class Config:
-    seed: int = 0  # of all
     # >>> objective
-    {field}
+    {own}: int = 1
     # <<< objective
 
 # >>> objective
 def loss():
-    return "{loss}"
+    return "{own}"
 # <<< objective
 
 def main():
@@ -154,16 +151,8 @@ def main():
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three scripts with docstrings and regions of their own, the last of them empty."""
-    for name, loss in (("train_mdlm.py", "elbo"), ("gpt.py", "nll")):
-        text = SMALL.format(doc=f"About {loss}.\n\nMore.\n", field=f"{loss}: int = 1", loss=loss)
-        (tmp_path / name).write_text(text)
-    own = '    return "bound"\n', '    {field}\n', "def loss():\n"
-    text = SMALL.replace('    return "{loss}"\n', own[0])
-    for piece in own:
-        text = text.replace(piece, "")
-    (tmp_path / "train_block.py").write_text(text.replace("{doc}", "None."))
-    (tmp_path / "fork.py").write_text("print()\n")  # forks are exempt
+    for name in SCRIPTS[:3]:
+        (tmp_path / name).write_text(SMALL.format(own=name[:-3]))
     return tmp_path
 
 def edit(path, old, new):
@@ -171,67 +160,33 @@ def edit(path, old, new):
     assert text.count(old) == 1
     path.write_bytes(text.replace(old, new).encode())
 
-def test_docstrings_and_regions_may_differ(folder):
-    first, *others = training_scripts(folder)
-    assert [p.name for p in others] == ["gpt.py", "train_block.py"]
-    assert [shared_diff(first, p) for p in others] == ["", ""]
-    edit(folder / "gpt.py", "About nll.", "About\nthis and that.")
-    edit(folder / "gpt.py", 'return "nll"', "x = 1\n    return x")
-    assert write(folder / "gpt.py", folder) == []
-
 @pytest.mark.parametrize(("old", "new"), [
-    ("import os", "import sys"),
-    ("seed: int = 0  # of all", "seed: int = 0 # of all"),
-    ("    loss()\n", "    loss()\n\n"),
-    ("class Config:", "\nclass Config:"),
-    ("\n    # <<< objective", "\n     # <<< objective"),
+    ("import os", "import sys"), ("    loss()\n", "    loss()\n\n"),
     ("import os\n", "import os\r\n"),
-])
+    ("\n    # <<< objective", "\n     # <<< objective")])
 def test_a_shared_line_that_differs_is_found_and_repaired(folder, old, new, capsys):
     before = {p: p.read_bytes() for p in folder.iterdir()}
     edit(folder / "gpt.py", old, new)
     diff = shared_diff(folder / "train_mdlm.py", folder / "gpt.py")
-    assert diff.startswith("--- train_mdlm.py\n+++ gpt.py\n@@") and "nll" not in diff
+    assert diff.startswith("--- train_mdlm.py\n+++ gpt.py\n@@") and "return" not in diff
     main(["--write", "train_mdlm.py"], folder)
     assert capsys.readouterr().out == "changed: gpt.py\n"
     assert {p: p.read_bytes() for p in folder.iterdir()} == before
-    main(["--write", "elsewhere/gpt.py"], folder)
-    assert capsys.readouterr().out == "changed: nothing\n"
-
-def test_the_change_of_one_goes_to_all_the_others(folder):
-    edit(folder / "gpt.py", "    loss()\n", "    print(loss())\n")
-    own = {p.name: split(p)[::2] for p in training_scripts(folder)}
-    assert write(folder / "gpt.py", folder) == ["train_mdlm.py", "train_block.py"]
-    assert {p.name: split(p)[::2] for p in training_scripts(folder)} == own
-    assert all("print(loss())" in p.read_text() for p in training_scripts(folder))
 
 @pytest.mark.parametrize(("old", "new"), [
     ("# <<< objective\n\ndef main", "\n\ndef main"),
-    ("# >>> objective\ndef", "def"),
     ("# >>> objective\ndef", "# >>> objective\n# >>> objective\ndef"),
-    ("    loss()\n", "    loss()\n# >>> objective\n# <<< objective\n"),
-    ("import os", "import os\n# <<< objective"),
     ('"""About', '#"""About'),
 ])
 def test_other_than_two_regions_are_refused(folder, old, new, capsys):
     edit(folder / "gpt.py", old, new)
     edit(folder / "train_mdlm.py", "import os", "import sys")
     before = {p: p.read_bytes() for p in folder.iterdir()}
-    with pytest.raises(ValueError, match=r"gpt\.py"):
-        shared_diff(folder / "train_mdlm.py", folder / "gpt.py")
     for name in ("train_mdlm.py", "gpt.py"):
         with pytest.raises(SystemExit) as stop:
             main(["--write", name], folder)
         assert stop.value.code == 2 and "gpt.py" in capsys.readouterr().err
     assert {p: p.read_bytes() for p in folder.iterdir()} == before
-
-@pytest.mark.parametrize("argv", [["--write"], ["--write", "fork.py"], ["train_mdlm.py"],
-                                  ["--write", "train_sedd.py"]])
-def test_mistakes_end_in_one_line(folder, argv, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(argv, folder)
-    out, err = capsys.readouterr()
-    assert (stop.value.code, out, err.count("\n")) == (2, "", 1)
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -18,11 +18,9 @@ from study import plot, run, table, zeroshot
 
 MATRIX = dict(mdlm=("train_mdlm.py", ""), gpt=("gpt.py", ""), broken=("gpt.py", "--n_head=3"))
 
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return make_data(tmp_path_factory.mktemp("data"))
-
 
 @pytest.fixture
 def study(data, tmp_path, monkeypatch):
@@ -40,11 +38,9 @@ def study(data, tmp_path, monkeypatch):
 
     return call, tmp_path / "toy-tiny"
 
-
 def states(result):
     lines = map(str.split, result.out.splitlines()[:-1])
     return {line[0]: line[1] for line in lines if "started" not in line}
-
 
 # ----------------------------------------------------------------------------- runner
 def test_runs_are_begun_resumed_and_left_alone(study, data):
@@ -74,7 +70,6 @@ def test_runs_are_begun_resumed_and_left_alone(study, data):
     assert result.out.count("started") == 1 and states(result)["gpt_1"] == "done"
     assert runs.tree(folder / "mdlm_0") == before
 
-
 def test_slurm_gets_what_fits_into_the_queue_and_is_not_in_it(study):
     call, folder = study
     calls, queue = folder.parent / "sbatch.calls", folder.parent / "squeue.queue"
@@ -88,13 +83,11 @@ def test_slurm_gets_what_fits_into_the_queue_and_is_not_in_it(study):
     queue.unlink()
     runs.assert_refused(call("--jobs=slurm"), "squeue")
 
-
 def test_mistakes_are_refused(study):
     call, _ = study
     runs.assert_refused(call("--matrix=schedules"), "--token_entropy")
     for script, flags in [row for rows in run.MATRICES.values() for row in rows.values()]:
         __import__(script.removesuffix(".py")).parse_flags(flags.split())  # every flag exists
-
 
 # ----------------------------------------------------------------------------- table
 @pytest.fixture(scope="module")
@@ -109,7 +102,6 @@ def finished(data, tmp_path_factory):
     text = (folder / "part_0" / "log.txt").read_text()
     (folder / "part_0" / "log.txt").write_text(text[:text.index("\nstep:2/2 val")])
     return folder
-
 
 def test_table_of_run_folders(finished, tmp_path):
     judged = [dict(text=f"mdlm_{seed}", gen_ppl=[seed + 2.0, 0.1]) for seed in range(2)]
@@ -132,7 +124,6 @@ def test_table_of_run_folders(finished, tmp_path):
     assert again.out.splitlines()[1:] == lines[1:]
     runs.assert_refused(runs.train(tmp_path, script=table), "no finished run")
 
-
 def test_best_means_by_two_errors():
     low, high, near = (
         [types.SimpleNamespace(nats=np.array(nats), seed=seed) for seed in range(2)]
@@ -140,12 +131,10 @@ def test_best_means_by_two_errors():
     assert table.is_best(low, [high]) and not table.is_best(high, [low])
     assert not table.is_best(low, [high, near]) and not table.is_best(low[:1], [high[:1]])
 
-
 # ----------------------------------------------------------------------------- plots
 def points(figure):
     return {box.get_label(): [line.tolist() for line in box[0].get_data()]
             for box in figure.axes[0].containers}
-
 
 def test_plots_hold_what_the_files_say(finished, tmp_path):
     pytest.importorskip("matplotlib")
@@ -178,7 +167,6 @@ def test_plots_hold_what_the_files_say(finished, tmp_path):
         assert np.trapezoid(curve["y"], curve["x"]) == pytest.approx(1, abs=0.05), curve["label"]
     assert np.allclose(curves[0]["y"], 2 * curves[0]["x"], atol=1e-4)  # of the linear schedule
 
-
 # ----------------------------------------------------------------------------- zero-shot
 def test_wiki_lines_become_articles():
     lines = ("| = Bird Song = || The players ' \" old song \" , 1 @,@ 000 @-@ odd ( loud ) . |"
@@ -192,7 +180,6 @@ def test_wiki_lines_become_articles():
     assert "\n".join(raw) == "\n".join(lines[1:])
     assert zeroshot.documents("ptb", [" no it was n't ", " a <unk> "]) == ["no it wasn't a <unk>"]
     assert zeroshot.documents("lm1b", ["a .", "", "b ."]) == ["a.", "b."]
-
 
 def test_a_uniform_model_in_closed_form(tmp_path):
     lines, n_words = ["= A =", *["some words , here"] * 40], 3 + 160

@@ -21,17 +21,14 @@ KEYS = {"sudoku4": lambda row: row[16:], "sudoku6": lambda row: row[36:],
         "addition": lambda row: sorted((row[:5], row[6:11])), "brackets": lambda row: row[:20],
         "sort": lambda row: row[12:]}
 
-
 @pytest.fixture(autouse=True)
 def small_tasks(monkeypatch):
     for name, task in puzzles.TASKS.items():
         small = dataclasses.replace(task, n_train=400, n_test=40)
         monkeypatch.setitem(puzzles.TASKS, name, small)
 
-
 def call(*flags, main=tasks.main):
     return runs.train(*flags, script=types.SimpleNamespace(main=main))
-
 
 SIX = "346521215643163452524136652314431265"
 SCORED = [  # task, question, right answers, wrong ones
@@ -49,12 +46,10 @@ SCORED = [  # task, question, right answers, wrong ones
      ["()()[]([", "][][][][", "........", "(][)()()"]),
 ]
 
-
 @pytest.mark.parametrize("name, question, right, wrong", SCORED)
 def test_a_scorer_knows_right_from_wrong(name, question, right, wrong):
     is_right = puzzles.TASKS[name].is_right
     assert [a for a in right + wrong if is_right(question, a)] == right
-
 
 def test_random_answers_score_at_chance():
     question = "[[](........)](())()"
@@ -67,7 +62,6 @@ def test_random_answers_score_at_chance():
     low, high = tasks.wilson(found, n)
     assert low < share < high and 0 < share < 0.02
     assert tasks.wilson(45, 50) == pytest.approx([0.7864, 0.9565], abs=1e-4)
-
 
 @pytest.mark.parametrize("name", puzzles.TASKS)
 def test_training_and_test_have_no_problem_in_common(tmp_path, name):
@@ -89,7 +83,6 @@ def test_training_and_test_have_no_problem_in_common(tmp_path, name):
         keys, held_out = ({str(KEYS[name](row)) for row in rows} for rows in (train, val))
         assert not keys & held_out and len(train) == task.n_train
     runs.assert_refused(call("make", f"--task={name}", "--seed=1", f"--out={tmp_path}"), "holds")
-
 
 @pytest.mark.parametrize("name", sample.SCRIPTS)
 def test_answers_are_read_from_the_holes(tmp_path, monkeypatch, name):
@@ -120,7 +113,6 @@ def test_answers_are_read_from_the_holes(tmp_path, monkeypatch, name):
     n_passes = {row["passes"] for row in rows}
     assert n_passes == {"gpt": {4}, "train_sedd": {1}}.get(name, {4, 2}), rows
 
-
 def test_a_network_of_two_steps_is_at_chance_and_a_run_goes_on(tmp_path):
     flags = ("run", "--tasks=reversal", "--scripts=gpt,train_mdlm", "--seeds=1", "--tokens=8192",
              f"--data={tmp_path}", f"--out={tmp_path}/out", "--orders=confidence")
@@ -134,7 +126,6 @@ def test_a_network_of_two_steps_is_at_chance_and_a_run_goes_on(tmp_path):
     assert (again.out, again.err) == (done.out, "")
     runs.assert_refused(call("run", "--tasks=chess"), "chess", "sudoku4")
     runs.assert_refused(call("play"), "play", "table")
-
 
 def test_converted_weights_are_gpt2_until_the_mask_goes(tmp_path):
     transformers = pytest.importorskip("transformers", reason="pip install transformers")
@@ -159,7 +150,6 @@ def test_converted_weights_are_gpt2_until_the_mask_goes(tmp_path):
     assert done.status == 0, done
     assert runs.checkpoint(tmp_path / "out")["config"]["n_positions"] == 64
 
-
 def test_a_network_of_gpt2s_shape_trains_and_writes(tmp_path):
     data = runs.make_data(tmp_path)
     out = runs.train_tiny(f"--data={data}", f"--out={tmp_path}/out", "--steps=3",
@@ -169,7 +159,6 @@ def test_a_network_of_gpt2s_shape_trains_and_writes(tmp_path):
     assert lm.generate("ab", length=20, order="confidence").nfe == 18
     out = runs.train_tiny(f"--data={data}", "--n_positions=32", script=gpt2_mdlm)
     runs.assert_refused(out, "--seq_len=32", "n_positions")
-
 
 def test_the_harness_asks_and_is_answered(tmp_path):
     pytest.importorskip("lm_eval", reason="pip install lm_eval")
