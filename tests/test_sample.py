@@ -227,7 +227,9 @@ HOWS = {
              {"temperature": 0.7, "top_k": 50, "top_p": 0.9}, {"threshold": 0.1},
              {"remask": "conf:0.5", "steps": 20}, {"refine": "0.4:2"},
              {"corrector": "0.3:2"}, {"corrector": "0.3:1:least", "order": "entropy", "steps": 4},
-             {"block_length": 8, "length": 60, "order": "confidence_weighted", "steps": 3}],
+             {"block_length": 8, "length": 60, "order": "confidence_weighted", "steps": 3},
+             {"block_length": 8, "length": 60, "threshold": 0.1, "cache": "prefix"},
+             {"block_length": 7, "corrector": "0.3:2", "steps": 4, "cache": "dual"}],
     "block": [{}, {"steps": 3}, {"order": "ancestral"}, {"corrector": 0.2},
               {"remask": "conf", "steps": 6}, {"order": "margin", "steps": 4, "length": 75}],
     "absorb": [{}, {"steps": 5}, {"steps": 9, "order": "euler"}],
@@ -506,6 +508,9 @@ def test_a_fork_is_sampled_by_its_script(what, home, tmp_path):
     lm = sample.load(path, script=fork, device="cpu")
     assert "no cache" in lm.summary  # its forward decides
     assert len(lm.generate(n=2, length=16)) == 2
+    if script is train_mdlm:
+        assert_refused(run(f"--ckpt={path}", f"--script={fork}", "--block_length=8",
+                           "--cache=dual"), "--cache=dual", "my_fork")
 
 class Bomb:
     def __init__(self, path):
@@ -550,6 +555,7 @@ BAD_FLAGS = {  # flags, and what stands in the line
         --refine=2 --refine; --corrector=.1:0 EVERY; --corrector=.1:2:lest least
         --order=confidense confidence; --order=first_hitting --steps=5 --steps=5
         --order=ancestral --threshold=0.5 --threshold=0.5; --remask=lop loop
+        --cache=dual --block_length; --cache=double prefix,
         --remask=cap:2 --remask=cap:2; --remask=cap --order=margin --remask=cap
         --device=abacus --device=abacus; --order=euler train_mdlm; --weights=best --weights=best
         --prompt=abcdef --length=6 --length=6; --infill=defx ___; --save=no/where.json folder
@@ -558,8 +564,10 @@ BAD_FLAGS = {  # flags, and what stands in the line
         --given=a --score; --race --ckpt; --score=none.txt file; --score=a --given=b.txt b.txt
         --prompts=none FileNotFoundError""",
     "gpt": """--order=random --order; --steps=8 --steps; --corrector=0.5 --corrector
+        --block_length=8 --cache=dual train_mdlm
         --infill=a___b --infill""",
-    "block": "--infill=a___b --infill; --refine=0.5 train_mdlm",
+    "block": """--infill=a___b --infill; --refine=0.5 train_mdlm
+        --block_length=8 --cache=prefix train_mdlm""",
     "absorb": "--order=margin --order=margin; --threshold=0.5 train_mdlm; --remask=loop --remask",
 }
 
@@ -588,6 +596,7 @@ SAVED = {  # name: the model and its flags
     "infill": ("words", "--infill=de___f___ --blank=3,4"), "space": ("words", "--prompt=th "),
     "uniform": ("uniform", "--steps=6"), "absorb": ("absorb", "--n=2"), "gpt": ("gpt", "--n=2"),
     "block": ("block", "--steps=3 --n=2"), "blocks": ("mdlm", "--block_length=5 --n=2"),
+    "cache": ("mdlm", "--block_length=5 --cache=dual --infill=de___f___"),
     "stop": ("gpt_words", "--stop=h --n=9")}
 
 def replayed(record, tokens):
