@@ -86,6 +86,9 @@ class Options:
     pace: Literal["even", "cosine", "cosine2"] = "even"  # of the orders that rank, over the passes
     # train_mdlm in blocks from left to right, as LLaDA, and of any length. No exact sampler.
     block_length: int = 0
+    # Approximate, and faster (arXiv 2505.22618): within a block of block_length, all passes use the
+    # first one's keys and values of what stands before it (prefix), or around it (dual).
+    cache: Literal["", "prefix", "dual"] = ""
     threshold: float = 0.0  # fix every token whose top probability exceeds this, too; 0: off
     temperature: float = 1.0  # below 1 sharper; 0 takes the likeliest token
     top_k: int = 0  # draw from that many likeliest tokens
@@ -118,7 +121,7 @@ class Options:
             fits = not isinstance(value, int | float) or low <= value <= high
             check(fits, name, value, f"must be from {low} to {high}")  # NaN is not
             fits = not choices or value in choices
-            check(fits, name, value, f"there are {', '.join(choices)}")
+            check(fits, name, value, f"there are {', '.join(filter(None, choices))}")
         for flag, parse in dict(blank=numbers, refine=refinement, corrector=correction,
                                 remask=remasking).items():
             text = getattr(self, flag)
@@ -128,6 +131,7 @@ class Options:
               "first_hitting fixes one token a pass: drop it")
         check(not self.threshold or self.order in ("", *RANKS), "threshold", self.threshold,
               f"goes with --order={'|'.join(RANKS)}")
+        check(self.block_length or not self.cache, "cache", self.cache, "goes with --block_length")
         is_plain = self.order in ("", "ancestral") and not self.threshold
         check(is_plain or not self.remask, "remask", self.remask, "has an order of its own")
 
@@ -249,39 +253,54 @@ class Reader:
     """The network of one run of fill_blocks: log p of masked tokens. read(tokens (B, S), start,
     rows): at flat positions rows (R,) of the block (B, L) at start -> (R, V).
 
-    It is the attention of Trunk.predict, which keeps keys and values, but of train_block's noised
-    block, the first L positions of a pass. As many are seen as fit into the context. A model
-    without predict computes all anew."""
-    def __init__(self, model, cfg, kind, block_len):
-        self.model, self.cfg, self.L = model, cfg, block_len
+    It is the attention of Trunk.predict, which keeps keys and values, but of what comes first in a
+    pass and is computed anew in each, as train_block's noised block. As many are seen as fit into
+    the context. A model without predict computes all anew."""
+    def __init__(self, model, cfg, kind, block_len, cache=""):
+        self.model, self.cfg, self.L, self.cache = model, cfg, block_len, cache
         self.kind, self.is_cached = kind, hasattr(model, "predict")
         self.read = getattr(self, f"read_{kind}", self.read_row)
-        self.n_noised = block_len * (kind == "block")
+        self.n_noised = block_len * (kind == "block")  # positions of a pass that are not kept
         self.window = cfg.seq_len - self.n_noised
         self.kept = [None] * cfg.n_layer  # (2, B, Hkv, S, d) each; the layer whose turn it is first
         self.done = 0  # positions that went in
+        self.live = slice(None)  # rows of the batch that are in this pass
         self.mask = None  # (.., N, S) of this pass; None: everything is seen
 
     def __call__(self, q, k, v, ctx):
         """One layer of a pass: q (B, H, N', d), k and v (B, Hkv, N, d) -> (B, H, N', d)"""
         old, new = self.kept.pop(0), torch.stack((k, v)).roll(-self.n_noised, 3)
-        new = new if old is None else torch.cat((old, new), 3)
+        new = new if old is None else torch.cat((old[:, self.live], new), 3)
         clean = new[..., :new.size(3) - self.n_noised, :]
-        self.kept.append(clean[..., max(0, clean.size(3) - self.window):, :])
+        is_kept = self.cache and old is not None  # until the next block
+        self.kept.append(old if is_kept else clean[..., max(0, clean.size(3) - self.window):, :])
         mask = None if self.mask is None else self.mask[..., :q.size(2), :]
         return F.scaled_dot_product_attention(q, *new, mask, enable_gqa=q.size(1) != k.size(1))
 
     def read_row(self, tokens, start, rows):
         """Of train_mdlm and train_sedd: reads what is within seq_len of the beginning or, behind
         that, of the block's end, in the rows that are asked for. Under absorb: the log score, times
-        expm1 of the noise that leaves so many masks."""
-        L, size = self.L, max(self.L, self.cfg.seq_len)
+        expm1 of the noise that leaves so many masks. With a cache, a block's first pass reads and
+        keeps all rows, and those after it the block, or all from there on."""
+        L, size, is_first = self.L, max(self.L, self.cfg.seq_len), self.done < start + self.L
         low = max(0, start + L - size)
         live, row = (rows // L).unique(return_inverse=True)
+        if self.cache and is_first:
+            live, row = torch.arange(len(tokens), device=tokens.device), rows // L
         x = tokens[live, low:low + size]
         n_masked = (x == self.cfg.vocab_size).sum(1).clamp(min=1)
         sigma = -torch.log1p(-n_masked / (x.size(1) + 1))  # at which so many are masked
-        logits = self.model(x, sigma, row * x.size(1) + start - low + rows % L)
+        if self.cache:
+            at = torch.arange(x.size(1), device=x.device).roll(low - start)  # the block comes first
+            self.n_noised = L if self.cache == "dual" else low + x.size(1) - start
+            if is_first:
+                self.kept = [None] * self.cfg.n_layer
+            else:
+                at = at[:self.n_noised]
+            self.done, self.live = start + L, live
+            logits = self.model.predict(x[:, at], at, sigma, row * L + rows % L, L, attend=self)
+        else:
+            logits = self.model(x, sigma, row * x.size(1) + start - low + rows % L)
         if self.kind == "sedd":
             return logits + sigma.expm1().log()[row, None]
         return logits.log_softmax(-1)
@@ -362,7 +381,7 @@ def draw_tokens(log_probs, u):
 @torch.no_grad()
 def fill_blocks(model, cfg, known, is_known, *, kind, gen, steps=None, choose=None, warp=None,
                 corrector=(0, 1, ""), watch=None, stop=None, find_end=None, block_len=None,
-                begins=None, allowed=None):
+                cache="", begins=None, allowed=None):
     """Fill in the unknown positions, block after block: those of train_block, or (kind mdlm) the
     whole row or block_len tokens, or (gpt) one token. steps=N: ancestral sampling on N equal steps
     of t (arXiv 2406.07524, eq. 6 with SUBS), each masked token drawn with probability (t - s) / t.
@@ -382,7 +401,7 @@ def fill_blocks(model, cfg, known, is_known, *, kind, gen, steps=None, choose=No
     fixed = F.pad(is_known, (0, whole - T))  # (B, whole)
     tokens = F.pad(torch.where(is_known, known, mask_id), (0, whole - T), value=mask_id)
     length = torch.full((B,), T, device=device)
-    reader = Reader(model, cfg, kind, L)
+    reader = Reader(model, cfg, kind, L, cache)
     fraction, every, mode = corrector
     schedule = []  # pass of each block, and whether it is the corrector's
     for i in range(-(allowed is not None), passes):
@@ -600,12 +619,13 @@ def make_warp(temperature=1.0, top_k=0, top_p=1.0, nucleus="inclusive"):
 
 
 # ----------------------------------------------------------------------------- model
-PASSES = ("order", "steps", "threshold", "pace", "remask", "refine", "block_length", "corrector")
+PASSES = ("order", "steps", "threshold", "pace", "remask", "refine", "block_length", "cache",
+          "corrector")
 MASK_ORDERS, SCORE_ORDERS = ("first_hitting", "ancestral", *RANKS), ("tweedie", "euler")
 WAYS = {  # the flags that a kind of model cannot take, and its orders
     "mdlm": ((), MASK_ORDERS),
     "gpt": ((*PASSES, "infill"), ()),
-    "block": (("refine", "block_length", "infill"), MASK_ORDERS),
+    "block": (("refine", "block_length", "cache", "infill"), MASK_ORDERS),
     "sedd": (PASSES[2:], SCORE_ORDERS)}
 
 class Canvas(NamedTuple):
@@ -663,6 +683,7 @@ class LM:
         words = words if is_exact else f"{words} (mode-seeking)"
         length = self.block_len or opts.block_length
         words += f" in blocks of {length}" if length else ""
+        words += f", {opts.cache} cache (approximate)" if opts.cache else ""
         words += f", corrector {opts.corrector}" if opts.corrector else ""
         return {"gpt": "left to right", "sedd": opts.order or SCORE_ORDERS[0]}.get(self.kind, words)
 
@@ -675,6 +696,8 @@ class LM:
                   f"{self.name} cannot do that: take a checkpoint of train_mdlm")
         check(opts.order in ("", *orders), "order", opts.order,
               f"{self.name} has {', '.join(orders)}")
+        check(hasattr(self.net, "predict") or not opts.cache, "cache", opts.cache,
+              f"{self.name} may compute otherwise: drop it")
         lead, allowed = [], [torch.ones(self.cfg.vocab_size, dtype=torch.bool)]
         limit = math.inf if self.block_len or opts.block_length else self.cfg.seq_len
         if opts.infill:
@@ -753,7 +776,8 @@ class LM:
         if stops and self.kind != "mdlm":
             how["stop"] = self.tokenizer.bos_id
         return functools.partial(fill_blocks, self.net, self.cfg, kind=self.kind, **how,
-                                 block_len=opts.block_length, corrector=correction(opts.corrector))
+                                 block_len=opts.block_length, cache=opts.cache,
+                                 corrector=correction(opts.corrector))
 
     def find_end(self, tokens, known, stop):
         """(B,) how many tokens of a row come before what stops it, in what is new."""

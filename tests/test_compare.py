@@ -106,10 +106,3 @@ def test_rows_that_are_no_seeds_of_one_setting_are_refused(out, tmp_path):
             ([f"{out}/gpt_0,{out}/mdlm_1"], "another source"), ([out / "none"], "none"),
             ([f"{out}/gpt_0,{other}"], "another lr than"), ([], "runs"), ([out], "log.txt")):
         assert_refused(argv, words)
-
-def test_the_last_of_repeated_evaluations_counts(out, tmp_path):
-    other = shutil.copytree(out / "mdlm_0", tmp_path / "mdlm_0")
-    last = (other / "log.txt").read_text().split("step:2/2 val")[1]
-    change(other / "log.txt", "step:2/2 val" + last, "step:2/2 val_nelbo:9.0+-0.1 bpb:9.0 ppl:9.0 "
-           f"tokens:512 bytes:512 train_time:1ms step_avg:1ms\nstep:2/2 val{last}")
-    assert table(other) == table(out / "mdlm_0")

@@ -293,17 +293,6 @@ def test_what_was_entered_stays(root):
     (folder / "0.txt").unlink()
     assert "First: seeds 1" in run_check(root).out
 
-def test_a_resumed_log_counts_its_last_lines(tmp_path):
-    """Killed after the last step, before its checkpoint; then resumed, and again for more steps."""
-    path, text = tmp_path / "log.txt", speedrun_log(0, 3.4)
-    again = "".join(re.findall("^step:.*\n", text, re.M)).replace(":600000ms", ":500000ms")
-    path.write_text(text + "resuming out/x after step 9000\n" + again)
-    log = check.read_log(path)
-    assert (log.step, log.seconds, log.config["steps"]) == (10_000, 500, 10_000)
-    path.write_text(path.read_text() + again.replace("/10000", "/20000"))
-    with pytest.raises(ValueError, match="ends at step 10000 of 20000"):
-        check.check_finished(check.read_log(path))
-
 def test_mistakes_at_the_command_line(root):
     folder = root / "speedrun" / "2026-01-01_X"
     folder.mkdir(parents=True)

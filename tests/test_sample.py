@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -225,7 +224,9 @@ HOWS = {
              {"temperature": 0.7, "top_k": 50, "top_p": 0.9}, {"threshold": 0.1},
              {"remask": "conf:0.5", "steps": 20}, {"refine": "0.4:2"},
              {"corrector": "0.3:2"}, {"corrector": "0.3:1:least", "order": "entropy", "steps": 4},
-             {"block_length": 8, "length": 60, "order": "confidence_weighted", "steps": 3}],
+             {"block_length": 8, "length": 60, "order": "confidence_weighted", "steps": 3},
+             {"block_length": 8, "length": 60, "threshold": 0.1, "cache": "prefix"},
+             {"block_length": 7, "corrector": "0.3:2", "steps": 4, "cache": "dual"}],
     "block": [{}, {"steps": 3}, {"order": "ancestral"}, {"corrector": 0.2},
               {"remask": "conf", "steps": 6}, {"order": "margin", "steps": 4, "length": 75}],
     "absorb": [{}, {"steps": 5}, {"steps": 9, "order": "euler"}],
@@ -260,11 +261,6 @@ def test_infill(lms):
     assert (~canvas.is_known).long().tolist() == [sum(free, [])]
     text, = lms["mdlm"].infill(r"a\_b\_\_\_c\____", blank=2)  # \_ is an underscore and no blank
     assert text.startswith("a_b___c_") and len(lms["mdlm"].tokenizer.encode(text)) >= 10
-
-def test_refining_counts_its_passes(lms):
-    canvas = lms["mdlm"].canvas(sample.Options(prompt="def ", length=24))
-    (batch,) = lms["mdlm"].batches(canvas, sample.Options(refine=0.3))
-    assert batch[1] == 20 + 2 + 6  # two to score, and one for each of 30% of 20 tokens
 
 def test_a_score_of_several_windows(lms):
     """The sum over windows; its error is that of other seeds."""
@@ -502,6 +498,9 @@ def test_a_fork_is_sampled_by_its_script(what, home, tmp_path):
     lm = sample.load(path, script=fork, device="cpu")
     assert "no cache" in lm.summary  # its forward decides
     assert len(lm.generate(n=2, length=16)) == 2
+    if script is train_mdlm:
+        assert_refused(run(f"--ckpt={path}", f"--script={fork}", "--block_length=8",
+                           "--cache=dual"), "--cache=dual", "my_fork")
 
 class Bomb:
     def __init__(self, path):
@@ -545,6 +544,7 @@ BAD_FLAGS = {  # flags, and what stands in the line
         --refine=2 --refine; --corrector=.1:0 EVERY; --corrector=.1:2:lest least
         --order=confidense confidence; --order=first_hitting --steps=5 --steps=5
         --order=ancestral --threshold=0.5 --threshold=0.5; --remask=lop loop
+        --cache=dual --block_length; --cache=double prefix,
         --remask=cap:2 --remask=cap:2; --remask=cap --order=margin --remask=cap
         --device=abacus --device=abacus; --order=euler train_mdlm; --weights=best --weights=best
         --prompt=abcdef --length=6 --length=6; --infill=defx ___; --save=no/where.json folder
@@ -553,8 +553,10 @@ BAD_FLAGS = {  # flags, and what stands in the line
         --given=a --score; --race --ckpt; --score=none.txt file; --score=a --given=b.txt b.txt
         --prompts=none FileNotFoundError""",
     "gpt": """--order=random --order; --steps=8 --steps; --corrector=0.5 --corrector
+        --block_length=8 --cache=dual train_mdlm
         --infill=a___b --infill""",
-    "block": "--infill=a___b --infill; --refine=0.5 train_mdlm",
+    "block": """--infill=a___b --infill; --refine=0.5 train_mdlm
+        --block_length=8 --cache=prefix train_mdlm""",
     "absorb": "--order=margin --order=margin; --threshold=0.5 train_mdlm; --remask=loop --remask",
 }
 
@@ -583,6 +585,7 @@ SAVED = {  # name: the model and its flags
     "infill": ("words", "--infill=de___f___ --blank=3,4"), "space": ("words", "--prompt=th "),
     "uniform": ("uniform", "--steps=6"), "absorb": ("absorb", "--n=2"), "gpt": ("gpt", "--n=2"),
     "block": ("block", "--steps=3 --n=2"), "blocks": ("mdlm", "--block_length=5 --n=2"),
+    "cache": ("mdlm", "--block_length=5 --cache=dual --infill=de___f___"),
     "stop": ("gpt_words", "--stop=h --n=9")}
 
 def replayed(record, tokens):
@@ -734,34 +737,3 @@ def test_a_race_counts_what_each_model_does_alone(ckpts, lms, monkeypatch):
         assert int(row[1]) == sum(nfe for _, nfe in alone)
         assert f"--- {row[0]}\n{lm.tokenizer.decode(alone[0][0][0][0])}\n" in result.out
         assert all(len(tokens) == 30 for rows, _ in alone for tokens, _ in rows)
-
-def test_the_clock_of_a_race_counts_forward_passes_alone(lms, monkeypatch):
-    """Neither the warm-up nor the pictures; and each picture shows the state of its time."""
-    lm, clock = lms["mdlm"], SimpleNamespace(now=0)
-
-    def slow(*args, model=lm.net):
-        clock.now += 1
-        return model(*args)
-
-    monkeypatch.setattr(lm, "net", slow)
-    monkeypatch.setattr(sample.time, "perf_counter", lambda: clock.now)
-    racer = sample.Run(lm, sample.Options(prompt="def ", length=30), is_race=True)
-    list(racer.samples())
-    assert {seconds for _, seconds, _ in racer.done[0].passes} == set(range(27))
-    assert racer.seconds == 26
-
-def test_a_race_in_a_terminal_fills_columns(ckpts, lms):
-    out, status = in_terminal([f"--ckpt={ckpts['mdlm']}", f"--race={ckpts['gpt']}", "--length=30",
-                               "--prompt=def ", "--seed=2"], columns=63)
-    picture, table = re.split(r"\n\n +passes", plain(out.split("\x1b[J")[-1]))
-    rows = [line.split("\x1b[31G │ ") for line in picture.split("\n")]
-    assert status == 0
-    for side, name in enumerate(("mdlm", "gpt")):
-        head, counters, _, *text = (row[side] for row in rows)
-        assert head == lms[name].name and counters.startswith("26 passes, ")
-        opts = sample.Options(prompt="def ", length=30, seed=2)
-        ((((tokens, _), *_), _),) = lms[name].batches(lms[name].canvas(opts), opts, stops=False)
-        expected = sample.lines_of([(lms[name].tokenizer.decode(tokens), None)], 30)
-        assert text == expected + [""] * (len(text) - len(expected))
-    assert [row[0] for row in re.findall(RACE_TABLE, table, re.M)] == ["train_mdlm", "gpt"]
-

@@ -446,6 +446,70 @@ def check_window(block):
                 again = write(block, model, wide, known, is_known, cached=False)
             assert torch.equal(out.tokens, again.tokens)
 
+def dense_pass(model, x, sigma, is_new=None, first=None):
+    """log p (B, S, V) of a pass over all of x, and every layer's keys and values: its own where
+    is_new (S,), elsewhere those of the first pass; without one, its own."""
+    layers, seen = iter(first or ()), []
+
+    def attend(q, k, v, ctx):
+        if first:
+            k, v = (torch.where(is_new[:, None], new, old)
+                    for new, old in zip((k, v), next(layers), strict=True))
+        seen.append((k, v))
+        k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
+        return (q @ k.mT / math.sqrt(q.size(-1))).softmax(-1) @ v
+
+    logits = model.predict(x, torch.arange(x.size(1)), sigma, attend=attend)
+    return logits.log_softmax(-1), seen
+
+def check_approximate_cache(mdlm, cache):
+    """A block's first pass is one without a cache; the others are whole passes in which what stands
+    before the block, or around it, has the keys and values of the first. Prompts of any length,
+    rows that finish early, tokens masked again; beyond the context, too."""
+    for names in (*SWITCHES.values(), {"cond_dim": 16}):
+        model, cfg = small_model(mdlm, **names)
+        for length in (T, 2 * T):
+            firsts, n_later = {}, 0
+            known = tokens(4, length)
+            is_known = torch.arange(length) < torch.tensor([0, 3, 5, 9])[:, None]
+            frame = torch.where(is_known, known, V)
+
+            def choose(log_probs, is_mask, *, u, model=model, frame=frame, firsts=firsts, **rest):
+                nonlocal n_later
+                start = (frame == V).any(0).int().argmax().item() // L * L
+                n_later += start in firsts
+                low = max(0, start + L - T)
+                x = frame[:, low:low + T]
+                sigma = -torch.log1p(-(x == V).sum(1).clamp(min=1) / (T + 1))
+                at = torch.arange(T) + low
+                is_new = (at >= start) & ((at < start + L) | (cache == "prefix"))
+                log_all, seen = dense_pass(model, x, sigma, is_new, firsts.get(start))
+                if start not in firsts:
+                    firsts[start] = seen
+                    torch.testing.assert_close(log_all, model(x, sigma).log_softmax(-1))
+                expected = log_all[:, start - low:start - low + L][is_mask]
+                torch.testing.assert_close(log_probs, expected, atol=1e-4, rtol=1e-4)
+                return torch.where(is_mask, u > 0.4, u < 0.1)
+
+            write(mdlm, model, cfg, known, is_known, block_len=L, steps=4, choose=choose,
+                  cache=cache, watch=lambda tokens, nfe, frame=frame: frame.copy_(tokens))
+            assert len(firsts) == length // L and n_later > len(firsts)
+
+@pytest.mark.parametrize(("cache", "sizes"), [("prefix", (12, 8, 4)), ("dual", (4, 4, 4))])
+def test_approximate_caches_read_the_block_and_no_more(cache, sizes):
+    """And a row alone, or beside others that take other passes, is the same."""
+    model, cfg = small_model(MDLM)
+    seen, known = [], tokens(6)
+    is_known = torch.arange(T) < torch.tensor([0, 0, 9, 4, 5, 6])[:, None]
+    model.embed.register_forward_hook(lambda m, args, out: seen.append(tuple(args[0].shape)))
+    how = {"block_len": L, "cache": cache}
+    write(MDLM, model, cfg, n_rows=2, **how)
+    assert seen == [(2, n) for size in sizes for n in (T, size, size, size)]
+    for passes in ({}, {"steps": 9}, {"steps": 9, "choose": remask_some}):
+        many = write(MDLM, model.double(), cfg, known, is_known, **how, **passes)
+        few = write(MDLM, model, cfg, known[:2], is_known[:2], **how, **passes)
+        assert torch.equal(many.tokens[:2], few.tokens)
+
 @pytest.mark.parametrize("module", [BLOCK, GPT], ids=lambda m: m.SCRIPT)
 def test_cached_passes_take_what_is_new(module):
     """What the cache is for: behind the prompt, a pass embeds a block a row, or two; or a token."""
@@ -601,6 +665,7 @@ CHECKS = [
     (check_rare_tokens, MDLM), (check_choose, MDLM),
     *((check_rows, module) for module in (MDLM, BLOCK, GPT, SEDD)), (check_stop, BLOCK),
     (check_stop, GPT), (check_cache, BLOCK), (check_cache, GPT), (check_window, BLOCK),
+    *((check_approximate_cache, MDLM, cache) for cache in ("prefix", "dual")),
     *((check_few_steps, SEDD, *how)
       for how in itertools.product(GRAPHS, NOISES, (False, True))),
     *((check, SEDD, graph) for check in (check_score_infill, check_score_warp) for graph in GRAPHS),
@@ -647,6 +712,14 @@ MUTANTS = {  # a changed line makes its oracle fail
         "clean = new[..., :new.size(3) - self.n_noised, :]", "clean = new", (check_cache, BLOCK)),
     "the window has no end": (
         "(j > i - cfg.seq_len // L)", "(j > i - 10**6)", (check_window, BLOCK)),
+    "a block goes on with the cache of the one before it": (
+        "self.done < start + self.L", "self.kept[0] is None",
+        (check_approximate_cache, MDLM, "prefix")),
+    "what a pass computes anew is kept, too": (
+        'self.n_noised = L if self.cache == "dual" else low + x.size(1) - start',
+        "self.n_noised = L", (check_approximate_cache, MDLM, "prefix")),
+    "another row's keys and values": (
+        "old[:, self.live]", "old[:, :k.size(0)]", (check_approximate_cache, MDLM, "dual")),
     "stops behind the end of a row count": (
         "ends = (block == stop) & ~fixed[:, here]", "ends = block == stop", (check_stop, BLOCK)),
     "the corrector's choice depends on the tokens": (

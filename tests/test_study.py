@@ -195,11 +195,6 @@ def test_a_judge_from_a_checkpoint(tmp_path):
     path.write_text(json.dumps(dict(about, tokenizer="gpt2")) + "\n" + json.dumps(lines[0]))
     runs.assert_refused(runs.train(*flags, script=judge), "mine", "gpt2")
 
-def test_windows_that_begin_with_documents():
-    windows = types.SimpleNamespace(shards=[np.array([5, 0, 1, 2, 3, 0, 4, 0, 6]).reshape(3, 3)])
-    rows = likelihood.take_windows(windows, {"bos_id": 0}, 9, "document")
-    assert rows.tolist() == [[0, 1, 2], [0, 4, 0]]
-
 def test_gpt2_as_judge():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)

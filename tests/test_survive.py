@@ -19,7 +19,6 @@ from runs import (
     ROOT,
     SCRIPT,
     TORTURE,
-    assert_refused,
     assert_same_log,
     assert_same_state,
     checkpoint,
@@ -260,8 +259,3 @@ def test_batch_script_queues_itself_again_until_done(sbatch, data, tmp_path):
     assert calls() == ["requeue 71"]
     run_whole(train_block, 1, tmp_path / "whole", *flags)
     assert_same_run(out, tmp_path / "whole")
-
-def test_batch_script_says_when_a_run_has_no_folder(sbatch):
-    begin, calls = sbatch
-    assert_refused(finish(begin("train_block.py", "--steps=3")), "--out")
-    assert not calls()
