@@ -585,7 +585,7 @@ SAVED = {  # name: the model and its flags
     "infill": ("words", "--infill=de___f___ --blank=3,4"), "space": ("words", "--prompt=th "),
     "uniform": ("uniform", "--steps=6"), "absorb": ("absorb", "--n=2"), "gpt": ("gpt", "--n=2"),
     "block": ("block", "--steps=3 --n=2"), "blocks": ("mdlm", "--block_length=5 --n=2"),
-    "cache": ("mdlm", "--block_length=5 --cache=dual --infill=de___f___"),
+    "cache": ("mdlm", "--block_length=5 --cache=dual --infill=de___f___ --blank=3,4"),
     "stop": ("gpt_words", "--stop=h --n=9")}
 
 def replayed(record, tokens):
