@@ -60,8 +60,6 @@ def bound(module, model, x0, cfg, seed=0):
     with torch.no_grad():
         return module.nelbo_fn(model, x0, noise, cfg)
 
-# ----------------------------------------------------------------------------- mask
-
 def moved(model, xt, x0, name, at, value=None):
     """(T,) which outputs another token of one copy changes."""
     changed = {"xt": xt.clone(), "x0": x0.clone()}
@@ -172,8 +170,6 @@ def check_flex_attention(module):
             for other in others:
                 torch.testing.assert_close(ours, other, rtol=1e-5, atol=1e-5)
 
-# ----------------------------------------------------------------------------- noise
-
 def check_counts(module):
     """k of every block is uniform over its range, and neighbours add up; whatever the number of
     rows, and the positions are any k."""
@@ -232,8 +228,6 @@ def check_weights(module):
     is_mask = module.corrupt(x0, noise, cfg) == 3
     masked_mean = -toy.p.log()[x0][is_mask].mean()
     assert math.isclose(loss, masked_mean, rel_tol=1e-5)
-
-# ----------------------------------------------------------------------------- bound
 
 def check_bound_of_toys(module):
     """With exact conditionals the mean over all masks is the likelihood, of every sequence."""
@@ -303,8 +297,6 @@ def test_flex_attention_on_a_gpu():
         for a, b in zip(gradients(model, step, x0, noise, cfg),
                         gradients(model, train_block.loss_fn, x0, noise, cfg), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-# ----------------------------------------------------------------------------- mutants
 
 MUTANTS = {
     "xt sees its own clean block": (

@@ -92,7 +92,6 @@ def run(*argv):
             status = stop.code or 0
     return Result(status, out.getvalue(), err.getvalue())
 
-# ----------------------------------------------------------------------------- orders
 class Noisy:
     """Logits that depend on the position and on what stands before it."""
     def __init__(self, n_values=7):
@@ -216,8 +215,6 @@ def test_warps_by_definition(nucleus):
             torch.testing.assert_close(warped, expected)
     for low in (0.0, 1e-30, 1e-320):
         torch.testing.assert_close(probs(temperature=low), torch.eye(11)[logits.argmax(-1)])
-
-# ----------------------------------------------------------------------------- models
 
 HOWS = {
     "mdlm": [*({"order": order, "steps": 5} for order in RANKED), {"order": "first_hitting"},
@@ -415,7 +412,6 @@ def test_an_exact_conditional_score(lms):
     assert rest.n_bytes == len(b) and rest.nats_stderr == 0
     assert 0 < lms["uniform"].score(b, given=a).nats < 1.2 * lms["uniform"].score(a + b).nats
 
-# ----------------------------------------------------------------------------- tokens
 def tokenizer(name="bpe:262", spare=0, **meta):
     words = [word.decode("latin-1") for word in TABLE]
     meta = {"tokenizer": name, "bos_id": 0 if name == "byte" else 262, "token_bytes": words,
@@ -461,7 +457,6 @@ def test_a_space_begins_what_is_written(name, lms):
         assert not lm.canvas(sample.Options(prompt=prompt, length=9)).begins.any()
     assert not lms["mdlm"].canvas(sample.Options(prompt="a ")).begins.any()  # nothing longer
 
-# ----------------------------------------------------------------------------- checkpoints
 def test_the_newest_checkpoint_or_the_shipped_one(ckpts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = run("--length=9", "--steps=3", "--device=cpu")
@@ -535,8 +530,6 @@ def test_hub_names(tmp_path):
     process = launch(ROOT / "sample.py", "--ckpt=hf:nobody/nothing", HF_HUB_OFFLINE="1",
                      HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_CACHE=str(tmp_path))
     assert_refused(finish(process), "hf:nobody/nothing: could not be downloaded")
-
-# ----------------------------------------------------------------------------- command line
 
 BAD_FLAGS = {  # flags, and what stands in the line
     "mdlm": """--lenght=3 --length?; prompt --prompt; --length value; --n=two --n=two; --n=0 --n=0
@@ -665,7 +658,6 @@ def test_outputs(ckpts, tmp_path):
     done = shell(command.format(" --length=9 --n=20000 2>err | head -1; echo ${PIPESTATUS[0]}"))
     assert b"141" in done.stdout and "Traceback" not in (tmp_path / "err").read_text()
 
-# ----------------------------------------------------------------------------- terminal
 def in_terminal(argv, interrupt=None, columns=40):
     """Run on a pseudo terminal -> (output, exit status); send an interrupt once a text shows."""
     pid, fd = pty.fork()

@@ -77,7 +77,6 @@ def write(module, model, cfg, known=None, is_known=None, *, n_rows=None, seed=0,
 def assert_law(toy, out, law=None, rows=slice(None)):
     assert abs(chi_square_z(toy.counts(out.tokens[rows]), toy.p if law is None else law)) < Z_LIMIT
 
-# ----------------------------------------------------------------------------- toys
 class Blocks:
     """The exact conditionals of a toy distribution: a block's given what is known of it in xt, and
     x0 before it."""
@@ -132,7 +131,6 @@ def bare_lm(module, model, cfg):
         tokenizer=SimpleNamespace(bos_id=-1, table=5 * [b""]))
     return lm
 
-# ----------------------------------------------------------------------------- the joint
 def ancestral_law(joint, steps):
     """(V**n,) what ancestral sampling in `steps` even steps of t yields. In step i each masked
     token is committed with probability 1 / (steps - i), all at once."""
@@ -299,7 +297,6 @@ def check_least_likely(mdlm):
         p = JOINT.log_conditional(xt).exp().gather(2, after.clamp(max=2)[..., None])[..., 0]
         psi, frame = torch.where(is_new, p, psi), after
 
-# ----------------------------------------------------------------------------- numbers
 def check_unmasking_rate(mdlm, steps):
     """The tokens fixed in a pass are Binomial: even over the passes, though P begins at 1 / steps.
 
@@ -353,7 +350,6 @@ def check_rows(module):
         other = write(module, model, cfg, n_rows=6, seed=1, **how)
         assert not torch.equal(other.tokens, many.tokens)
 
-# ----------------------------------------------------------------------------- protocol
 def check_choose(mdlm):
     """`choose` may remask; known positions never are, and the last pass leaves nothing masked. The
     network is told the noise level of the masked count."""
@@ -404,7 +400,6 @@ def check_stop(module):
     few = write(module, *exact(module, Iid([0.9, 0.05, 0.05]), 16), n_rows=4, stop=0)
     assert few.nfe <= 4 and few.length.max() < 4  # no pass behind the last end
 
-# ----------------------------------------------------------------------------- caches
 def remask_some(log_probs, is_mask, *, step, steps, u, psi):
     return torch.where(is_mask, u > 1 / (steps - step), u < 0.2)
 
@@ -520,7 +515,6 @@ def test_cached_passes_take_what_is_new(module):
     blocks = [12, *[4], *2 * [8, *3 * [4]]]
     assert seen == (blocks if module is BLOCK else [11, *9 * [1]])
 
-# ----------------------------------------------------------------------------- score entropy
 def rates(graph, n_values=3):
     """Q[a, b], the rate at which a becomes b: the mask is the last state (2310.16834, section 3.4;
     the uniform one for a total rate of (N - 1) / N, so that exp(-sigma) is left alone)."""
@@ -652,8 +646,6 @@ def check_passes(sedd):
             write(sedd, spy, cfg, n_rows=1, steps=1)
             counts = torch.bincount(calls[-1][0].flatten(), minlength=3)
             assert abs(chi_square_z(counts, torch.ones(3))) < Z_LIMIT
-
-# ----------------------------------------------------------------------------- all of them
 
 CHECKS = [
     *((check_ancestral_law, MDLM, steps) for steps in (1, 2, 5)), (check_first_hitting, MDLM),

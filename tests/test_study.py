@@ -29,7 +29,6 @@ def random_model(name, **settings):
         torch.nn.init.normal_(p, std=0.7)
     return model.eval(), cfg
 
-# ----------------------------------------------------------------------------- likelihood
 @pytest.mark.parametrize("name", ["train_mdlm", "train_block", "train_sedd"])
 @pytest.mark.parametrize("steps, threshold", [(None, None), (2, None), (1, None), (None, 0.4)])
 def test_a_decoder_gives_all_texts_probability_1(name, steps, threshold):
@@ -103,7 +102,6 @@ def test_likelihood_from_a_checkpoint(tmp_path):
     assert done["gap"][-1]["cumulative"] == pytest.approx(difference, abs=1e-5)
     runs.assert_refused(runs.train(*common, "--orders=best", script=likelihood), "=best", "margin")
 
-# ----------------------------------------------------------------------------- judge
 BYTES = sample.Tokenizer({"tokenizer": "byte", "bos_id": 0}, 256)
 CHAIN = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.5, 0.1, 0.4]], dtype=torch.float64)
 LAW = torch.linalg.matrix_power(CHAIN, 99)[0]  # of a letter: a, b or c

@@ -42,7 +42,6 @@ def states(result):
     lines = map(str.split, result.out.splitlines()[:-1])
     return {line[0]: line[1] for line in lines if "started" not in line}
 
-# ----------------------------------------------------------------------------- runner
 def test_runs_are_begun_resumed_and_left_alone(study, data):
     call, folder = study
     assert set(states(call("--status=1")).values()) == {"absent"} and not folder.exists()
@@ -89,7 +88,6 @@ def test_mistakes_are_refused(study):
     for script, flags in [row for rows in run.MATRICES.values() for row in rows.values()]:
         __import__(script.removesuffix(".py")).parse_flags(flags.split())  # every flag exists
 
-# ----------------------------------------------------------------------------- table
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory):
     """mdlm and high (rate) with two seeds each, and a run that has only begun."""
@@ -131,7 +129,6 @@ def test_best_means_by_two_errors():
     assert table.is_best(low, [high]) and not table.is_best(high, [low])
     assert not table.is_best(low, [high, near]) and not table.is_best(low[:1], [high[:1]])
 
-# ----------------------------------------------------------------------------- plots
 def points(figure):
     return {box.get_label(): [line.tolist() for line in box[0].get_data()]
             for box in figure.axes[0].containers}
@@ -167,7 +164,6 @@ def test_plots_hold_what_the_files_say(finished, tmp_path):
         assert np.trapezoid(curve["y"], curve["x"]) == pytest.approx(1, abs=0.05), curve["label"]
     assert np.allclose(curves[0]["y"], 2 * curves[0]["x"], atol=1e-4)  # of the linear schedule
 
-# ----------------------------------------------------------------------------- zero-shot
 def test_wiki_lines_become_articles():
     lines = ("| = Bird Song = || The players ' \" old song \" , 1 @,@ 000 @-@ odd ( loud ) . |"
              " = = Notes = = | It didn 't cost $ 5 , said Anna 's aunt : 3 @.@ 5 % .||"

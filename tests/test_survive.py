@@ -77,7 +77,6 @@ def assert_same_run(out, whole):
     assert evaluated[0] == evaluated[1]
     assert (out / "val_nats.npy").read_bytes() == (whole / "val_nats.npy").read_bytes()
 
-# ----------------------------------------------------------------------------- killed
 MOMENTS = ("write", "step", "evaluation", "start")
 KILLS = [(name, ranks) for name in SCRIPTS for ranks in (1, 2)] if TORTURE else [
     ("block", 1), ("mdlm", 2)]
@@ -128,7 +127,6 @@ def test_killed_run_ends_as_one_left_alone(name, ranks, left_alone, data, tmp_pa
     run_whole(script, ranks, out, *flags)
     assert_same_run(out, left_alone(script, ranks))
 
-# ----------------------------------------------------------------------------- other ranks
 GENTLE = ("--optimizer=adamw",
           *(f"--{name}=0.001" for name in "lr embed_lr head_lr scalar_lr".split()))
 
@@ -152,7 +150,6 @@ def test_run_of_two_ranks_goes_on_with_one_and_with_four(name, data, tmp_path):
         assert_same_log(out, tmp_path / "alone")
         assert gap(checkpoint(out), expected) < 5e-4
 
-# ----------------------------------------------------------------------------- a rank is lost
 def test_rank_that_dies_ends_the_others_and_torchrun_restarts_them(left_alone, data, tmp_path):
     process = torchrun(*KILL_FLAGS, f"--data={data}", f"--out={tmp_path / 'out'}",
                        options=("--max-restarts=1",))
@@ -162,7 +159,6 @@ def test_rank_that_dies_ends_the_others_and_torchrun_restarts_them(left_alone, d
     assert result.status == 0 and "resuming" in result.out, result
     assert_same_run(tmp_path / "out", left_alone(train_mdlm, 2))
 
-# ----------------------------------------------------------------------------- told to stop
 LONG = {  # seconds, of one step or one evaluation
     "step": ("--batch_tokens=8192", "--n_layer=12", "--ckpt_every=0"),
     "evaluation": ("--val_draws=100000", "--ckpt_every=0"),
@@ -212,7 +208,6 @@ def test_two_ranks_stop_at_the_same_step_and_save(data, tmp_path):
     run_whole(train_mdlm, 2, tmp_path / "whole", *tiny(*flags, steps))
     assert_same_run(out, tmp_path / "whole")
 
-# ----------------------------------------------------------------------------- SLURM
 # Stand-ins: srun passes a signal to every process of its step, scontrol keeps what it was asked.
 STAND_INS = {
     "torchrun": f'exec "{sys.executable}" -m torch.distributed.run "$@"',

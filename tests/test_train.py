@@ -87,7 +87,6 @@ def distance(a, b):
     """Largest difference of any parameter between two checkpoints."""
     return max(float((x - b["model"][n]).abs().max()) for n, x in a["model"].items())
 
-# ----------------------------------------------------------------------------- learn and resume
 UNIFORM = ("--graph=uniform", "--noise=geometric", "--cond_dim=16")
 RICH = ("--dropout=0.1", "--ema=0.9", "--ema_start=0.02", "--micro_batch=16", "--muon_beta2=0.95",
         "--cautious=1", "--unet=1", "--value_residual=1", "--n_layer=2")
@@ -157,7 +156,6 @@ def test_second_run_in_a_folder_is_refused(data, tmp_path):
     first.kill()
     assert_refused(result, "--out", "another run")
 
-# ----------------------------------------------------------------------------- ranks
 def test_two_ranks_train_as_one(data, tmp_path):
     flags = tiny(*CONSTANT_RATE, "--micro_batch=4", "--dropout=0.1", "--lr=0.005", "--ema=0.5",
                  "--eval_every=2", "--steps=4", f"--data={data}")
@@ -198,7 +196,6 @@ def test_accumulation_and_recomputation_give_the_same_run(script, options, data,
             assert torch.allclose(x, y, rtol=0, atol=1e-4 * float(y.abs().max()) + 1e-12)
         assert_same_log(tmp_path / "0", tmp_path / name)
 
-# ----------------------------------------------------------------------------- evaluation
 @pytest.mark.parametrize("n, val_tokens, draws", [
     (10, 100_000, 1), (10, 100_000, 2), (4, 4 * SEQ_LEN, 1), (2, 1, 1)])
 def test_bound_bits_per_byte_and_error_by_hand(n, val_tokens, draws, tmp_path):
@@ -234,7 +231,6 @@ def test_evaluation_depends_on_the_draws_alone(short_run):
     assert 0 < abs(more[0] - bound) < 5 * error and test != same
     assert tree(folder) == before
 
-# ----------------------------------------------------------------------------- optimization
 def test_average_follows_its_formula(data, tmp_path):
     """ema <- d ema + (1 - d) p with d = min(ema, (1 + n) / (10 + n)) after step n = 0, 1, .."""
     out, decay, weights, average = tmp_path / "run", 0.2, [], {}
@@ -286,7 +282,6 @@ def test_gradient_is_clipped_to_its_norm(data, tmp_path):
     assert norms[0.01] == pytest.approx(0.01, rel=1e-3)
     assert norms[100] == pytest.approx(norms[0], rel=1e-5)
 
-# ----------------------------------------------------------------------------- presets
 # Parameters of each preset: (vocabulary, lowest, highest). A published count is met within 1%, with
 # the vocabulary it was published for: 65 characters in the case of Shakespeare.
 SIZES = {
@@ -363,7 +358,6 @@ def test_flops():
     by_hand = 6 * (2 * 12 * 12 * 768**2 - 10 * 768**2 + 50257 * 768 * 17 / 32)
     assert found[1] == by_hand + 12 * 11.5 * 768 * 1040
 
-# ----------------------------------------------------------------------------- non-finite numbers
 def test_non_finite_steps_are_skipped_and_ten_in_a_row_stop(tmp_path, monkeypatch):
     """The batches that hold a token that the text does not have get no finite loss."""
     loss_fn, poison, bad, n_steps = train_mdlm.loss_fn, 200, [3, 4, *range(8, 20)], 20
@@ -389,7 +383,6 @@ def test_non_finite_steps_are_skipped_and_ten_in_a_row_stop(tmp_path, monkeypatc
     assert all(x.isfinite().all() for x in state["model"].values())
     assert {float(s["step"]) for s in state["optimizers"][0]["state"].values()} == {5.0}
 
-# ----------------------------------------------------------------------------- reading data
 def test_windows_cover_the_shards_once_an_epoch(tmp_path):
     """Twelve windows in three shards whose tails are no windows, each of one token."""
     names = ["tiny_train.bin", "tiny_train_000002.bin", "tiny_train_000010.bin"]
@@ -421,7 +414,6 @@ def test_another_vocabulary_of_the_same_size_is_refused(data, short_run, tmp_pat
                        *flags)
         assert_refused(result, "another vocabulary", f"{tmp_path}", "ckpt.pt", "--tokenizer=")
 
-# ----------------------------------------------------------------------------- machine
 def test_no_compiler_is_said_and_survived(tmp_path):
     """On published shards of 16 bits, and without a C++ compiler, a home or a network."""
     for name in ("fineweb_train_000001.bin", "fineweb_val_000000.bin"):
@@ -473,7 +465,6 @@ def test_import_does_nothing(script):
                            PYTHONDONTWRITEBYTECODE="1"))
     assert result == (0, "[]\n", "")
 
-# ----------------------------------------------------------------------------- bad input
 @pytest.mark.parametrize("script, flags, words", [
     (train_mdlm, "--n_embed=32", "--n_embed n_embd"),
     (train_mdlm, "n_embd=32", "n_embd=32"),
