@@ -188,8 +188,8 @@ def validate(cfg, world):
     n_rows = cfg.batch_tokens // cfg.seq_len
     micro = min(cfg.micro_batch, max(1, n_rows // world))
     require(cfg.batch_tokens % (world * micro * cfg.seq_len) == 0,
-            f"--batch_tokens={cfg.batch_tokens}: must be a multiple of --seq_len={cfg.seq_len} x "
-            f"--micro_batch={cfg.micro_batch} x {world} ranks")
+            f"--batch_tokens={cfg.batch_tokens}: take {world * cfg.micro_batch * cfg.seq_len} = "
+            f"{world} ranks x --micro_batch={cfg.micro_batch} x --seq_len={cfg.seq_len}")
     check_objective(cfg, n_rows, micro)
 
 # ----------------------------------------------------------------------------- data
@@ -578,7 +578,6 @@ def open_run(cfg, header):
         for path in (FILE, Path(inspect.getfile(Muon))):
             print(path.read_text("utf-8") + "=" * 100, file=file)
         print(header, json.dumps(dataclasses.asdict(cfg)), sep="\n", file=file)
-
     def log(line):
         with contextlib.suppress(OSError):  # a full disk, a closed terminal
             print(line, file=file)
@@ -650,7 +649,8 @@ def main(argv):
     peak = next((world * f for part, f in PEAK_FLOPS.items() if part in machine), None)
     log(f"{sum(p.numel() for p in params) / 1e6:.2f}M parameters, {flops / 1e6:.1f} MFLOP per "
         f"token, {world} x {machine} in {str(dtype)[6:]}, {cfg.data}: "
-        f"{len(train) * cfg.seq_len:,} tokens")
+        f"{len(train) * cfg.seq_len:,} tokens"
+        f"{', weights, shape and --seq_len from ' * bool(cfg.init_from)}{cfg.init_from}")
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")
     amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     train_loss, nelbo = loss_fn, functools.partial(nelbo_fn, model, cfg=cfg)

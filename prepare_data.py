@@ -76,8 +76,7 @@ HUB = {  # NAME -> data set, configuration, tokenizer
     "tinystories": ("roneneldan/TinyStories", "", "bpe:8192"),
     "pg19": ("emozilla/pg19", "", "byte"),
     "finewebedu": ("HuggingFaceFW/fineweb-edu", "sample-10BT", "gpt2"),
-    "openwebtext": ("Skylion007/openwebtext", "", "gpt2"),
-}
+    "openwebtext": ("Skylion007/openwebtext", "", "gpt2")}
 SPLITS = {"train": "train", "test": "test", "validation": "val", "valid": "val", "val": "val"}
 SPELLED = "times <|endoftext|> is plain text; if it separates documents: --split_on='<|endoftext|>'"
 REPEATED = "documents left out: the same text is held out, or came before"
@@ -604,7 +603,9 @@ def prepare(cfg):
     for said, n in counts.items():
         if n and " " in said:
             print(f"{n:,} {said}")
-    print(f"{folder} is complete; next: python train_mdlm.py --preset=tiny --data={folder}")
+    T = max(2, min(256, 1 << meta["splits"].get("val", {}).get("tokens", 0).bit_length() >> 2))
+    few = f" --seq_len={T} --batch_tokens={16 * T}  # or more text: --val_input=PATH" * (T < 256)
+    print(f"{folder} is complete; next: python train_mdlm.py --preset=tiny --data={folder}{few}")
 
 def main(argv):
     if {"-h", "--help"} & set(argv):

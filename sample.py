@@ -1110,6 +1110,7 @@ def main(argv):
         modes = [flag for flag in ("infill", "score", "prompts", "race") if getattr(opts, flag)]
         modes += ["prompt"] * bool(opts.prompt and not opts.race)
         check(len(modes) < 2, " and --".join(modes), "..", "exclude each other: drop one")
+        check(not opts.prompt.endswith(".txt"), "prompt", opts.prompt, "a file? --prompts=FILE")
         check(opts.score or not opts.given, "given", opts.given, "goes with --score")
         check(opts.race != "shipped" or not opts.ckpt, "race", "", "name what races against --ckpt")
         check(Path(opts.save).parent.is_dir(), "save", opts.save, "no such folder")
