@@ -459,7 +459,8 @@ def draw_noise(cfg, n_rows, gen, bound=False):
             level = MASKED_FRACTION[cfg.schedule](t.requires_grad_())
             slope, = torch.autograd.grad(level.sum(), t)
         level = level.detach()
-        sigma = -torch.log1p(-level).clamp(min=-20.0)  # at t = 1 nothing is left unmasked
+        share = level * T / cfg.seq_len  # of the row, with the prompt
+        sigma = -torch.log1p(-share).clamp(min=-20.0)  # at t = 1 nothing is left unmasked
         score = torch.rand(n_rows, T, generator=gen)
         weight = slope / level  # -alpha' / (1 - alpha), arXiv 2406.07524, eq. 10
         if cfg.loss_weight == "clipped":

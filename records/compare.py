@@ -37,10 +37,12 @@ def read_run(folder):
     metric, bpb, n_tokens, n_bytes = EVALUATION.findall(text)[-1]
     evaluated_on = {
         "data": Path(config["data"]).name, "tokens": int(n_tokens), "bytes": int(n_bytes),
-        "split": config["split"], "seq_len": config["seq_len"]}
+        "split": config["split"], "seq_len": config["seq_len"],
+        "prompt_len": config.get("prompt_len", 0)}
+    nats = np.load(folder / f"{config['split']}_nats.npy")  # (N,) of windows
     return SimpleNamespace(
         log=log, seed=config["seed"], bpb=float(bpb), is_exact=metric == "val_nll",
-        nats=np.load(folder / f"{config['split']}_nats.npy") / config["seq_len"],  # (N,) per token
+        nats=nats * len(nats) / int(n_tokens),  # (N,) per scored token
         evaluated_on=evaluated_on)  # what must agree for a comparison
 
 def read_row(arg):
@@ -103,7 +105,7 @@ def table(rows):
     on = first[0].evaluated_on
     note = (f"{on['data']}, {on['split']}: {on['tokens']:,} tokens, {on['bytes']:,} bytes, windows "
             f"of {on['seq_len']}. ± standard error over "
-            f"{on['tokens'] // on['seq_len'] // 2:,} pairs of windows")
+            f"{len(first[0].nats) // 2:,} pairs of windows")
     if any(len(runs) > 1 for _, runs in rows):
         note += ", / over seeds"
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{note}."

@@ -146,7 +146,7 @@ def run(args):
     rules = sample.load_script(ROOT / f"{objective}.py")
     settings = {f.name: getattr(own_cfg, f.name, f.default) for f in fields(rules.Config)}
     cfg = rules.Config(**settings | dict(
-        split="val", val_tokens=args.tokens or track.val_tokens,
+        split="val", val_tokens=args.tokens or track.val_tokens, prompt_len=0,
         val_draws=1 if objective == "gpt" else track.val_draws))
     _, windows, meta = rules.open_data(cfg, ckpt)
     n = cfg.val_tokens // cfg.seq_len

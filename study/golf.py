@@ -227,7 +227,7 @@ def bound(ckpt, module, flags):
             lambda x0, noise: module.nelbo_fn(model, x0, noise, cfg), cfg, val,
             torch.tensor(meta["byte_length"]), device, 0, 1)
     line += f" draws:{cfg.val_draws} {str(dtype)[6:]} on {device.type}"
-    return line, nats / cfg.seq_len
+    return line, nats / (cfg.seq_len - cfg.prompt_len)
 
 def print_bounds(artifact, ckpt, module, flags):
     """The bound of an artifact, and how far it is from the checkpoint's on the same noise."""

@@ -167,6 +167,7 @@ def take_windows(windows, meta, n, start):
 
 def read_windows(lm, flags):
     """-> x0 (N, T), bytes (N, T) of its tokens, the name of the data"""
+    require(not lm.cfg.prompt_len, f"{lm.path}: trained on answers alone, by --prompt_len")
     cfg = dataclasses.replace(lm.cfg, data=flags.data or lm.cfg.data, split=flags.split,
                               eval_only=True, init_from="")
     _, windows, meta = lm.script.open_data(cfg)

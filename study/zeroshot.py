@@ -90,7 +90,7 @@ def documents(source, lines, raw=False):
 def evaluate(name, texts, n_words, flags):
     """A checkpoint -> its figures, by its own script, on shards in its tokens"""
     path, ckpt, module = open_checkpoint(name)
-    ckpt["config"]["split"] = "val"
+    ckpt["config"] |= dict(split="val", prompt_len=0)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
         file = Path(folder, "texts.jsonl")
         file.write_text("\n".join(json.dumps({"text": text}) for text in texts))

@@ -80,6 +80,14 @@ def test_seeds_are_paired_where_they_are_the_same(out):
     assert c[0] == "mdlm_[01]" and c[5].startswith("2, ")
     assert c[8] == f"{pairs.mean():+.4f} ± {error(pairs):.4f} / {apart:.4f}"
 
+def test_figures_are_per_scored_token(out):
+    """With half of each window given, by both sums: the log's and the table's."""
+    runs.train_tiny(f"--data={out}/data", f"--out={out}/half", "--steps=2", "--prompt_len=16",
+                    "--eval_every=0", script=gpt)
+    (_, row), note = table(out / "half")
+    assert f":{row[6].replace(' ± ', '+-')} bpb:{row[7]} " in (out / "half/log.txt").read_text()
+    assert "256 tokens" in note and "8 pairs" in note
+
 def change(path, old, new):
     text = path.read_text()
     assert old in text

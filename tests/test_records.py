@@ -165,6 +165,12 @@ def test_forks_are_judged_by_the_repository(place):
                          (["--ckpt=out/leaky", "--script=leaky.py"], "must not see")):
         runs.assert_refused(call(evaluate.main, *flags), words)
 
+def test_the_referee_scores_what_a_run_took_as_given(place):
+    """26 letters at random cost log 26; nothing of a window is free."""
+    train(SCRIPTS["gpt"], "out/given", "--prompt_len=120")
+    said = call(evaluate.main, "--ckpt=out/given", "--tokens=2048")
+    assert float(re.search(r" bound:(\S+)\+-", said.out)[1]) > math.log(26) - 0.01
+
 def test_mistakes_at_the_referee(place):
     train(SCRIPTS["gpt"], "out/long", "--seq_len=256", "--val_tokens=2048")
     train(SCRIPTS["gpt"], "out/short", "--val_tokens=2048")

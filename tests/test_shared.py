@@ -29,7 +29,7 @@ LIMITS = {
     "sample.py": (1150, 11_500),
     "prepare_data.py": (620, 6000),
 }
-TESTS_LINES = 7110
+TESTS_LINES = 7120
 FUNCTION_LINES, MAIN_LINES, LOOP_LINES = 90, 190, 75
 NO_TOKEN = (token.NEWLINE, tokenize.NL, tokenize.COMMENT, tokenize.ENCODING, token.INDENT,
             token.DEDENT, token.ENDMARKER)
