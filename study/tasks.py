@@ -212,7 +212,8 @@ def names_of(flag, text, known):
     return found
 
 def run(flags):
-    way, = names_of("", " ".join(flags.files), ("make", "score", "run", "table"))
+    way = " ".join(flags.files)
+    require(way in ("make", "score", "run", "table"), "give one of make, score, run, table")
     orders = names_of("orders", flags.orders, sample.RANKS)
     passes = [int(n) for n in flags.steps.split(",")]
     if way in ("make", "score"):
