@@ -62,7 +62,8 @@ def study(folder, flags):
     """A folder of runs -> the JSON of its table"""
     found, left_out = read_folder(folder)
     first = flags.first or next((name for name, runs in found.items() if runs), "")
-    require(found.get(first), f"{folder}: no finished run there" + f" for --first={first}" * bool(first))
+    what = f" for --first={first}" * bool(first)
+    require(found.get(first), f"{folder}: no finished run there{what}")
     on, extras = found[first][0].evaluated_on, read_extra(flags.judge) | read_extra(flags.zeroshot)
     rows = []
     for name, runs in found.items():
