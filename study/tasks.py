@@ -213,7 +213,8 @@ def names_of(flag, text, known):
 
 def run(flags):
     way = " ".join(flags.files)
-    require(way in ("make", "score", "run", "table"), "give one of make, score, run, table")
+    require(way in ("make", "score", "run", "table"),
+            f"{way or 'no word'}: give one of make, score, run, table")
     orders = names_of("orders", flags.orders, sample.RANKS)
     passes = [int(n) for n in flags.steps.split(",")]
     if way in ("make", "score"):
