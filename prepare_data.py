@@ -410,15 +410,12 @@ def make_encoder(meta):
         bpe = tiktoken.Encoding(name, pat_str=meta["pattern"], mergeable_ranks=ranks,
                                 special_tokens={"\0": bos_id})
 
-    def encode(batch):
-        ids = {}
-        for split, texts in batch.items():
-            text = "".join(texts)  # one call does them all
-            found = (bpe.encode_to_numpy(text, allowed_special={"\0"}) if table else
-                     np.frombuffer(text.encode(), np.uint8))
-            ids[split] = found.astype(dtype_of(meta))
-        return ids
-    return encode
+    def encode(texts):
+        text = "".join(texts)  # one call does them all
+        if not table:
+            return np.frombuffer(text.encode(), np.uint8)
+        return bpe.encode_to_numpy(text, allowed_special={"\0"}).astype(dtype_of(meta))
+    return lambda batch: {split: encode(texts) for split, texts in batch.items()}
 
 def hf_tokenizer(name, hf):
     """A tokenizer of the library `tokenizers` in the form of tiktoken, if that cuts text alike."""
@@ -576,7 +573,6 @@ def prepare(cfg):
     folder, path = Path(cfg.out), Path(cfg.out, "meta.json")
     # A hash, since this goes into every checkpoint, and paths are nobody else's business.
     settings = hashlib.sha256(repr(dataclasses.replace(cfg, out="")).encode()).hexdigest()
-    folder.mkdir(parents=True, exist_ok=True)
     made = json.loads(path.read_bytes())["settings"] if path.exists() else ""
     if made == settings:
         print(f"{folder} is complete; delete it to make it anew")
@@ -614,7 +610,11 @@ def main(argv):
     cfg = parse(argv)
     remedy = "mend that, or wait for the other run there; then give the same command again"
     with doing(cfg.out, remedy), filelock.FileLock(f"{cfg.out}/.lock", timeout=0):
-        prepare(cfg)
+        try:
+            prepare(cfg)
+        finally:
+            if os.listdir(cfg.out) == [".lock"]:  # nothing was written
+                shutil.rmtree(cfg.out)
 
 if __name__ == "__main__":
     main(sys.argv[1:])
