@@ -58,6 +58,7 @@ BATCH_NUMBERS = 2**27  # logits, or attention scores of a layer, in one forward 
 MAX_ROWS = 512  # samples at once, so that the first of many are soon there
 END = b"<|endoftext|>"  # how the end of a document is shown
 BLANK = re.compile(r"(?<!\\)_{3,}")  # \_ is an underscore
+FILE_NAME = re.compile(r"\S*/\S*|\S+\.(txt|md|py|html?|jsonl?|[ct]sv|log|gz|xz|zst|bz2|zip)")
 
 
 # ----------------------------------------------------------------------------- flags
@@ -112,6 +113,7 @@ class Options:
     score: str = ""  # text or file: its bound in nats and bits per byte; gpt: exact
     given: str = ""  # text or file that comes before the one scored
     draws: int = 8  # independent noise draws of a score
+    encoding: str = ""  # of files; empty: UTF-8, or UTF-16 after its mark
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -181,7 +183,8 @@ def correction(text):
     return fraction, every, mode
 
 ALIASES = dict(  # of published packages
-    seq_len="length", confidence_threshold="threshold", corrector_frac="corrector")
+    seq_len="length", confidence_threshold="threshold", corrector_frac="corrector",
+    prompt_file="prompts", score_file="score")
 
 def make_options(**how):
     """Options by the flags' names or, from Python, those of published packages."""
@@ -679,8 +682,8 @@ class LM:
     def describe(self, opts):
         """How it writes, in words, with what its samples are not."""
         words = f"remask {opts.remask}" if opts.remask else opts.order_name
-        is_exact = opts.order_name not in RANKS or (opts.order, opts.threshold) == ("random", 0)
-        words = words if is_exact else f"{words} (mode-seeking)"
+        is_ranked = opts.order_name in RANKS and (opts.order, opts.threshold) != ("random", 0)
+        words += " (mode-seeking)" * is_ranked
         length = self.block_len or opts.block_length
         words += f" in blocks of {length}" if length else ""
         words += f", {opts.cache} cache (approximate)" if opts.cache else ""
@@ -808,8 +811,8 @@ class LM:
     def generate(self, prompt="", **how):
         """n texts of `length` tokens that begin with the prompt, or with each of a list of prompts;
         `how`: the flags' names -> Samples"""
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        return self.samples(make_options(prompts=prompts, **how))
+        how["prompts"] = [prompt] if isinstance(prompt, str) else prompt
+        return self.samples(make_options(**how))
 
     def infill(self, text, blank=16, **how):
         """n versions of a text, its blanks (___) filled with `blank` tokens, an int or a list."""
@@ -830,8 +833,8 @@ class LM:
 
         A bound, with its error over draws of noise, which mask each window twice, as an antithetic
         pair. gpt: exact."""
-        T, is_exact = self.cfg.seq_len, self.kind == "gpt"
-        n_draws, n_copies = (1, 1) if is_exact else (draws, 2)
+        T = self.cfg.seq_len
+        n_draws, n_copies = (1, 1) if self.kind == "gpt" else (draws, 2)
         new, known = self.tokenizer.encode(text), self.tokenizer.encode(given)
         check(new, "score", text, "the text is empty")
         tokens, gen = known + new, stream(seed, 0)
@@ -891,11 +894,7 @@ def load(path=None, script=None, opts=None, **how):
               f"written by {name}.py: pass that file as --script=PATH")
         return LM(module if script else load_script(HERE / f"{name}.py"), ckpt, path, opts)
 
-load_model = load  # as published packages name it
-
-def sample(model, prompt="", **how):
-    """Texts from a model of load()."""
-    return model.generate(prompt, **how)
+load_model, sample = load, LM.generate  # as published packages name them
 
 
 # ----------------------------------------------------------------------------- terminal
@@ -1053,7 +1052,7 @@ def print_race(opts):
     else:
         for run in runs:
             text = run.lm.tokenizer.decode(run.done[0].tokens)
-            show([(f"--- {run.lm.name}\n{text}\n", None)], sys.stdout)
+            print(f"--- {run.lm.name}\n{text}\n")
     print(f"{'':12}  passes  seconds  tokens/s  entropy")
     for run in runs:
         print(f"{run.lm.name:12}  {run.nfe:6}  {run.seconds:7.2f}  {run.n_new / run.seconds:8.0f}  "
@@ -1062,16 +1061,20 @@ def print_race(opts):
 
 
 # ----------------------------------------------------------------------------- command line
-def read(path):
-    with naming(path):
-        return Path(path).read_bytes().decode()
+def read(path, opts):
+    """A file, plain or packed, as prepare_data.py reads it."""
+    import prepare_data as data
+
+    part, = data.local_parts([path])
+    texts = data.read(data.Config(encoding=opts.encoding), part, data.Counter())
+    return "".join(text for _, text in texts)
 
 def text_of(opts, flag):
     """The text of a flag, or of the file that it names."""
     text = getattr(opts, flag)
     if os.path.isfile(text):
-        return read(text)
-    check(" " in text or not Path(text).suffix, flag, text, "no such file")
+        return read(text, opts)
+    check(not FILE_NAME.fullmatch(text), flag, text, "no such file")
     return text
 
 def print_score(lm, opts):
@@ -1097,11 +1100,10 @@ def print_samples(lm, opts):
          f"{lm.describe(opts)}, entropy {run.entropy / n:.2f} nats")
 
 def read_prompts(opts):
-    text = read(opts.prompts)
     if not opts.prompts.endswith(".jsonl"):
-        return [text]
+        return [read(opts.prompts, opts)]
     with naming(f"--prompts={opts.prompts}"):
-        lines = map(json.loads, text.splitlines())
+        lines = map(json.loads, Path(opts.prompts).read_text("utf-8").splitlines())
         return [line["prompt"] if isinstance(line, dict) else line for line in lines]
 
 def main(argv):
@@ -1110,7 +1112,8 @@ def main(argv):
         modes = [flag for flag in ("infill", "score", "prompts", "race") if getattr(opts, flag)]
         modes += ["prompt"] * bool(opts.prompt and not opts.race)
         check(len(modes) < 2, " and --".join(modes), "..", "exclude each other: drop one")
-        check(not opts.prompt.endswith(".txt"), "prompt", opts.prompt, "a file? --prompts=FILE")
+        check(not FILE_NAME.fullmatch(opts.prompt), "prompt", opts.prompt,
+              "a file? --prompt_file=FILE")
         check(opts.score or not opts.given, "given", opts.given, "goes with --score")
         check(opts.race != "shipped" or not opts.ckpt, "race", "", "name what races against --ckpt")
         check(Path(opts.save).parent.is_dir(), "save", opts.save, "no such folder")
@@ -1119,14 +1122,13 @@ def main(argv):
         if opts.race:
             print_race(opts)
         else:
-            lm = load(opts.ckpt, opts.script, opts)
-            print_score(lm, opts) if opts.score else print_samples(lm, opts)
+            work = print_score if opts.score else print_samples
+            work(load(opts.ckpt, opts.script, opts), opts)
         sys.stdout.flush()
     except (SampleError, OSError, MemoryError, torch.OutOfMemoryError) as e:
         line = printable(str(e)).replace("\n", " ")
         print(f"sample.py: {line[:500] or 'out of memory'}", file=sys.stderr)
-        if isinstance(e, OSError):  # do not try again at the exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.stdout = None  # a full disk: do not try again at the exit
         raise SystemExit(2) from None
 
 if __name__ == "__main__":

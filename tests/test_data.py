@@ -200,7 +200,7 @@ def test_encodings(tmp_path, capsys):
         path.write_bytes(raw)
         out = tmp_path / encoding
         error = refused(capsys, "files", f"--input={path}", f"--out={out}")
-        assert "--encoding=gbk, latin-1, utf-16-le" in error
+        assert "--encoding=gbk, latin-1, utf-16-le" in error and not out.exists()
         assert "".join(sum(files(path, out, f"--encoding={encoding}"), [])) == raw.decode(encoding)
     raw = (b"x" * 499 + b"\xff\n") * 3000  # wherever a block of the file happens to end
     path.write_bytes(raw)

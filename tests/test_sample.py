@@ -544,7 +544,7 @@ BAD_FLAGS = {  # flags, and what stands in the line
         --infill=a___b --prompt=c --prompt; --infill=a___b --blank=2,3 --blank=2,3
         --infill=a___b --blank=0 --blank=0; --infill=a___b --blank=60 62; --score= --score
         --given=a --score; --race --ckpt; --score=none.txt file; --score=a --given=b.txt b.txt
-        --prompts=none FileNotFoundError""",
+        --prompts=none none""",
     "gpt": """--order=random --order; --steps=8 --steps; --corrector=0.5 --corrector
         --block_length=8 --cache=dual train_mdlm
         --infill=a___b --infill""",
@@ -636,9 +636,15 @@ def test_files_and_what_looks_like_them(ckpts, lms, tmp_path):
     result = run(ckpt, "--score=a few words", f"--given={tmp_path / 'a.txt'}")
     nats = lms["gpt"].score("a few words", given=text).nats
     assert f"= {nats:.2f} +- 0.00 nats" in result.out and "(11 tokens" in result.out
-    assert_refused(run(ckpt, f"--score={tmp_path / 'gbk.txt'}"), "gbk.txt: 'utf-8'")
+    gbk = f"--score={tmp_path / 'gbk.txt'}"
+    assert_refused(run(ckpt, gbk), "gbk.txt", "--encoding")
+    nats = f"= {lms['gpt'].score('中文字符' * 9).nats:.2f} "
+    assert nats in run(ckpt, gbk, "--encoding=gbk").out
+    for flag in "--score=none.md", "--score_file=a/none", "--prompt=none.txt", "--prompt=a/none":
+        assert_refused(run(ckpt, flag), flag.partition("=")[2], "file")
     (tmp_path / "b.txt").write_text("the café")
-    assert run(ckpt, f"--prompts={tmp_path / 'b.txt'}", "--length=20").out.startswith("the café")
+    result = run(ckpt, f"--prompt_file={tmp_path / 'b.txt'}", "--length=20")
+    assert result.out.startswith("the café")
     (tmp_path / "p.jsonl").write_text('"a"\n{"text": 3}\n')
     assert_refused(run(ckpt, f"--prompts={tmp_path / 'p.jsonl'}"), "--prompts=")
 
