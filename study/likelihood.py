@@ -15,6 +15,9 @@ a pass (of train_sedd: if --normalized=1).
                  entropy, margin..; of gpt.py only l2r. train_block: inside each block
     --steps      passes, of train_block in each block, with commas; without it one token a pass
     --threshold  instead of them: one token a pass, and all whose top probability is above it
+    --block_length  of train_mdlm: in blocks from left to right; --steps and order inside each
+    --cache      none, prefix, dual, with commas: keys and values kept within a block, as sample.py
+                 does. It is another decoder, whose likelihood is exact all the same
     --windows    how many (64), the first of --split (val) of --data (the run's); --start=document:
                  the first that begin with a document
     --against    a checkpoint of gpt.py: nats per token minus its own, by position in the window
@@ -45,14 +48,15 @@ BLIND = ("l2r", "r2l", "random")  # orders that do not look at the network's ans
 NELBO_SEED = 20240520
 
 @torch.no_grad()
-def chain_rule(model, cfg, kind, x0, choose, u, steps=None, is_blind=False):
+def chain_rule(model, cfg, kind, x0, choose, u, steps=None, is_blind=False, block_length=0,
+               cache=""):
     """-log p of x0 (B, T) for the decoder whose rule is choose (sample.ordered), in `steps` passes
     for every block; None: as many as it has tokens. u (B, T): random numbers of the rule. is_blind:
-    the rule does not look at log-probabilities.
+    the rule does not look at log-probabilities. block_length, cache: see sample.Options.
     -> nats (B, T) float64; which pass of its row, from 1 on, revealed each token, (B, T)"""
     (B, T), mask_id = x0.shape, cfg.vocab_size
-    L = cfg.block_len if kind == "block" else T
-    reader = sample.Reader(model, cfg, kind, L)
+    L = cfg.block_len if kind == "block" else block_length or T
+    reader = sample.Reader(model, cfg, kind, L, cache)
     tokens = torch.full_like(x0, mask_id)
     nats, when = torch.zeros(B, T, dtype=torch.float64), torch.zeros(B, T, dtype=torch.long)
     n_passes = torch.zeros(B, 1, dtype=torch.long)
@@ -88,7 +92,7 @@ def make_rule(order, shape, gen, threshold=None):
     name = "random" if order in BLIND else order
     return sample.ordered(name, threshold), u
 
-def decoder_nats(lm, x0, order, steps=None, threshold=None, seed=0):
+def decoder_nats(lm, x0, order, steps=None, threshold=None, cache="", block_length=0, seed=0):
     """x0 (N, T) -> nats (N, T), which pass revealed each token (N, T), how many there were (N,);
     each a mean over the K orders of random:K"""
     order, _, count = order.partition(":")
@@ -99,7 +103,7 @@ def decoder_nats(lm, x0, order, steps=None, threshold=None, seed=0):
         for rows in torch.arange(len(x0)).split(lm.batch_rows(x0.size(1))):
             with lm.amp():
                 found.append(chain_rule(lm.net, lm.cfg, lm.kind, x0[rows].to(lm.device), choose,
-                                        u[rows], steps, is_blind))
+                                        u[rows], steps, is_blind, block_length, cache))
         nats, when = (torch.cat(x) for x in zip(*found, strict=True))
         parts.append((nats, when, when.amax(1)))
     return [torch.stack(x).double().mean(0) for x in zip(*parts, strict=True)]
@@ -180,7 +184,7 @@ def read_windows(lm, flags):
     return x0, torch.tensor(meta["byte_length"])[x0], cfg.data
 
 def settings(flags, lm):
-    """[(order, steps or None, threshold or None)], checked"""
+    """[(order, steps or None, threshold or None, cache)], checked"""
     orders = [name for name in flags.orders.split(",") if name]
     known = ("l2r",) if lm.kind == "gpt" else (*BLIND[:2], *sample.RANKS)
     for order in orders:
@@ -192,14 +196,23 @@ def settings(flags, lm):
     require(fits, f"--steps={flags.steps} --threshold={flags.threshold}: numbers, with commas")
     ways = [(int(x), None) for x in flags.steps.split(",") if x]
     ways += [(None, float(x)) for x in flags.threshold.split(",") if x]
-    return [(order, *way) for order in orders for way in ways or [(None, None)]]
+    L, caches = flags.block_length, flags.cache.replace("none", "").split(",")
+    for cache in caches:
+        require(cache in ("", "prefix", "dual") and (L or not cache), f"--cache={cache}: there are "
+                "none, prefix and dual, with --block_length")
+    require(not L or lm.kind == "mdlm" and lm.cfg.seq_len % L == 0, f"--block_length={L}: takes a "
+            f"checkpoint of train_mdlm and a divisor of its context, {lm.cfg.seq_len}")
+    return [(order, *way, cache) for order in orders for way in ways or [(None, None)]
+            for cache in caches]
 
-def say_estimate(lm, x0, todo, seconds):  # of a pass over whole windows
-    T, L = x0.size(1), lm.block_len or x0.size(1)
-    n_passes = sum(int(order.partition(":")[2] or 1) * min(T, T // L * (steps or L))
-                   for order, steps, _ in todo)
-    print(f"{n_passes} passes over {len(x0)} windows of {T} tokens: about "
-          f"{n_passes * seconds * L / T:.0f} s", file=sys.stderr)
+def say_estimate(lm, x0, todo, seconds, block_length):  # of a pass over whole windows
+    T, n_passes = x0.size(1), 0
+    L = lm.block_len or block_length or T
+    for order, steps, *_ in todo:
+        n_passes += int(order.partition(":")[2] or 1) * min(T, T // L * (steps or L))
+    seconds *= n_passes * (L / T if lm.kind == "block" else 1)
+    print(f"{n_passes} passes over {len(x0)} windows of {T} tokens: about {seconds:.0f} s",
+          file=sys.stderr)
 
 def print_table(rows, head):
     print("| " + " | ".join(head) + " |\n|" + " --- |" * len(head))
@@ -218,12 +231,16 @@ def shown(pair, digits=4, star=""):
     return "" if pair is None else f"{pair[0]:.{digits}f}{star} ± {pair[1]:.{digits}f}"
 
 def print_rows(done):
-    print_table([
-        [row["order"], str(row["steps"] or ""), str(row["threshold"] or ""),
-         f"{row['nfe']:.1f}" if row["nfe"] else "", shown(row["nats"]), f"{row['bpb']:.4f}",
-         shown(row.get("minus_nelbo")), shown(row.get("minus_l2r"))] for row in done["rows"]],
-        ["order", "steps", "threshold", "NFE a window", "nats per token", "bits per byte",
-         "minus NELBO", "minus l2r"])
+    head = ["order", "steps", "threshold", "NFE a window", "nats per token", "bits per byte",
+            "minus NELBO", "minus l2r"]
+    rows = [[row["order"], str(row["steps"] or ""), str(row["threshold"] or ""),
+             f"{row['nfe']:.1f}" if row["nfe"] else "", shown(row["nats"]), f"{row['bpb']:.4f}",
+             shown(row.get("minus_nelbo")), shown(row.get("minus_l2r"))] for row in done["rows"]]
+    if any(row.get("cache") for row in done["rows"]):
+        head += ["cache", "minus uncached"]
+        for cells, row in zip(rows, done["rows"], strict=True):
+            cells += [row.get("cache", ""), shown(row.get("minus_uncached"))]
+    print_table(rows, head)
     if done["gap"]:
         print(f"\nl2r minus {done['about']['against']}, nats per token:\n")
         print_table([
@@ -242,7 +259,7 @@ def run(flags):
     other = flags.against and sample.load(flags.against, **how)
     if other:
         fits = (other.kind == "gpt" and other.tokenizer.table == lm.tokenizer.table
-                and other.cfg.seq_len >= T and ("l2r", None, None) in todo)
+                and other.cfg.seq_len >= T and ("l2r", None, None, "") in todo)
         require(fits, f"--against={flags.against}: a gpt.py checkpoint with the same tokens and a "
                 f"context of {T}, beside --orders=l2r without --steps and --threshold")
     print(f"{lm.summary}\n{N} windows of {T} tokens of {data} ({flags.split}), begin: "
@@ -250,27 +267,31 @@ def run(flags):
     start = time.perf_counter()
     bound = None if lm.kind == "gpt" else nelbo(lm, x0, flags.draws)
     seconds = (time.perf_counter() - start) / flags.draws
-    rows, arrays, base, bits = [], {}, None, math.log(2) * int(n_bytes.sum())
+    rows, arrays, bits = [], {}, math.log(2) * int(n_bytes.sum())
+    base = plain = None
     if bound is not None:
-        say_estimate(lm, x0, todo, seconds)
+        say_estimate(lm, x0, todo, seconds, flags.block_length)
         arrays["nelbo"] = bound.numpy()
         rows.append(dict(order="NELBO", steps=None, threshold=None, nfe=None,
                          nats=mean_and_error(bound), bpb=bound.sum().item() * T / bits))
-    for order, steps, threshold in todo:
+    for order, steps, threshold, cache in todo:
         if lm.kind == "gpt":
             nats, when = causal_nats(lm, x0), torch.arange(1.0, T + 1).expand(N, T)
             nfe = when[:, -1]
         else:
-            nats, when, nfe = decoder_nats(lm, x0, order, steps, threshold, flags.seed)
-        name = f"{order} {steps or ''}{threshold or ''}".strip()
+            nats, when, nfe = decoder_nats(lm, x0, order, steps, threshold, cache,
+                                           flags.block_length, flags.seed)
+        name = " ".join(str(x) for x in (order, steps, threshold, cache) if x)
         arrays |= {f"{name} nats": nats.float().numpy(), f"{name} pass": when.float().numpy()}
         mean = nats.mean(1)
         base = mean if base is None and order == "l2r" else base
+        plain = plain if cache else mean
         rows.append(dict(
-            order=order, steps=steps, threshold=threshold, nfe=nfe.mean().item(),
+            order=order, steps=steps, threshold=threshold, cache=cache, nfe=nfe.mean().item(),
             nats=mean_and_error(mean), bpb=nats.sum().item() / bits,
             minus_nelbo=None if bound is None else mean_and_error(mean - bound),
-            minus_l2r=None if base is None else mean_and_error(mean - base)))
+            minus_l2r=None if base is None else mean_and_error(mean - base),
+            minus_uncached=mean_and_error(mean - plain) if cache and plain is not None else None))
     gap = None
     if other:
         arrays["against nats"] = causal_nats(other, x0).float().numpy()
@@ -285,8 +306,8 @@ def run(flags):
 
 def main(argv):
     run_cli("likelihood.py", run, argv, __doc__, ckpt="", script="", orders="l2r,confidence,random",
-            steps="", threshold="", windows=64, data="", split="val", start="anywhere",
-            against="", draws=8, seed=0, out="", device="auto", dtype="fp32")
+            steps="", threshold="", block_length=0, cache="none", windows=64, data="", split="val",
+            start="anywhere", against="", draws=8, seed=0, out="", device="auto", dtype="fp32")
 
 if __name__ == "__main__":
     main(sys.argv[1:])

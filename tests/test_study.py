@@ -19,29 +19,33 @@ SCRIPTS = {name: sample.load_script(runs.ROOT / f"{name}.py") for name in sample
 V, T = 3, 4
 TEXTS = _grid(V, T)  # (81, T), all of them
 
-def random_model(name, **settings):
+def random_model(name, n_layer=1, **settings):
     """A network of random weights, whose answers do not belong to one joint distribution."""
     settings |= dict(block_len=2) if name == "train_block" else {}
-    cfg = SCRIPTS[name].Config(vocab_size=V, seq_len=T, n_layer=1, n_head=1, n_embd=8, **settings)
+    cfg = SCRIPTS[name].Config(vocab_size=V, seq_len=T, n_layer=n_layer, n_head=1, n_embd=8,
+                               **settings)
     torch.manual_seed(1)
     model = SCRIPTS[name].Model(cfg)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.7)
     return model.eval(), cfg
 
-@pytest.mark.parametrize("name", ["train_mdlm", "train_block", "train_sedd"])
+@pytest.mark.parametrize("name, how", [
+    ("train_mdlm", {}), ("train_block", {}), ("train_sedd", {}),
+    *(("train_mdlm", dict(block_length=2, cache=cache)) for cache in ("", "prefix", "dual"))])
 @pytest.mark.parametrize("steps, threshold", [(None, None), (2, None), (1, None), (None, 0.4)])
-def test_a_decoder_gives_all_texts_probability_1(name, steps, threshold):
-    model, cfg = random_model(name)
+def test_a_decoder_gives_all_texts_probability_1(name, how, steps, threshold):
+    model, cfg = random_model(name, n_layer=2)
     for order in ("l2r", "r2l", *sample.RANKS):
         choose, u = likelihood.make_rule(order, (1, T), torch.Generator(), threshold)
         nats, when = likelihood.chain_rule(
             model, cfg, name[6:], TEXTS, choose, u.expand(len(TEXTS), T), steps,
-            is_blind=order in likelihood.BLIND and threshold is None)
+            is_blind=order in likelihood.BLIND and threshold is None, **how)
         assert nats.sum(1).neg().exp().sum().item() == pytest.approx(1, abs=1e-5), order
         assert order != "l2r" or (when.diff() >= 0).all()
         if threshold is None:
-            assert (when.amax(1) == min(T, (1 + (name == "train_block")) * (steps or T))).all()
+            n_blocks = 2 if how or name == "train_block" else 1
+            assert (when.amax(1) == min(T, n_blocks * (steps or T))).all()
 
 @pytest.mark.parametrize("n_tokens", [1, 2])
 def test_a_rule_that_sees_the_true_token_is_no_decoder(n_tokens):
@@ -100,7 +104,15 @@ def test_likelihood_from_a_checkpoint(tmp_path):
     other, = json.loads((tmp_path / "b.json").read_text())["rows"]
     difference = rows["l2r"]["nats"][0] - other["nats"][0]
     assert done["gap"][-1]["cumulative"] == pytest.approx(difference, abs=1e-5)
-    runs.assert_refused(runs.train(*common, "--orders=best", script=likelihood), "=best", "margin")
+    runs.train(*common, "--orders=random", "--steps=4", "--block_length=8",
+               "--cache=none,prefix,dual", f"--out={tmp_path}/c.json", script=likelihood)
+    none, *cached = json.loads((tmp_path / "c.json").read_text())["rows"][1:]
+    assert none["nfe"] == 16 and [row["cache"] for row in cached] == ["prefix", "dual"]
+    for row in cached:
+        difference = row["nats"][0] - none["nats"][0]
+        assert difference == pytest.approx(row["minus_uncached"][0]) and difference
+    for flag, *words in ("--orders=best", "=best", "margin"), ("--cache=dual", "--block_length"):
+        runs.assert_refused(runs.train(*common, flag, script=likelihood), *words)
 
 BYTES = sample.Tokenizer({"tokenizer": "byte", "bos_id": 0}, 256)
 CHAIN = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.5, 0.1, 0.4]], dtype=torch.float64)
