@@ -14,7 +14,7 @@ import torch
 from runs import make_data, one_thread  # noqa: F401
 from test_golf import make_checkpoint
 
-from study import plot, run, table, zeroshot
+from study import plot, run, sweep, table, zeroshot
 
 MATRIX = dict(mdlm=("train_mdlm.py", ""), gpt=("gpt.py", ""), broken=("gpt.py", "--n_head=3"))
 
@@ -132,6 +132,23 @@ def test_best_means_by_two_errors():
 def points(figure):
     return {box.get_label(): [line.tolist() for line in box[0].get_data()]
             for box in figure.axes[0].containers}
+
+def test_a_sweep_chooses_by_the_second_half(tmp_path, monkeypatch):
+    """The best run there is the worst in the first half, whose figure is the one to quote."""
+    started = []
+    monkeypatch.setattr(sweep, "run_here", lambda jobs, n: started.extend(jobs))
+    monkeypatch.setattr(sweep, "state", lambda folder: ("done", ""))
+    monkeypatch.setattr(sweep.compare, "read_run", lambda folder: types.SimpleNamespace(
+        nats=np.repeat([float(Path(folder).name), -float(Path(folder).name)], 6)))
+    done = runs.train("--space=lr:log:.01:.04,n_layer:2:3,schedule:linear:cosine", "--runs=8",
+                      f"--out={tmp_path}", "--flags=--preset=tiny", script=sweep)
+    assert "| 7 | --lr=0.0" in done.out and "Run 7 on the first half: 7.0000 ± 0.0000" in done.out
+    values = np.array([[flag.partition("=")[2] for flag in command[2:5]] for _, command in started])
+    rates = values[:, 0].astype(float)  # one in each eighth of the range
+    assert sorted((np.log2(rates / 0.01) * 4).astype(int).tolist()) == [*range(8)], rates
+    assert set(values[:, 1]) == {"2", "3"} and set(values[:, 2]) == {"linear", "cosine"}
+    assert ("is at the edge" in done.out) == (rates[7] in (rates.min(), rates.max()))
+    runs.assert_refused(runs.train("--space=lr", script=sweep), "--space=lr")
 
 def test_plots_hold_what_the_files_say(finished, tmp_path):
     pytest.importorskip("matplotlib")
