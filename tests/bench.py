@@ -139,7 +139,7 @@ def tokenizer():
         print(f"| tokenizer | no GPT-2 vocabulary here ({type(e).__name__}) | | | | |")
         return
     folder = Path(os.__file__).parent  # a few megabytes of text that every machine has
-    corpus = 8 * "".join(p.read_text(encoding="utf-8", errors="replace")
+    corpus = 24 * "".join(p.read_text(encoding="utf-8", errors="replace")
                          for p in sorted(folder.glob("*.py")))
     cores = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
@@ -149,10 +149,9 @@ def tokenizer():
         runs = iter(range(100))
 
         def ours():
-            cfg = prepare_data.parse(["files", f"--input={path}", "--tokenizer=gpt2",
-                                      f"--out={folder}/{next(runs)}"])
             with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()):
-                prepare_data.prepare(cfg)
+                prepare_data.main(["files", f"--input={path}", "--tokenizer=gpt2",
+                                   f"--out={folder}/{next(runs)}"])
 
         times = rounds(ours, lambda: encode_all(corpus), n=5)
     row("tokenizer", f"prepare_data.py on {cores} cores / {cores} x tiktoken on one",
