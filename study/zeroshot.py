@@ -32,13 +32,13 @@ import prepare_data  # noqa: E402
 from study.golf import bound, open_checkpoint, require, run_cli  # noqa: E402
 from study.likelihood import digest, finish, mean_and_error, print_table  # noqa: E402
 
-CONVERTED = "refs/convert/parquet"  # where the hub keeps what was a program once
+CONVERTED = "refs/convert/parquet"  # where the hub keeps what was a program, without its name
 SOURCES = {  # data set of the hub, configuration, field, revision
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "text", None),
     "wikitext103": ("Salesforce/wikitext", "wikitext-103-raw-v1", "text", None),
-    "ptb": ("ptb-text-only/ptb_text_only", "penn_treebank", "sentence", CONVERTED),
+    "ptb": ("ptb-text-only/ptb_text_only", None, "sentence", CONVERTED),
     "lambada": ("EleutherAI/lambada_openai", "default", "text", None),
-    "lm1b": ("billion-word-benchmark/lm1b", "plain_text", "text", CONVERTED),
+    "lm1b": ("billion-word-benchmark/lm1b", None, "text", CONVERTED),
 }
 COUNTS = "documents", "words", "tokens", "bytes"
 TITLE = re.compile(r"\s*= (?!=)(.*[^= ]) =\s*")
