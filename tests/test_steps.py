@@ -46,7 +46,5 @@ def test_samplers_meet_the_law_and_the_bound(monkeypatch):
     assert numbers("sum to N", out) == [1.0]
     nats, in_random_order = numbers(r"bound on 32 rows N[\s\S]*first hitting.* N\n", out)
     assert abs(nats - in_random_order) < 0.05
-
-def test_a_wrong_sampler_is_noticed(monkeypatch):
     out = run(3, 2, monkeypatch, ("(rank < n)", "(rank < 2)"), until="\nmodel =")
     assert numbers("2 pass.*off by N", out) > [0.1]
