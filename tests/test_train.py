@@ -12,6 +12,7 @@ import pickle
 import re
 import resource
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -150,6 +151,7 @@ def test_second_run_in_a_folder_is_refused(data, tmp_path):
     flags = tiny("--steps=100000", f"--data={data}", f"--out={tmp_path / 'run'}")
     first = launch(SCRIPT, *flags)
     wait_for(first, "step:1/")
+    first.send_signal(signal.SIGSTOP)
     result = finish(launch(SCRIPT, *flags))
     first.kill()
     assert_refused(result, "--out", "another run")
