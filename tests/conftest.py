@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "records")]
 
 # One thread each: the tests' processes share the cores, and the fork of a process with a pool of
 # OpenMP threads waits for ever for those that it does not have.
@@ -19,6 +20,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 for name, n in (("quick", 100), ("torture", 10_000)):
     settings.register_profile(name, max_examples=n, derandomize=name == "quick", deadline=None,
                               database=None, suppress_health_check=list(HealthCheck))
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A folder of bytes to train on, which tests leave as it is."""
+    from runs import make_data
+
+    return make_data(tmp_path_factory.mktemp("data"))
 
 def pytest_addoption(parser):
     parser.addoption("--torture", action="store_true", help="the long tests, too; the others with "

@@ -23,9 +23,21 @@ SEQ_LEN, ROWS = 32, 8
 TINY = (f"--seq_len={SEQ_LEN}", f"--batch_tokens={ROWS * SEQ_LEN}", f"--micro_batch={ROWS}",
         "--n_layer=1", "--n_head=2", "--n_embd=32", "--val_tokens=512", "--device=cpu",
         "--dtype=fp32", "--compile=0", "--log_every=1")
+RATES = "lr embed_lr head_lr scalar_lr cond_lr".split()
+FROZEN = tuple(f"--{name}=0" for name in RATES)
+GENTLE = ("--optimizer=adamw", *(f"--{name}=0.001" for name in RATES))
+CONSTANT_RATE = ("--cooldown=0", "--momentum_warmup=0")  # a step then does not depend on --steps
 TORTURE = os.environ.get("TORTURE") == "1"  # pytest --torture: more of everything
 LAUNCHED = []  # processes, so that none outlives a test that failed
 LAUNCH_LIMIT = 600  # seconds, for a process that takes five on an idle machine
+
+class Touch:
+    """Pickled, it is code that makes a file when loaded."""
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
 
 class Result(NamedTuple):
     status: int

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import toys
-from toys import Z_LIMIT, Iid, Joint, chi_square_z, correlated, mutant, seeded
+from toys import Z_LIMIT, Blocks, Iid, Joint, chi_square_z, correlated, mutant, seeded
 
 import train_block
 import train_mdlm
@@ -26,28 +26,6 @@ SWITCHES = {
     "all, documents": {"mlp": "swiglu", "unet": True, "tied": True, "softcap": 3.0, "n_kv_head": 1,
                        "dropout": 0.1, "doc_mask": True, "bos_id": 3, "value_residual": True},
 }
-
-class Blocks:
-    """The exact conditionals of a toy distribution: a block's given what is known of it in xt, and
-    x0 before it."""
-
-    def __init__(self, toy, seq_len, block_len):
-        self.toy, self.seq_len, self.block_len = toy, seq_len, block_len
-
-    def __call__(self, xt, x0, rows=None, cache=None):
-        (B, S), size, mask_id = xt.shape, self.block_len, self.toy.mask_id
-        assert S % size == 0
-        rows = torch.arange(B * S) if rows is None else rows
-        row, at = rows // S, (rows % S)[:, None]
-        groups = getattr(self.toy, "n", 1)
-        place = torch.arange(-(-max(S, self.seq_len) // groups) * groups)
-        xt, x0 = (F.pad(x, (0, len(place) - S), value=mask_id)[row] for x in (xt, x0))
-        own, earlier = (f(place // size, at // size) for f in (torch.eq, torch.lt))
-        context = torch.where(own, xt, torch.where(earlier, x0, mask_id))  # (R, S)
-        assert not (context[earlier] == mask_id).any()
-        logits = self.toy.log_conditional(context) if isinstance(self.toy, Joint) else (
-            self.toy(context))
-        return logits[torch.arange(len(rows)), at[:, 0]].float()
 
 def config(module, **names):
     return module.Config(**{"vocab_size": V, "seq_len": T, "block_len": L, **names})
@@ -178,7 +156,7 @@ def check_counts(module):
         cfg = config(module, seq_len=3 * block_len, block_len=block_len)
         for n_rows in (1, 2, 5):
             counts = torch.zeros(n_rows, 3, high + 1)
-            n_draws = 2000 if n_rows == 1 else 400
+            n_draws = 600 if n_rows == 1 else 200
             places = torch.zeros(block_len)
             for seed in range(n_draws):
                 noise = module.draw_noise(cfg, n_rows, seeded(seed), **names)
@@ -269,21 +247,9 @@ def test_exactness(check):
     check(train_block)
 
 def test_flex_attention_stays_off_cpus():
-    """Compiled for a CPU it is wrong where v is a slice of a wider tensor of the graph. When this
-    fails, that has been mended, and use_flex may let it in."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    def attend(qkv):
-        q, k, v = (x.unflatten(2, (2, -1)).transpose(1, 2) for x in qkv.chunk(3, -1))
-        return flex_attention(q.contiguous(), k.contiguous(), v)
-
+    """Compiled for a CPU by torch 2.13 it is wrong where v is a slice of a wider tensor."""
     with mock.patch.object(torch.compiler, "is_compiling", lambda: True):
         assert not train_block.use_flex(torch.device("cpu"))
-    torch._dynamo.reset()
-    qkv = torch.randn(2, 64, 96, generator=seeded())
-    with torch.no_grad():
-        error = torch.compile(attend, dynamic=False)(qkv) - attend(qkv)
-    assert error.abs().max() > 0.1
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 def test_flex_attention_on_a_gpu():

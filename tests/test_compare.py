@@ -1,9 +1,8 @@
 """records/compare.py on real runs of the training scripts, against plain NumPy."""
 import math
 import shutil
-import sys
-from pathlib import Path
 
+import compare
 import numpy as np
 import pytest
 import runs
@@ -11,11 +10,6 @@ import runs
 import gpt
 import train_block
 import train_mdlm
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "records"))
-
-import compare  # noqa: E402
 
 
 @pytest.fixture(scope="module")

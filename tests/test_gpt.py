@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from toys import Iid, Joint, correlated, mutant, seeded, small_model
+from toys import Iid, Joint, LeftToRight, correlated, mutant, seeded, small_model
 
 import gpt
 
@@ -20,26 +20,6 @@ SWITCHES = {
     "all": {"mlp": "swiglu", "unet": True, "tied": True, "softcap": 3.0, "n_kv_head": 1,
             "dropout": 0.1, "value_residual": True},
 }
-
-class LeftToRight:
-    """The exact conditionals of a toy distribution, each given what stands before it alone."""
-
-    def __init__(self, toy, seq_len):
-        self.toy, self.seq_len = toy, seq_len
-
-    def __call__(self, x, rows=None, cache=None):
-        B, S = x.shape
-        mask_id = self.toy.mask_id
-        assert (x[:, 0] == mask_id).all() and (x[:, 1:] < mask_id).all()
-        flat = torch.arange(B * S) if rows is None else rows
-        at = flat % S  # position that each asked output predicts
-        seen = F.pad(x[:, 1:], (0, self.seq_len - S + 1), value=mask_id)[flat // S]  # (R, T)
-        context = torch.where(torch.arange(self.seq_len) < at[:, None], seen, mask_id)
-        if isinstance(self.toy, Joint):
-            logits = self.toy.log_conditional(context)[torch.arange(len(at)), at].float()
-        else:
-            logits = self.toy(context)[:, 0]
-        return logits.view(B, S, -1) if rows is None else logits
 
 def tokens(n_rows):
     return torch.randint(V, (n_rows, T), generator=seeded(1))

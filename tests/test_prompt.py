@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_block import Blocks
-from test_gpt import LeftToRight
-from toys import Z_LIMIT, AbsorbScore, Joint, UniformScore, correlated, seeded, take_rows
+import toys
+from toys import AbsorbScore, Blocks, Joint, LeftToRight, UniformScore, correlated, seeded
 
 import gpt
 import train_block
@@ -40,7 +39,7 @@ def test_bound_is_that_of_the_answer(name):
     nelbo = script.nelbo_fn(model, x0, noise, cfg).double()
     difference = nelbo - given(x0, prompt_len)
     error = difference.std() / math.sqrt(n_rows)
-    assert abs(difference.mean()) <= Z_LIMIT * error + 1e-6 and error < 0.02
+    assert abs(difference.mean()) <= toys.Z_LIMIT * error + 1e-6 and error < 0.02
     if name != "gpt":
         xt = script.corrupt(x0, noise, cfg)
         assert torch.equal(xt[:, :prompt_len], x0[:, :prompt_len]) and (xt == V).any()
@@ -56,7 +55,7 @@ def test_uniform_noise_spares_the_prompt():
 
     def model(xt, sigma, rows=None):
         log_score = UniformScore(answer)(xt[:, 3:], sigma)
-        return take_rows(F.pad(log_score, (0, 0, 3, 0), value=7.0), rows)
+        return toys.take_rows(F.pad(log_score, (0, 0, 3, 0), value=7.0), rows)
 
     n_rows = 4096
     x0 = answer.draw(n_rows, seeded(2))
@@ -68,7 +67,7 @@ def test_uniform_noise_spares_the_prompt():
                            tokens[:, :cfg.prompt_len])
         bounds.append(train_sedd.nelbo_fn(network, tokens, noise, cfg).double())
     error = (bounds[0] - bounds[1]).std() / math.sqrt(n_rows)
-    assert abs((bounds[0] - bounds[1]).mean()) < Z_LIMIT * error
+    assert abs((bounds[0] - bounds[1]).mean()) < toys.Z_LIMIT * error
 
 def test_row_mean_is_the_bound_but_for_rows_without_masks():
     """1 / (masks of a row) is the weight T / k of the bound; one of T + 1 counts is 0."""
@@ -78,4 +77,4 @@ def test_row_mean_is_the_bound_but_for_rows_without_masks():
         JOINT, JOINT.draw(64, gen), train_mdlm.draw_noise(cfg, 64, gen), cfg) for _ in range(200)])
     losses = losses[losses.isfinite()].double()  # of more masks than there are rows for the head
     z = (losses.mean() - JOINT.entropy / (T + 1)) / (losses.std() / math.sqrt(len(losses)))
-    assert abs(z) < Z_LIMIT and len(losses) > 190
+    assert abs(z) < toys.Z_LIMIT and len(losses) > 190

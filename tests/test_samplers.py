@@ -8,18 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+import toys
 from runs import one_thread as one_thread
-from toys import (
-    AbsorbScore,
-    Iid,
-    Joint,
-    UniformScore,
-    chi_square_z,
-    correlated,
-    mutant_of_sample,
-    with_samplers,
-)
+from toys import Z_LIMIT, Iid, Joint, chi_square_z, correlated, mutant, rates, seeded, with_samplers
 
 import gpt
 import sample
@@ -29,7 +20,6 @@ import train_sedd
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without")
 MDLM, BLOCK, SEDD, GPT = map(with_samplers, (train_mdlm, train_block, train_sedd, gpt))
-Z_LIMIT = 5.0  # a correct program fails one z-test in about 10**6; the seeds are fixed besides
 JOINT = Joint(correlated(3, 3))
 ONE = Joint([0.6, 0.3, 0.1])  # one token; copies of it are independent
 V, T, L = 11, 12, 4  # of a small network
@@ -41,24 +31,14 @@ SWITCHES = {
 }
 GRAPHS, NOISES = ("absorb", "uniform"), ("loglinear", "geometric")
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
+def in_blocks(module, names):
+    return ({"block_len": L} if module.SCRIPT == "train_block" else {}) | names
 
-def config(module, n_values=V, seq_len=T, **names):
-    blocks = {"block_len": L} if module.SCRIPT == "train_block" else {}
-    return module.Config(**{"vocab_size": n_values, "seq_len": seq_len, "n_layer": 2, "n_head": 4,
-                            "n_embd": 32, **blocks, **names})
+def config(module, n_values, seq_len, **names):
+    return module.Config(vocab_size=n_values, seq_len=seq_len, **in_blocks(module, names))
 
 def small_model(module, **names):
-    """A network that uses every parameter: its zero-initialised matrices are moved."""
-    cfg = config(module, **names)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = module.Model(cfg)
-        with torch.no_grad():
-            for p in model.parameters():
-                p.add_(0.2 * torch.randn_like(p))
-    return model.eval(), cfg
+    return toys.small_model(module, **in_blocks(module, names))
 
 def tokens(n_rows, seq_len=T, n_values=V):
     return torch.randint(n_values, (n_rows, seq_len), generator=seeded(1))
@@ -77,49 +57,14 @@ def write(module, model, cfg, known=None, is_known=None, *, n_rows=None, seed=0,
 def assert_law(toy, out, law=None, rows=slice(None)):
     assert abs(chi_square_z(toy.counts(out.tokens[rows]), toy.p if law is None else law)) < Z_LIMIT
 
-class Blocks:
-    """The exact conditionals of a toy distribution: a block's given what is known of it in xt, and
-    x0 before it."""
-    def __init__(self, toy, seq_len, block_len):
-        self.toy, self.seq_len, self.block_len = toy, seq_len, block_len
-
-    def __call__(self, xt, x0, rows):
-        S, size, mask_id = xt.shape[1], self.block_len, self.toy.mask_id
-        assert S % size == 0
-        row, at = rows // S, (rows % S)[:, None]
-        groups = getattr(self.toy, "n", 1)
-        place = torch.arange(-(-max(S, self.seq_len) // groups) * groups)
-        xt, x0 = (F.pad(x, (0, len(place) - S), value=mask_id)[row] for x in (xt, x0))
-        own, earlier = (f(place // size, at // size) for f in (torch.eq, torch.lt))
-        context = torch.where(own, xt, torch.where(earlier, x0, mask_id))  # (R, S)
-        assert not (context[earlier] == mask_id).any()
-        is_joint = isinstance(self.toy, Joint)
-        logits = self.toy.log_conditional(context) if is_joint else self.toy(context)
-        return logits[torch.arange(len(rows)), at[:, 0]].float()
-
-class LeftToRight:
-    """The exact conditionals of a toy distribution, each given what stands before it alone."""
-    def __init__(self, toy, seq_len):
-        self.toy, self.seq_len = toy, seq_len
-
-    def __call__(self, x, rows):
-        S, mask_id = x.shape[1], self.toy.mask_id
-        assert (x[:, 0] == mask_id).all() and (x[:, 1:] < mask_id).all()
-        at = rows % S  # position that each asked output predicts
-        seen = F.pad(x[:, 1:], (0, self.seq_len - S + 1), value=mask_id)[rows // S]  # (R, T)
-        context = torch.where(torch.arange(self.seq_len) < at[:, None], seen, mask_id)
-        if isinstance(self.toy, Joint):
-            return self.toy.log_conditional(context)[torch.arange(len(at)), at].float()
-        return self.toy(context)[:, 0]
-
 def exact(module, toy, seq_len, **names):
     """(A denoiser that knows the toy distribution, a config)"""
     cfg = config(module, toy.n_values, seq_len, **names)
     if module.SCRIPT == "train_sedd":
-        return (AbsorbScore if cfg.graph == "absorb" else UniformScore)(toy), cfg
+        return (toys.AbsorbScore if cfg.graph == "absorb" else toys.UniformScore)(toy), cfg
     if module.SCRIPT == "train_block":
-        return Blocks(toy, seq_len, cfg.block_len), cfg
-    return (toy if module.SCRIPT == "train_mdlm" else LeftToRight(toy, seq_len)), cfg
+        return toys.Blocks(toy, seq_len, cfg.block_len), cfg
+    return (toy if module.SCRIPT == "train_mdlm" else toys.LeftToRight(toy, seq_len)), cfg
 
 def bare_lm(module, model, cfg):
     """sample.LM of a denoiser, without a checkpoint."""
@@ -212,7 +157,7 @@ def test_a_token_whose_beginning_is_known(module):
         torch.tensor([[2, 0, 0]]), torch.tensor([[True, False, False]]),
         begins=torch.tensor([[0, 1, 0]]), lead=0,
         allowed=torch.tensor([[True, True, True], [True, False, True]]))
-    steps = 400 if module is SEDD else 0
+    steps = 100 if module is SEDD else 0  # both fall in one step once in a hundred
     opts = sample.Options(n=4000, steps=steps)
     rows = [row for rows, _ in lm.batches(canvas, opts) for row, _ in rows]
     law = toy.p * (toy.states[:, 0] == 2) * (toy.states[:, 1] != 1)
@@ -258,10 +203,9 @@ def test_the_refined_law(refine, n):
         law = law @ (weights / weights.sum(1, keepdim=True))
     canvas = sample.Canvas(torch.zeros(1, 3).long(), torch.zeros(1, 3).bool(),
                            torch.zeros(1, 3).long(), torch.ones(1, 2).bool(), 0)
-    for seed in (0, 5):
-        opts = sample.Options(n=20_000, refine=refine, seed=seed)
-        rows = [row for rows, _ in lm.batches(canvas, opts) for row, _ in rows]
-        assert_law(toy, SimpleNamespace(tokens=torch.tensor(rows)), law)
+    opts = sample.Options(n=16_000, refine=refine)  # probabilities wrong by 4% would show
+    rows = [row for rows, _ in lm.batches(canvas, opts) for row, _ in rows]
+    assert_law(toy, SimpleNamespace(tokens=torch.tensor(rows)), law)
 
 def check_corrector(module):
     """A token at random, drawn anew given the others of its block and what stands before, is a
@@ -412,8 +356,8 @@ def check_cache(module):
         for length in (T, T - 2):
             known = tokens(6, length, n_values=5)
             is_known = torch.arange(length) < torch.tensor([0, 3, 4, 6, 8, length])[:, None]
-            hows = ({}, {"steps": 2}, {"steps": 9, "choose": remask_some}) if is_block else ({},)
-            for how in hows:
+            hows = ({}, {"steps": 2}, {"steps": 6, "choose": remask_some})
+            for how in hows if is_block and length < T else hows[:1]:
                 for given in (is_known & False, is_known, is_known[3:4]):
                     kept, again = (
                         write(module, model, cfg, known[:len(given)], given, cached=cached, **how)
@@ -431,9 +375,9 @@ def check_window(block):
 
     for names in (*SWITCHES.values(), {"doc_mask": True, "bos_id": 3}):
         model, cfg = small_model(block, **names)
-        long, known = 5 * T + 2, tokens(3, 5 * T + 2, n_values=5)
+        long, known = 4 * T + 2, tokens(3, 4 * T + 2, n_values=5)
         wide = dataclasses.replace(cfg, seq_len=2 * long)  # every pass reads all of it
-        for prompts in ((0, 0, 0), (30, 41, 33), (1, 40, 7)):
+        for prompts in ((30, 41, 33), (0, 40, 7)):
             is_known = torch.arange(long) < torch.tensor(prompts)[:, None]
             out = write(block, model, cfg, known, is_known)
             with pytest.MonkeyPatch.context() as patch:
@@ -515,17 +459,6 @@ def test_cached_passes_take_what_is_new(module):
     blocks = [12, *[4], *2 * [8, *3 * [4]]]
     assert seen == (blocks if module is BLOCK else [11, *9 * [1]])
 
-def rates(graph, n_values=3):
-    """Q[a, b], the rate at which a becomes b: the mask is the last state (2310.16834, section 3.4;
-    the uniform one for a total rate of (N - 1) / N, so that exp(-sigma) is left alone)."""
-    n = n_values + (graph == "absorb")
-    q = torch.zeros(n, n, dtype=torch.float64)
-    if graph == "absorb":
-        q[:-1, -1] = 1
-    else:
-        q += 1 / n
-    return q - torch.diag(q.sum(1))
-
 def score_law(graph, noise, steps, euler):
     """(V**n,) what a sampler with the exact score yields in few steps, by the definitions: every
     position moves on its own, by Tweedie's (exp(-delta Q) s)_y exp(delta Q)(xt, y) (theorem 4.2) or
@@ -536,7 +469,7 @@ def score_law(graph, noise, steps, euler):
     law = torch.zeros(len(states), dtype=torch.float64)
     law[:] = (states == 3).all(1) if is_absorb else 1 / len(states)
     code = {tuple(s): i for i, s in enumerate(states.tolist())}
-    toy = (AbsorbScore if is_absorb else UniformScore)(JOINT, dtype=torch.float64)
+    toy = (toys.AbsorbScore if is_absorb else toys.UniformScore)(JOINT, dtype=torch.float64)
     for i in range(steps):
         t, s = 1 - i / steps, 1 - (i + 1) / steps
         if noise == "geometric":
@@ -600,7 +533,7 @@ def check_unnormalised_score(sedd):
     leaves half as many tokens, and the last step takes all that are left."""
     toy, frames = Joint(ONE.p, copies=20_000), []
     cfg = config(sedd, 3, toy.seq_len)
-    out = write(sedd, AbsorbScore(toy, shift=math.log(0.5)), cfg, n_rows=1, steps=4,
+    out = write(sedd, toys.AbsorbScore(toy, shift=math.log(0.5)), cfg, n_rows=1, steps=4,
                 watch=lambda tokens, nfe: frames.append(int((tokens == 3).sum())))
     left = toy.seq_len * np.cumprod([7 / 8, 5 / 6, 3 / 4, 0])  # 1 - (1/2) / (passes left)
     assert frames == pytest.approx(left.tolist(), abs=Z_LIMIT * math.sqrt(toy.seq_len) / 2)
@@ -653,8 +586,7 @@ CHECKS = [
     (check_infill, MDLM, 500), (check_blocks_of_masked, MDLM), (check_blocks, BLOCK),
     (check_corrector, MDLM), (check_corrector, BLOCK), (check_least_likely, MDLM),
     (check_continues, BLOCK), (check_continues, GPT),
-    *((check_unmasking_rate, MDLM, steps) for steps in (1024, 4096)),
-    (check_rare_tokens, MDLM), (check_choose, MDLM),
+    (check_unmasking_rate, MDLM, 1024), (check_rare_tokens, MDLM), (check_choose, MDLM),
     *((check_rows, module) for module in (MDLM, BLOCK, GPT, SEDD)), (check_stop, BLOCK),
     (check_stop, GPT), (check_cache, BLOCK), (check_cache, GPT), (check_window, BLOCK),
     *((check_approximate_cache, MDLM, cache) for cache in ("prefix", "dual")),
@@ -747,7 +679,7 @@ MUTANTS = {  # a changed line makes its oracle fail
 def test_mutant_fails(name):
     snippet, replacement, (check, module, *how) = MUTANTS[name]
     script = {"gpt": gpt, "train_block": train_block, "train_sedd": train_sedd}
-    mutant = with_samplers(script.get(module.SCRIPT, train_mdlm),
-                           mutant_of_sample(snippet, replacement))
+    wrong = with_samplers(script.get(module.SCRIPT, train_mdlm),
+                          mutant(sample, snippet, replacement))
     with pytest.raises((AssertionError, RuntimeError)):
-        check(mutant, *how)
+        check(wrong, *how)

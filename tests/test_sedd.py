@@ -17,6 +17,7 @@ from toys import (
     chi_square_z,
     correlated,
     mutant,
+    rates,
     seeded,
     take_rows,
 )
@@ -40,17 +41,6 @@ def exact(graph, toy, **how):
 def sigma_one(cfg):
     """Total noise at t = 1, by its definition."""
     return cfg.sigma_max if cfg.noise == "geometric" else -math.log(1e-3)
-
-def rates(graph, n_values=V):
-    """Q[a, b], the rate at which a becomes b: the mask is the last state (2310.16834, section 3.4;
-    the uniform one for a total rate of (N - 1) / N, so that exp(-sigma) is left alone)."""
-    n = n_values + (graph == "absorb")
-    q = torch.zeros(n, n, dtype=torch.float64)
-    if graph == "absorb":
-        q[:-1, -1] = 1
-    else:
-        q += 1 / n
-    return q - torch.diag(q.sum(1))
 
 def outcomes(graph, x0):
     """(O, T) everything that x0 (T,) can become."""

@@ -29,7 +29,7 @@ LIMITS = {
     "sample.py": (1150, 11_500),
     "prepare_data.py": (620, 6000),
 }
-TESTS_LINES = 7120
+TESTS_LINES = 7000
 FUNCTION_LINES, MAIN_LINES, LOOP_LINES = 90, 190, 75
 NO_TOKEN = (token.NEWLINE, tokenize.NL, tokenize.COMMENT, tokenize.ENCODING, token.INDENT,
             token.DEDENT, token.ENDMARKER)
@@ -171,21 +171,6 @@ def test_a_shared_line_that_differs_is_found_and_repaired(folder, old, new, caps
     assert diff.startswith("--- train_mdlm.py\n+++ gpt.py\n@@") and "return" not in diff
     main(["--write", "train_mdlm.py"], folder)
     assert capsys.readouterr().out == "changed: gpt.py\n"
-    assert {p: p.read_bytes() for p in folder.iterdir()} == before
-
-@pytest.mark.parametrize(("old", "new"), [
-    ("# <<< objective\n\ndef main", "\n\ndef main"),
-    ("# >>> objective\ndef", "# >>> objective\n# >>> objective\ndef"),
-    ('"""About', '#"""About'),
-])
-def test_other_than_two_regions_are_refused(folder, old, new, capsys):
-    edit(folder / "gpt.py", old, new)
-    edit(folder / "train_mdlm.py", "import os", "import sys")
-    before = {p: p.read_bytes() for p in folder.iterdir()}
-    for name in ("train_mdlm.py", "gpt.py"):
-        with pytest.raises(SystemExit) as stop:
-            main(["--write", name], folder)
-        assert stop.value.code == 2 and "gpt.py" in capsys.readouterr().err
     assert {p: p.read_bytes() for p in folder.iterdir()} == before
 
 if __name__ == "__main__":

@@ -11,16 +11,12 @@ import numpy as np
 import pytest
 import runs
 import torch
-from runs import make_data, one_thread  # noqa: F401
+from runs import one_thread  # noqa: F401
 from test_golf import make_checkpoint
 
 from study import plot, run, sweep, table, zeroshot
 
 MATRIX = dict(mdlm=("train_mdlm.py", ""), gpt=("gpt.py", ""), broken=("gpt.py", "--n_head=3"))
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("data"))
 
 @pytest.fixture
 def study(data, tmp_path, monkeypatch):

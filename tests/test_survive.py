@@ -3,7 +3,6 @@
 Real processes, SIGKILLs and signals: a run that was killed and resumed, however often, ends in the
 very bits of one that was left alone (make torture: 20 kills for every script and number of ranks).
 """
-import functools
 import os
 import random
 import re
@@ -15,6 +14,8 @@ import time
 
 import pytest
 from runs import (
+    CONSTANT_RATE,
+    GENTLE,
     LAUNCHED,
     ROOT,
     SCRIPT,
@@ -28,7 +29,6 @@ from runs import (
     kill,
     launch,
     log,
-    make_data,
     one_thread,  # noqa: F401
     tiny,
     torchrun,
@@ -44,14 +44,8 @@ import train_sedd
 SCRIPTS = {"mdlm": train_mdlm, "gpt": gpt, "block": train_block, "sedd": train_sedd}
 FLAGS = tiny("--n_layer=2", "--micro_batch=2", "--dropout=0.1", "--ema=0.9", "--lr=0.005",
              "--eval_every=5", "--ckpt_every=3")
-CONSTANT_RATE = ("--cooldown=0", "--momentum_warmup=0")  # a step then does not depend on --steps
-MORE = 6  # steps that a stopped run then does: an evaluation and two checkpoints
 # Runs that end when they are told to; with a constant rate a step does not depend on --steps.
 ENDLESS = tiny(*FLAGS, *CONSTANT_RATE, "--steps=1000000")
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("data"))
 
 def start(script, ranks, *flags):
     """As a user starts it, on one rank or by torchrun."""
@@ -78,8 +72,8 @@ def assert_same_run(out, whole):
     assert (out / "val_nats.npy").read_bytes() == (whole / "val_nats.npy").read_bytes()
 
 MOMENTS = ("write", "step", "evaluation", "start")
-KILLS = [(name, ranks) for name in SCRIPTS for ranks in (1, 2)] if TORTURE else [
-    ("block", 1), ("mdlm", 2)]
+KILLS = [(name, ranks, 5 * MOMENTS) for name in SCRIPTS for ranks in (1, 2)] if TORTURE else [
+    ("block", 1, MOMENTS[:1]), ("mdlm", 2, ())]
 
 def strike(process, out, moment, rng):
     """Kill every process of a run at a moment of it."""
@@ -98,24 +92,15 @@ def strike(process, out, moment, rng):
 
 # Enough steps for a test on a busy machine to notice the moment before the run is over.
 KILL_FLAGS = tiny(*FLAGS, "--n_embd=128", "--micro_batch=4", "--resume=1",
-                  *(("--steps=400",) if TORTURE else ("--steps=100", "--eval_every=20")))
+                  *(("--steps=400",) if TORTURE else ("--steps=60", "--eval_every=20")))
 
-@pytest.fixture(scope="module")
-def left_alone(data, tmp_path_factory):
-    """(script, ranks) -> folder of the run that nobody disturbs."""
-    @functools.cache
-    def run(script, ranks):
-        out = tmp_path_factory.mktemp("whole") / "out"
-        run_whole(script, ranks, out, *KILL_FLAGS, f"--data={data}")
-        return out
-
-    return run
-
-@pytest.mark.parametrize("name, ranks", KILLS)
-def test_killed_run_ends_as_one_left_alone(name, ranks, left_alone, data, tmp_path):
+@pytest.mark.parametrize("name, ranks, moments", KILLS)
+def test_killed_run_ends_as_one_left_alone(name, ranks, moments, data, tmp_path):
+    """Killed whole; and of two ranks one that dies, which ends the other, and torchrun starts both
+    again."""
     script, out, flags = SCRIPTS[name], tmp_path / "out", (*KILL_FLAGS, f"--data={data}")
     rng, step = random.Random(f"{name} {ranks}"), -1
-    for moment in MOMENTS * 5 if TORTURE else MOMENTS[:2]:
+    for moment in moments:
         process = start(script, ranks, *flags, f"--out={out}")
         strike(process, out, moment, rng)
         result = finish(process)
@@ -124,11 +109,17 @@ def test_killed_run_ends_as_one_left_alone(name, ranks, left_alone, data, tmp_pa
         if (out / "ckpt.pt").exists():  # always one that loads, and never an older one
             step, before = checkpoint(out)["step"], step
             assert step >= before
-    run_whole(script, ranks, out, *flags)
-    assert_same_run(out, left_alone(script, ranks))
-
-GENTLE = ("--optimizer=adamw",
-          *(f"--{name}=0.001" for name in "lr embed_lr head_lr scalar_lr".split()))
+    if ranks > 1:
+        process = torchrun(*flags, f"--out={out}", script=script.__file__,
+                           options=("--max-restarts=1",))
+        before = wait_for(process, r"step:([4-9]|\d\d+)/")  # there is a checkpoint of step 3
+        os.kill(max(children(process.pid)), signal.SIGKILL)
+        result = finish(process)
+        assert result.status == 0 and "resuming" in result.out, (before, result)
+    else:
+        run_whole(script, ranks, out, *flags)
+    run_whole(script, ranks, tmp_path / "whole", *flags)
+    assert_same_run(out, tmp_path / "whole")
 
 def gap(a, b):
     """Largest distance of a parameter of two checkpoints, relative to its norm."""
@@ -136,28 +127,19 @@ def gap(a, b):
                for part in ("model", "ema") for name, x in a[part].items())
 
 @pytest.mark.parametrize("name", SCRIPTS if TORTURE else ["sedd"])
-def test_run_of_two_ranks_goes_on_with_one_and_with_four(name, data, tmp_path):
+def test_another_number_of_ranks_goes_on_with_a_run(name, data, tmp_path):
     """Losses can agree so well only if batches, noise and dropout are the same."""
-    script = SCRIPTS[name]
+    script, out, worlds = SCRIPTS[name], tmp_path / "out", (1, 4, 2, 1) if TORTURE else (1, 2, 1)
     flags = (*tiny(*FLAGS, *CONSTANT_RATE, *GENTLE, "--eval_every=3"), f"--data={data}")
-    run_whole(script, 2, tmp_path / "saved", *flags, "--steps=6")
-    run_whole(script, 1, tmp_path / "alone", *flags, "--steps=12")
-    expected = checkpoint(tmp_path / "alone")
-    for world in (1, 4):
-        out = tmp_path / str(world)
-        shutil.copytree(tmp_path / "saved", out)
-        run_whole(script, world, out, "--resume=1", "--steps=12")
-        assert_same_log(out, tmp_path / "alone")
-        assert gap(checkpoint(out), expected) < 5e-4
-
-def test_rank_that_dies_ends_the_others_and_torchrun_restarts_them(left_alone, data, tmp_path):
-    process = torchrun(*KILL_FLAGS, f"--data={data}", f"--out={tmp_path / 'out'}",
-                       options=("--max-restarts=1",))
-    before = wait_for(process, "step:7/")
-    os.kill(max(children(process.pid)), signal.SIGKILL)
-    result = finish(process, before)
-    assert result.status == 0 and "resuming" in result.out, result
-    assert_same_run(tmp_path / "out", left_alone(train_mdlm, 2))
+    run_whole(script, 1, tmp_path / "alone", *flags, f"--steps={3 * len(worlds)}")
+    for i, world in enumerate(worlds):
+        how = ("--resume=1",) if i else flags
+        run_whole(script, world, out, *how, f"--steps={3 * i + 3}")
+        # On the very same weights one rank prints the very same digits.
+        alone = train("--eval_only=1", f"--init_from={out / 'ckpt.pt'}", script=script)
+        assert evaluations(alone.out) == evaluations((out / "log.txt").read_text())[-1:]
+    assert_same_log(out, tmp_path / "alone")
+    assert gap(checkpoint(out), checkpoint(tmp_path / "alone")) < 5e-4
 
 LONG = {  # seconds, of one step or one evaluation
     "step": ("--batch_tokens=8192", "--n_layer=12", "--ckpt_every=0"),
@@ -171,7 +153,7 @@ def stopped_at(out, result):
     assert len(lines) == 1 and lines[0][1] == str(out), result
     return int(lines[0][0])
 
-@pytest.mark.parametrize("long, name", [("step", "USR1"), ("evaluation", "TERM"), ("step", "INT")])
+@pytest.mark.parametrize("long, name", [("evaluation", "TERM"), ("step", "INT")])
 def test_long_step_or_evaluation_is_broken_off(long, name, data, tmp_path):
     """A step that is dropped costs nothing: its noise and its batch come back."""
     out, flags = tmp_path / "out", tiny(*FLAGS, f"--data={data}", "--steps=7")
@@ -189,24 +171,21 @@ def test_long_step_or_evaluation_is_broken_off(long, name, data, tmp_path):
         run_whole(train_mdlm, 1, tmp_path / "whole", *flags)
         assert_same_run(out, tmp_path / "whole")
 
-STOPS = [("launcher", "TERM"), ("1", "USR1")]
-if TORTURE:
-    STOPS = [(who, name) for who in ("launcher", "0", "1") for name in ("TERM", "USR1", "INT")]
+STOPS = [(who, name) for who in ("launcher", "0", "1") for name in ("TERM", "USR1", "INT")]
 
 def test_two_ranks_stop_at_the_same_step_and_save(data, tmp_path):
-    """One run, told to stop in one way after the other; in the end as one left alone."""
+    """One run, told to stop in one way after the other; then as one left alone."""
     out, flags = tmp_path / "out", (*tiny(*ENDLESS, "--ckpt_every=0"), f"--data={data}")
-    for who, name in STOPS:
+    for who, name in STOPS if TORTURE else [("1", "TERM")]:
         process = torchrun(*flags, "--resume=1", f"--out={out}",
                            options=("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1",))
         before = wait_for(process, "step:.* loss")
         workers = sorted(children(process.pid))
         number = process.pid if who == "launcher" else workers[int(who)]
         os.kill(number, getattr(signal, f"SIG{name}"))
-        steps = f"--steps={stopped_at(out, finish(process, before)) + MORE}"
-    run_whole(train_mdlm, 2, out, "--resume=1", steps)
-    run_whole(train_mdlm, 2, tmp_path / "whole", *tiny(*flags, steps))
-    assert_same_run(out, tmp_path / "whole")
+        step = stopped_at(out, finish(process, before))
+    run_whole(train_mdlm, 2, tmp_path / "whole", *tiny(*flags, f"--steps={step}"))
+    assert_same_state(checkpoint(out), checkpoint(tmp_path / "whole"))
 
 # Stand-ins: srun passes a signal to every process of its step, scontrol keeps what it was asked.
 STAND_INS = {
@@ -248,7 +227,7 @@ def test_batch_script_queues_itself_again_until_done(sbatch, data, tmp_path):
     process.send_signal(signal.SIGUSR1)  # to the batch shell alone, as --signal=B: says
     result = finish(process, before)
     assert result.status == 0 and calls() == ["requeue 71"], result
-    flags = tiny(*flags, f"--steps={stopped_at(out, result) + MORE}")
+    flags = tiny(*flags, f"--steps={stopped_at(out, result) + 6}")
     result = finish(begin("train_block.py", *flags, f"--out={out}"))
     assert result.status == 0 and "resuming" in result.out and "done:" in result.out, result
     assert calls() == ["requeue 71"]

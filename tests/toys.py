@@ -11,6 +11,7 @@ import types
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 Z_LIMIT = 5.0  # a correct program fails one z-test in about 10**6; the seeds are fixed besides
 
@@ -126,6 +127,48 @@ class Iid:
         shape = xt.shape if rows is None else rows.shape
         return self.p.log().float().expand(*shape, -1)
 
+class Blocks:
+    """The exact conditionals of a toy distribution: a block's given what is known of it in xt, and
+    x0 before it."""
+
+    def __init__(self, toy, seq_len, block_len):
+        self.toy, self.seq_len, self.block_len = toy, seq_len, block_len
+
+    def __call__(self, xt, x0, rows=None, cache=None):
+        (B, S), size, mask_id = xt.shape, self.block_len, self.toy.mask_id
+        assert S % size == 0
+        rows = torch.arange(B * S) if rows is None else rows
+        row, at = rows // S, (rows % S)[:, None]
+        groups = getattr(self.toy, "n", 1)
+        place = torch.arange(-(-max(S, self.seq_len) // groups) * groups)
+        xt, x0 = (F.pad(x, (0, len(place) - S), value=mask_id)[row] for x in (xt, x0))
+        own, earlier = (f(place // size, at // size) for f in (torch.eq, torch.lt))
+        context = torch.where(own, xt, torch.where(earlier, x0, mask_id))  # (R, S)
+        assert not (context[earlier] == mask_id).any()
+        logits = self.toy.log_conditional(context) if isinstance(self.toy, Joint) else (
+            self.toy(context))
+        return logits[torch.arange(len(rows)), at[:, 0]].float()
+
+class LeftToRight:
+    """The exact conditionals of a toy distribution, each given what stands before it alone."""
+
+    def __init__(self, toy, seq_len):
+        self.toy, self.seq_len = toy, seq_len
+
+    def __call__(self, x, rows=None, cache=None):
+        B, S = x.shape
+        mask_id = self.toy.mask_id
+        assert (x[:, 0] == mask_id).all() and (x[:, 1:] < mask_id).all()
+        flat = torch.arange(B * S) if rows is None else rows
+        at = flat % S  # position that each asked output predicts
+        seen = F.pad(x[:, 1:], (0, self.seq_len - S + 1), value=mask_id)[flat // S]  # (R, T)
+        context = torch.where(torch.arange(self.seq_len) < at[:, None], seen, mask_id)
+        if isinstance(self.toy, Joint):
+            logits = self.toy.log_conditional(context)[torch.arange(len(at)), at].float()
+        else:
+            logits = self.toy(context)[:, 0]
+        return logits.view(B, S, -1) if rows is None else logits
+
 class AbsorbScore:
     """Exact log score of a toy under masking: log p(token | context) - log(exp(sigma) - 1), at the
     masked positions. shift is added, which denormalises it."""
@@ -164,6 +207,17 @@ class UniformScore:
         code = self.toy.code(changed, v).view(b, -1)
         log_p = self.noised(sigma).log().gather(1, code).view(b, t, v)
         return take_rows((log_p - log_p.gather(-1, xt[..., None])).to(self.dtype), rows)
+
+def rates(graph, n_values=3):
+    """Q[a, b], the rate at which a becomes b: the mask is the last state (2310.16834, section 3.4;
+    the uniform one for a total rate of (N - 1) / N, so that exp(-sigma) is left alone)."""
+    n = n_values + (graph == "absorb")
+    q = torch.zeros(n, n, dtype=torch.float64)
+    if graph == "absorb":
+        q[:-1, -1] = 1
+    else:
+        q += 1 / n
+    return q - torch.diag(q.sum(1))
 
 def correlated(n_values=3, n=3, seed=0):
     """Weights of a joint whose tokens depend on each other strongly, every state possible."""
@@ -225,8 +279,3 @@ def with_samplers(script, sampler=None):
     script.generate, script.uniforms = generate, sampler.uniforms
     script.draw_tokens = sampler.draw_tokens
     return script
-
-def mutant_of_sample(snippet, replacement):
-    import sample
-
-    return mutant(sample, snippet, replacement)
