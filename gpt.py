@@ -343,7 +343,7 @@ class Trunk(nn.Module):
             h = h.to(torch.get_autocast_dtype(device.type))
         cond, shift, scale = None, 0, 0
         if self.sigma_mlp is not None:  # sines of log sigma, of 1/32 to 32 radians per unit
-            wave = sigma.log()[:, None] * torch.logspace(-5, 5, 128, 2, device=device)
+            wave = sigma.log()[:, None] * 2 ** torch.linspace(-5, 5, 128, device=device)
             cond = self.sigma_mlp(torch.cat((wave.cos(), wave.sin()), -1))  # (B, cond_dim)
             shift, scale = self.final_mod(cond)[:, None].chunk(2, -1)
         ctx = Ctx(angle.cos(), angle.sin(), h, cond, mask=mask, attend=attend)
