@@ -375,6 +375,7 @@ class Trunk(nn.Module):
 OBJECTIVE = "gpt"  # presets/gpt has its presets
 METRIC = "val_nll"  # nats per token, exact
 CPU_SHORT = 512  # positions
+FLEX = ""  # no FlexAttention
 INIT_FROM = ("gpt",)  # --init_from takes checkpoints of these, too
 
 def check_objective(cfg, n_rows, micro):
@@ -382,14 +383,12 @@ def check_objective(cfg, n_rows, micro):
     require(cfg.val_draws == 1, f"--val_draws={cfg.val_draws}: the likelihood is exact: drop it")
 
 def flops_per_token(cfg, n_weights):
-    """Training FLOPs per token of x0: 6 per weight used, plus 6 n_layer D T for attention over the
-    half of all pairs of positions that is causal."""
+    """Training FLOPs per token of x0: 6 per weight used, 6 n_layer D T for causal attention."""
     head = cfg.n_embd * cfg.vocab_size
     return 6 * (n_weights + head) + 6 * cfg.n_layer * cfg.n_embd * cfg.seq_len
 
 def attend(q, k, v, ctx):
-    """Every position sees itself and those before it.
-    q (B, H, T, d), k and v (B, Hkv, T, d) -> (B, H, T, d)"""
+    """Causal attention of q (B, H, T, d) to k and v (B, Hkv, T, d) -> (B, H, T, d)"""
     T, is_grouped, parts = q.size(2), q.size(1) != k.size(1), []
     if q.device.type != "cpu" or T > CPU_SHORT:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=is_grouped)
@@ -678,7 +677,8 @@ def main(argv):
     ckpt = None  # gives its memory back
     batch = read_batch(cfg, train, step, rank, world, device)
     if cfg.compile and device.type != "mps":  # where compiled code may be silently wrong
-        log("compiling, which takes a while (--compile=0 does without)")
+        log(f"compiling{', with FlexAttention' * (device.type == FLEX)}, which takes a while "
+            "(--compile=0 does without)")
         torch._dynamo.config.recompile_limit = 32  # the layers' shapes in training and evaluation
         if device.type == "cpu":  # one small graph for all layers: seconds, not a minute
             for layer in model.layers:
@@ -691,7 +691,7 @@ def main(argv):
                 train_loss(model, *batch[0], cfg).backward()
         except Exception as e:  # whatever a missing or broken tool chain raises
             torch.compiler.set_stance("force_eager")
-            log(f"running without torch.compile: {str(e).strip().splitlines()[0]}")
+            log(f"running without torch.compile, attention dense: {str(e).strip().splitlines()[0]}")
     path, begun = f"{cfg.out}/ckpt.pt", step
     losses, logged, n_bad, stopped = [], seconds, 0, False
     while True:

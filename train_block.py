@@ -385,6 +385,7 @@ class Trunk(nn.Module):
 # >>> objective
 OBJECTIVE = "block"  # presets/block has its presets
 METRIC = "val_nelbo"  # nats per token: an upper bound on the negative log-likelihood
+FLEX = "cuda"  # compiled there, FlexAttention; compiled for a CPU it is wrong for strided values
 CPU_SHORT = 512  # positions
 INIT_FROM = ("train_mdlm", "gpt")  # --init_from takes checkpoints of these, too
 
@@ -428,10 +429,6 @@ def documents(x0, cfg):
     before = F.pad(clean[:, cfg.block_len - 1:-1:cfg.block_len], (1, 0))  # (B, T / block_len)
     return torch.cat((before.repeat_interleave(cfg.block_len, 1), clean), 1)
 
-def use_flex(device):
-    """FlexAttention skips what no query sees. Compiled for a CPU it is wrong for strided values."""
-    return device.type == "cuda" and torch.compiler.is_compiling()
-
 def attend(q, k, v, ctx):
     """Every position sees what the mask says. q (B, H, N, d), k and v (B, Hkv, 2T, d) ->
     (B, H, N, d), N is 2T or, in the last layer, T"""
@@ -451,7 +448,7 @@ def attend(q, k, v, ctx):
         place = torch.arange(start, min(start + width, T))
         rows = torch.cat([place + copy for copy in range(0, q.size(2), T)])
         keys = torch.cat((place, torch.arange(T, T + start + len(place))))
-        scores = (q[:, :, rows] @ k[:, :, keys].transpose(-1, -2)).float()
+        scores = (q[:, :, rows] @ k[:, :, keys].mT).float()
         scores = scores.masked_fill(~mask[..., rows, :][..., keys], -math.inf)
         y[:, :, rows] = scores.softmax(-1).type_as(v) @ v[:, :, keys]
     return y
@@ -473,7 +470,8 @@ class Model(Trunk):
             seen = sees(q, k, T, block_len)
             return seen if docs is None else seen & (docs[b, q] == docs[b, k])
         # For all queries, and for the noised half. A compiled step builds them in its graph.
-        create = create_block_mask if use_flex(device) else create_mask
+        is_flex = device.type == FLEX and torch.compiler.is_compiling()
+        create = create_block_mask if is_flex else create_mask
         masks = {n: create(rule, 1 if docs is None else B, None, n, 2 * T, device)
                  for n in (T, 2 * T)}
         tokens, positions = torch.cat((xt, x0), 1), torch.arange(T, device=device).repeat(2)
@@ -808,7 +806,8 @@ def main(argv):
     ckpt = None  # gives its memory back
     batch = read_batch(cfg, train, step, rank, world, device)
     if cfg.compile and device.type != "mps":  # where compiled code may be silently wrong
-        log("compiling, which takes a while (--compile=0 does without)")
+        log(f"compiling{', with FlexAttention' * (device.type == FLEX)}, which takes a while "
+            "(--compile=0 does without)")
         torch._dynamo.config.recompile_limit = 32  # the layers' shapes in training and evaluation
         if device.type == "cpu":  # one small graph for all layers: seconds, not a minute
             for layer in model.layers:
@@ -821,7 +820,7 @@ def main(argv):
                 train_loss(model, *batch[0], cfg).backward()
         except Exception as e:  # whatever a missing or broken tool chain raises
             torch.compiler.set_stance("force_eager")
-            log(f"running without torch.compile: {str(e).strip().splitlines()[0]}")
+            log(f"running without torch.compile, attention dense: {str(e).strip().splitlines()[0]}")
     path, begun = f"{cfg.out}/ckpt.pt", step
     losses, logged, n_bad, stopped = [], seconds, 0, False
     while True:

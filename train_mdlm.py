@@ -382,6 +382,7 @@ class Trunk(nn.Module):
 # >>> objective
 OBJECTIVE = "mdlm"  # presets/mdlm has its presets
 METRIC = "val_nelbo"  # nats per token: an upper bound on the negative log-likelihood
+FLEX = ""  # no FlexAttention
 INIT_FROM = ("train_mdlm", "gpt")  # --init_from takes checkpoints of these, too
 
 # The masked fraction 1 - alpha_t, of t in (0, 1].
@@ -766,7 +767,8 @@ def main(argv):
     ckpt = None  # gives its memory back
     batch = read_batch(cfg, train, step, rank, world, device)
     if cfg.compile and device.type != "mps":  # where compiled code may be silently wrong
-        log("compiling, which takes a while (--compile=0 does without)")
+        log(f"compiling{', with FlexAttention' * (device.type == FLEX)}, which takes a while "
+            "(--compile=0 does without)")
         torch._dynamo.config.recompile_limit = 32  # the layers' shapes in training and evaluation
         if device.type == "cpu":  # one small graph for all layers: seconds, not a minute
             for layer in model.layers:
@@ -779,7 +781,7 @@ def main(argv):
                 train_loss(model, *batch[0], cfg).backward()
         except Exception as e:  # whatever a missing or broken tool chain raises
             torch.compiler.set_stance("force_eager")
-            log(f"running without torch.compile: {str(e).strip().splitlines()[0]}")
+            log(f"running without torch.compile, attention dense: {str(e).strip().splitlines()[0]}")
     path, begun = f"{cfg.out}/ckpt.pt", step
     losses, logged, n_bad, stopped = [], seconds, 0, False
     while True:

@@ -139,15 +139,12 @@ def flex_on_cpu(module):
     """Its backward pass works on CPUs, too, where it is not compiled; a guard says otherwise."""
     import torch.nn.attention.flex_attention as flex
 
-    guard, chosen = getattr(flex, "_validate_device", None), module.use_flex
-    if guard is None:
+    if not hasattr(flex, "_validate_device"):
         pytest.skip("this torch guards FlexAttention's backward pass on CPUs in another way")
-    try:
-        flex._validate_device = lambda *args: None
-        module.use_flex = lambda device: True
+    with (mock.patch.object(flex, "_validate_device", lambda *args: None),
+          mock.patch.object(torch.compiler, "is_compiling", lambda: True),
+          mock.patch.object(module, "FLEX", "cpu")):
         yield
-    finally:
-        flex._validate_device, module.use_flex = guard, chosen
 
 def gradients(model, loss, x0, noise, cfg):
     model.zero_grad()
@@ -270,15 +267,14 @@ def test_exactness(check):
 
 def test_flex_attention_stays_off_cpus():
     """Compiled for a CPU it is wrong where v is a slice of a wider tensor of the graph. When this
-    fails, that has been mended, and use_flex may let it in."""
+    fails, that has been mended, and FLEX may let it in."""
     from torch.nn.attention.flex_attention import flex_attention
 
     def attend(qkv):
         q, k, v = (x.unflatten(2, (2, -1)).transpose(1, 2) for x in qkv.chunk(3, -1))
         return flex_attention(q.contiguous(), k.contiguous(), v)
 
-    with mock.patch.object(torch.compiler, "is_compiling", lambda: True):
-        assert not train_block.use_flex(torch.device("cpu"))
+    assert train_block.FLEX == "cuda"
     torch._dynamo.reset()
     qkv = torch.randn(2, 64, 96, generator=seeded())
     with torch.no_grad():

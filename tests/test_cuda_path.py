@@ -16,6 +16,8 @@ from runs import make_data, train_tiny
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
+import train_block
+
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without")
 SCRIPTS = ("gpt", "train_mdlm", "train_block", "train_sedd")
 STEPS = 4
@@ -36,8 +38,7 @@ def as_on_cuda(script):
     with contextlib.ExitStack() as stack:
         patch = mock.patch.object
         stack.enter_context(patch(flex, "_validate_device", lambda *args: None))
-        if hasattr(script, "use_flex"):
-            stack.enter_context(patch(script, "use_flex", lambda device: True))
+        stack.enter_context(patch(script, "FLEX", "cpu"))
         if hasattr(script, "CPU_SHORT"):
             stack.enter_context(patch(script, "CPU_SHORT", 0))
         yield
@@ -129,3 +130,14 @@ def test_waits_of_a_step(name, flags, tmp_path):
     """Once: the host reads the loss, the signals and the norm of the gradients."""
     waits = waits_in_a_step(name, tmp_path, *flags)
     assert sum(waits.values()) == 1 and all(line.startswith("main:") for line in waits), waits
+
+def test_a_failure_to_compile_is_said_in_one_line(tmp_path):
+    broken = mock.Mock(side_effect=RuntimeError("no tool chain\nat all"))
+    with (mock.patch.object(train_block, "FLEX", "cpu"),
+          mock.patch("torch._inductor.compile_fx.compile_fx", broken)):
+        done = train_tiny(f"--data={make_data(tmp_path)}", f"--out={tmp_path / 'run'}",
+                          "--steps=1", "--compile=1", script=train_block)
+    torch.compiler.set_stance("default")
+    said = [x for x in done.out.splitlines() if x.startswith(("compiling", "running"))]
+    assert done.status == 0 and len(said) == 2, done
+    assert "with FlexAttention" in said[0] and "attention dense: " in said[1]
