@@ -7,6 +7,7 @@ of the loop that reads a number from a tensor, or copies one without non_blockin
 import collections
 import contextlib
 import importlib
+import itertools
 import sys
 from unittest import mock
 
@@ -15,7 +16,9 @@ import torch
 from runs import make_data, train_tiny
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
+from torch.overrides import TorchFunctionMode
 
+import sample
 import train_block
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without")
@@ -141,3 +144,31 @@ def test_a_failure_to_compile_is_said_in_one_line(tmp_path):
     said = [x for x in done.out.splitlines() if x.startswith(("compiling", "running"))]
     assert done.status == 0 and len(said) == 2, done
     assert "with FlexAttention" in said[0] and "attention dense: " in said[1]
+
+def test_the_longer_name_of_a_gpu_comes_first():
+    """H100 PCIe before H100, L40S before L4."""
+    for first, second in itertools.combinations(train_block.PEAK_TFLOPS, 2):
+        assert first not in second
+
+class Float64OnHost(TorchFunctionMode):
+    """MPS has no float64: what the network computes may become that only after .cpu()."""
+    on_host = ()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.Tensor.cpu:
+            self.on_host += (out,)
+        elif getattr(out, "dtype", None) == torch.float64:
+            floats = [x for x in args if getattr(x, "dtype", None) == torch.float32]
+            assert all(any(x is y for y in self.on_host) for x in floats), func
+        return out
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scores_and_samples_need_no_float64_of_the_device(name, tmp_path, monkeypatch):
+    flags = f"--data={make_data(tmp_path)}", f"--out={tmp_path / 'run'}", "--steps=1"
+    assert train_tiny(*flags, script=importlib.import_module(name)).status == 0
+    lm = sample.load(tmp_path / "run/ckpt.pt")
+    monkeypatch.setattr(sample, "float64", lambda x: x.cpu().double())  # as on MPS
+    with Float64OnHost():
+        assert lm.score("a text").nats > 0
+        assert lm.generate(n=2, length=8)
