@@ -351,7 +351,7 @@ class Trunk(nn.Module):
             h = h.to(torch.get_autocast_dtype(device.type))
         cond, shift, scale = None, 0, 0
         if self.sigma_mlp is not None:  # sines of log sigma, of 1/32 to 32 radians per unit
-            wave = sigma.log()[:, None] * torch.logspace(-5, 5, 128, 2, device=device)
+            wave = sigma.log()[:, None] * 2 ** torch.linspace(-5, 5, 128, device=device)
             cond = self.sigma_mlp(torch.cat((wave.cos(), wave.sin()), -1))  # (B, cond_dim)
             shift, scale = self.final_mod(cond)[:, None].chunk(2, -1)
         ctx = Ctx(angle.cos(), angle.sin(), h, cond, mask=mask, attend=attend)
@@ -382,6 +382,7 @@ class Trunk(nn.Module):
 # >>> objective
 OBJECTIVE = "sedd"  # presets/sedd has its presets
 METRIC = "val_nelbo"  # nats per token: an upper bound on the negative log-likelihood
+FLEX = ""  # no FlexAttention
 INIT_FROM = ("train_sedd", "train_mdlm")  # --init_from takes checkpoints of these, too
 
 LOGLINEAR_END = 1e-3  # P(still clean) at t = 1
@@ -600,7 +601,7 @@ def send(x, device):
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 def take_rows(noise, rows, device):
-    return type(noise)(*(send(x[rows], device) for x in noise))
+    return noise._make(send(x[rows], device) for x in noise)
 
 @functools.lru_cache(maxsize=4)
 def evaluation_noise(cfg, n_rows, draw):
@@ -657,9 +658,9 @@ def save_checkpoint(path, state):
     os.replace(f"{path}.partial", path)
 
 # ----------------------------------------------------------------------------- runtime
-PEAK_FLOPS = {  # dense bf16, by part of the device's name, from the vendors' data sheets
-    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
-    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 5090": 209e12, "RTX 4090": 165e12}
+PEAK_TFLOPS = {  # dense bf16, by part of the device's name, from the vendors' data sheets
+    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L40": 181,
+    "L4": 121, "A10G": 70, "RTX A6000": 155, "RTX 5090": 209, "RTX 4090": 165, "RTX 3090": 71}
 
 def pick_device(name, dtype, local_rank):
     """-> (device, dtype of matrix products: bf16 where the hardware has it, or a CPU is told to)"""
@@ -762,7 +763,7 @@ def main(argv):
     n_weights = sum(p.numel() for name, p in model.layers.named_parameters()
                     if p.ndim > 1 and not name.endswith("mod.weight"))
     flops = flops_per_token(cfg, n_weights)
-    peak = next((world * f for part, f in PEAK_FLOPS.items() if part in machine), None)
+    peak = next((world * f * 1e12 for part, f in PEAK_TFLOPS.items() if part in machine), None)
     log(f"{sum(p.numel() for p in params) / 1e6:.2f}M parameters, {flops / 1e6:.1f} MFLOP per "
         f"token, {world} x {machine} in {str(dtype)[6:]}, {cfg.data}: "
         f"{len(train) * cfg.seq_len:,} tokens"
@@ -794,7 +795,8 @@ def main(argv):
     ckpt = None  # gives its memory back
     batch = read_batch(cfg, train, step, rank, world, device)
     if cfg.compile and device.type != "mps":  # where compiled code may be silently wrong
-        log("compiling, which takes a while (--compile=0 does without)")
+        log(f"compiling{', with FlexAttention' * (device.type == FLEX)}, which takes a while "
+            "(--compile=0 does without)")
         torch._dynamo.config.recompile_limit = 32  # the layers' shapes in training and evaluation
         if device.type == "cpu":  # one small graph for all layers: seconds, not a minute
             for layer in model.layers:
@@ -807,7 +809,7 @@ def main(argv):
                 train_loss(model, *batch[0], cfg).backward()
         except Exception as e:  # whatever a missing or broken tool chain raises
             torch.compiler.set_stance("force_eager")
-            log(f"running without torch.compile: {str(e).strip().splitlines()[0]}")
+            log(f"running without torch.compile, attention dense: {str(e).strip().splitlines()[0]}")
     path, begun = f"{cfg.out}/ckpt.pt", step
     losses, logged, n_bad, stopped = [], seconds, 0, False
     while True:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import toys
+from test_cuda_path import as_on_cuda
 from toys import Z_LIMIT, Blocks, Iid, Joint, chi_square_z, correlated, mutant, seeded
 
 import train_block
@@ -114,18 +115,8 @@ def check_one_block_is_mdlm(module):
 
 @contextlib.contextmanager
 def flex_on_cpu(module):
-    """Its backward pass works on CPUs, too, where it is not compiled; a guard says otherwise."""
-    import torch.nn.attention.flex_attention as flex
-
-    guard, chosen = getattr(flex, "_validate_device", None), module.use_flex
-    if guard is None:
-        pytest.skip("this torch guards FlexAttention's backward pass on CPUs in another way")
-    try:
-        flex._validate_device = lambda *args: None
-        module.use_flex = lambda device: True
+    with as_on_cuda(module), mock.patch.object(torch.compiler, "is_compiling", lambda: True):
         yield
-    finally:
-        flex._validate_device, module.use_flex = guard, chosen
 
 def gradients(model, loss, x0, noise, cfg):
     model.zero_grad()
@@ -248,8 +239,7 @@ def test_exactness(check):
 
 def test_flex_attention_stays_off_cpus():
     """Compiled for a CPU by torch 2.13 it is wrong where v is a slice of a wider tensor."""
-    with mock.patch.object(torch.compiler, "is_compiling", lambda: True):
-        assert not train_block.use_flex(torch.device("cpu"))
+    assert train_block.FLEX == "cuda"
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 def test_flex_attention_on_a_gpu():

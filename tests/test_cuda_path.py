@@ -7,6 +7,7 @@ of the loop that reads a number from a tensor, or copies one without non_blockin
 import collections
 import contextlib
 import importlib
+import itertools
 import sys
 from unittest import mock
 
@@ -15,6 +16,10 @@ import torch
 from runs import make_data, train_tiny
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
+from torch.overrides import TorchFunctionMode
+
+import sample
+import train_block
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without")
 SCRIPTS = ("gpt", "train_mdlm", "train_block", "train_sedd")
@@ -28,7 +33,8 @@ CASES = [(name, {}, "eager") for name in SCRIPTS] + [
 
 @contextlib.contextmanager
 def as_on_cuda(script):
-    """The choices that a CUDA device makes, for CPU tensors."""
+    """The choices that a CUDA device makes, for CPU tensors. FlexAttention's backward pass works on
+    them, too, where it is not compiled; a guard says otherwise."""
     import torch.nn.attention.flex_attention as flex
 
     if not hasattr(flex, "_validate_device"):
@@ -36,8 +42,7 @@ def as_on_cuda(script):
     with contextlib.ExitStack() as stack:
         patch = mock.patch.object
         stack.enter_context(patch(flex, "_validate_device", lambda *args: None))
-        if hasattr(script, "use_flex"):
-            stack.enter_context(patch(script, "use_flex", lambda device: True))
+        stack.enter_context(patch(script, "FLEX", "cpu"))
         if hasattr(script, "CPU_SHORT"):
             stack.enter_context(patch(script, "CPU_SHORT", 0))
         yield
@@ -129,3 +134,42 @@ def test_waits_of_a_step(name, flags, tmp_path):
     """Once: the host reads the loss, the signals and the norm of the gradients."""
     waits = waits_in_a_step(name, tmp_path, *flags)
     assert sum(waits.values()) == 1 and all(line.startswith("main:") for line in waits), waits
+
+def test_a_failure_to_compile_is_said_in_one_line(tmp_path):
+    broken = mock.Mock(side_effect=RuntimeError("no tool chain\nat all"))
+    with (mock.patch.object(train_block, "FLEX", "cpu"),
+          mock.patch("torch._inductor.compile_fx.compile_fx", broken)):
+        done = train_tiny(f"--data={make_data(tmp_path)}", f"--out={tmp_path / 'run'}",
+                          "--steps=1", "--compile=1", script=train_block)
+    torch.compiler.set_stance("default")
+    said = [x for x in done.out.splitlines() if x.startswith(("compiling", "running"))]
+    assert done.status == 0 and len(said) == 2, done
+    assert "with FlexAttention" in said[0] and "attention dense: " in said[1]
+
+def test_the_longer_name_of_a_gpu_comes_first():
+    """H100 PCIe before H100, L40S before L4."""
+    for first, second in itertools.combinations(train_block.PEAK_TFLOPS, 2):
+        assert first not in second
+
+class Float64OnHost(TorchFunctionMode):
+    """MPS has no float64: what the network computes may become that only after .cpu()."""
+    on_host = ()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.Tensor.cpu:
+            self.on_host += (out,)
+        elif getattr(out, "dtype", None) == torch.float64:
+            floats = [x for x in args if getattr(x, "dtype", None) == torch.float32]
+            assert all(any(x is y for y in self.on_host) for x in floats), func
+        return out
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scores_and_samples_need_no_float64_of_the_device(name, tmp_path, monkeypatch):
+    flags = f"--data={make_data(tmp_path)}", f"--out={tmp_path / 'run'}", "--steps=1"
+    assert train_tiny(*flags, script=importlib.import_module(name)).status == 0
+    lm = sample.load(tmp_path / "run/ckpt.pt")
+    monkeypatch.setattr(sample, "float64", lambda x: x.cpu().double())  # as on MPS
+    with Float64OnHost():
+        assert lm.score("a text").nats > 0
+        assert lm.generate(n=2, length=8)

@@ -139,11 +139,12 @@ def test_a_sweep_chooses_by_the_second_half(tmp_path, monkeypatch):
     done = runs.train("--space=lr:log:.01:.04,n_layer:2:3,schedule:linear:cosine", "--runs=8",
                       f"--out={tmp_path}", "--flags=--preset=tiny", script=sweep)
     assert "| 7 | --lr=0.0" in done.out and "Run 7 on the first half: 7.0000 ± 0.0000" in done.out
-    values = np.array([[flag.partition("=")[2] for flag in command[2:5]] for _, command in started])
-    rates = values[:, 0].astype(float)  # one in each eighth of the range
-    assert sorted((np.log2(rates / 0.01) * 4).astype(int).tolist()) == [*range(8)], rates
-    assert set(values[:, 1]) == {"2", "3"} and set(values[:, 2]) == {"linear", "cosine"}
-    assert ("is at the edge" in done.out) == (rates[7] in (rates.min(), rates.max()))
+    rates, layers, schedules = zip(*(command[2:5] for _, command in started), strict=True)
+    places = [4 * math.log2(float(rate.removeprefix("--lr=")) / 0.01) for rate in rates]
+    assert sorted(map(int, places)) == [*range(8)]  # one in each eighth of the range
+    assert {*layers, *schedules} == {"--n_layer=2", "--n_layer=3", "--schedule=linear",
+                                     "--schedule=cosine"}
+    assert ("is at the edge" in done.out) == (places[7] in (min(places), max(places)))
     runs.assert_refused(runs.train("--space=lr", script=sweep), "--space=lr")
 
 def test_plots_hold_what_the_files_say(finished, tmp_path):
