@@ -13,7 +13,7 @@ from test_golf import make_checkpoint
 from toys import _grid
 
 import sample
-from study import entropy, judge, likelihood, mauve
+from study import crosscheck, entropy, judge, likelihood, mauve
 
 SCRIPTS = {name: sample.load_script(runs.ROOT / f"{name}.py") for name in sample.SCRIPTS}
 V, T = 3, 4
@@ -237,3 +237,18 @@ def test_the_mean_masked_share_is_that_of_uniform_masking():
     masked = (1 - (1 - times) ** (2 - unit[:3]).clamp(0.5, 1.5)).mean(0)
     assert (count[:3] * masked).sum() / count[:3].sum() == pytest.approx(0.5, abs=1e-3)
     assert shares["by text"] == pytest.approx(1, abs=1e-6) and shares["by vocabulary"] > 1.1
+
+@pytest.mark.parametrize("extra", [0, 0.05])
+def test_only_another_loss_differs_from_ours(tmp_path, monkeypatch, extra):
+    monkeypatch.setattr(crosscheck, "COPIES", 1)
+    (tmp_path / "evaluate_fineweb.py").write_text(f"""import torch, lit_gpt.model
+def get_loss_diff(model, x):
+    p = 1e-3 + (1 - 1e-3) * torch.rand(len(x), 1)
+    is_mask = torch.rand(x.shape) < p
+    answer = model(torch.where(is_mask, 32_000, x)).mT
+    nats = torch.nn.functional.cross_entropy(answer, x, reduction="none")
+    return (nats * is_mask / (p + {extra})).mean()""")
+    out = runs.train(f"--smdm={tmp_path}", "--draws=4", script=crosscheck)
+    difference, error = (float(x) for x in out.out.split("|")[-3:-1])
+    assert difference > 5 * error if extra else abs(difference) < 1e-6, out
+    runs.assert_refused(runs.train(f"--mdlm={tmp_path}", script=crosscheck), "no diffusion.py")
