@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from toys import Iid, Joint, LeftToRight, correlated, mutant, seeded, small_model
+from toys import Iid, Joint, LeftToRight, assert_found_wrong, correlated, seeded, small_model
 
 import gpt
 
@@ -107,7 +107,4 @@ MUTANTS = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_fails(name):
     snippet, replacement, checks = MUTANTS[name]
-    module = mutant(gpt, snippet, replacement)
-    for check in checks:
-        with pytest.raises(AssertionError):
-            check(module)
+    assert_found_wrong(gpt, snippet, replacement, *checks)

@@ -10,6 +10,7 @@ import sys
 import types
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -41,13 +42,19 @@ def mutant(script, snippet, replacement):
     exec(compile(source.replace(snippet, replacement), "mutant", "exec"), module.__dict__)
     return module
 
+def assert_found_wrong(script, snippet, replacement, *checks, errors=AssertionError):
+    """Every check fails on that mutant."""
+    module = mutant(script, snippet, replacement)
+    for check in checks:
+        with pytest.raises(errors):
+            check(module)
+
 class Joint:
     """A joint distribution of n tokens over V values, repeated side by side in `copies` groups.
 
     p: (V,) * n non-negative weights. T = n * copies. Groups are independent, so one wide
     row holds many samples of the joint, which costs a sampler far less than as many rows.
     """
-
     def __init__(self, p, copies=1):
         p = torch.as_tensor(p, dtype=torch.float64)
         self.n, self.n_values, self.copies = p.dim(), p.shape[0], copies
@@ -105,7 +112,6 @@ class Joint:
 
 class Iid:
     """Tokens drawn independently from p (V,): the exact denoiser answers log p, for any T."""
-
     def __init__(self, p):
         p = torch.as_tensor(p, dtype=torch.float64)
         self.p = p / p.sum()
@@ -130,7 +136,6 @@ class Iid:
 class Blocks:
     """The exact conditionals of a toy distribution: a block's given what is known of it in xt, and
     x0 before it."""
-
     def __init__(self, toy, seq_len, block_len):
         self.toy, self.seq_len, self.block_len = toy, seq_len, block_len
 
@@ -151,7 +156,6 @@ class Blocks:
 
 class LeftToRight:
     """The exact conditionals of a toy distribution, each given what stands before it alone."""
-
     def __init__(self, toy, seq_len):
         self.toy, self.seq_len = toy, seq_len
 
@@ -172,7 +176,6 @@ class LeftToRight:
 class AbsorbScore:
     """Exact log score of a toy under masking: log p(token | context) - log(exp(sigma) - 1), at the
     masked positions. shift is added, which denormalises it."""
-
     def __init__(self, toy, shift=0.0, dtype=torch.float32):
         self.toy, self.shift, self.dtype = toy, shift, dtype
 
@@ -185,7 +188,6 @@ class AbsorbScore:
 class UniformScore:
     """Exact log score of a joint whose tokens are replaced by uniform ones with probability
     1 - exp(-sigma): the noised joint, every token of it exchanged for every other."""
-
     def __init__(self, toy, dtype=torch.float32):
         self.toy, self.dtype = toy, dtype
 
