@@ -10,7 +10,7 @@ PY := .venv/bin/python
 	touch $@
 
 .venv/.installed-tests: .venv/.installed Makefile
-	$(PY) -m pip install -q pytest ruff tokenizers hypothesis
+	$(PY) -m pip install -q pytest pytest-xdist ruff tokenizers hypothesis
 	touch $@
 
 demo: .venv/.installed
@@ -28,7 +28,7 @@ demo: .venv/.installed
 
 test: .venv/.installed-tests
 	$(PY) -m ruff check --line-length=100 --select=E,F,W,I,B .
-	$(PY) -m pytest -q tests
+	$(PY) -m pytest -q -n 2 tests
 
 torture: .venv/.installed-tests
 	$(PY) -m pytest -q --torture tests/test_survive.py
