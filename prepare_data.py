@@ -605,8 +605,7 @@ def prepare(cfg):
 
 def main(argv):
     if {"-h", "--help"} & set(argv):
-        print(__doc__ + "\n" + inspect.getsource(Config))
-        return
+        return print(__doc__, inspect.getsource(Config), sep="\n")
     cfg = parse(argv)
     remedy = "mend that, or wait for the other run there; then give the same command again"
     with doing(cfg.out, remedy), filelock.FileLock(f"{cfg.out}/.lock", timeout=0):
@@ -617,4 +616,5 @@ def main(argv):
                 shutil.rmtree(cfg.out)
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # what a code page lacks
     main(sys.argv[1:])

@@ -658,9 +658,9 @@ def save_checkpoint(path, state):
     os.replace(f"{path}.partial", path)
 
 # ----------------------------------------------------------------------------- runtime
-PEAK_TFLOPS = {  # dense bf16, by part of the device's name, from the vendors' data sheets
-    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L40": 181,
-    "L4": 121, "A10G": 70, "RTX A6000": 155, "RTX 5090": 209, "RTX 4090": 165, "RTX 3090": 71}
+PEAK_FLOPS = {  # dense bf16, by part of the device's name, from the vendors' data sheets
+    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
+    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 5090": 209e12, "RTX 4090": 165e12}
 
 def pick_device(name, dtype, local_rank):
     """-> (device, dtype of matrix products: bf16 where the hardware has it, or a CPU is told to)"""
@@ -763,7 +763,7 @@ def main(argv):
     n_weights = sum(p.numel() for name, p in model.layers.named_parameters()
                     if p.ndim > 1 and not name.endswith("mod.weight"))
     flops = flops_per_token(cfg, n_weights)
-    peak = next((world * f * 1e12 for part, f in PEAK_TFLOPS.items() if part in machine), None)
+    peak = next((world * f for part, f in PEAK_FLOPS.items() if part in machine), None)
     log(f"{sum(p.numel() for p in params) / 1e6:.2f}M parameters, {flops / 1e6:.1f} MFLOP per "
         f"token, {world} x {machine} in {str(dtype)[6:]}, {cfg.data}: "
         f"{len(train) * cfg.seq_len:,} tokens"
@@ -795,8 +795,7 @@ def main(argv):
     ckpt = None  # gives its memory back
     batch = read_batch(cfg, train, step, rank, world, device)
     if cfg.compile and device.type != "mps":  # where compiled code may be silently wrong
-        log(f"compiling{', with FlexAttention' * (device.type == FLEX)}, which takes a while "
-            "(--compile=0 does without)")
+        log(f"compiling{', with FlexAttention' * (device.type == FLEX)} (--compile=0 does without)")
         torch._dynamo.config.recompile_limit = 32  # the layers' shapes in training and evaluation
         if device.type == "cpu":  # one small graph for all layers: seconds, not a minute
             for layer in model.layers:
@@ -896,6 +895,7 @@ def main(argv):
     return 130 if signal.SIGINT in stop else 0
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # what a code page lacks
     try:
         status = main(sys.argv[1:])
         if dist.is_initialized():

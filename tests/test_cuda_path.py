@@ -148,7 +148,7 @@ def test_a_failure_to_compile_is_said_in_one_line(tmp_path):
 
 def test_the_longer_name_of_a_gpu_comes_first():
     """H100 PCIe before H100, L40S before L4."""
-    for first, second in itertools.combinations(train_block.PEAK_TFLOPS, 2):
+    for first, second in itertools.combinations(train_block.PEAK_FLOPS, 2):
         assert first not in second
 
 class Float64OnHost(TorchFunctionMode):

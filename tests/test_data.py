@@ -173,9 +173,10 @@ def test_containers(tmp_path):
         (tmp_path / name).write_bytes(raw)
         files(tmp_path / name, tmp_path / "out" / name)
         assert contents(tmp_path / "out" / name, "*.bin") == plain, name
-    run = start("files", "--input=-", f"--out={tmp_path / 'piped'}", stdin=subprocess.PIPE)
+    run = start("files", "--input=-", f"--out={tmp_path / 'é'}", stdin=subprocess.PIPE,
+                env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert run.communicate(lines.decode(), timeout=60) and run.returncode == 0
-    assert contents(tmp_path / "piped", "*.bin") == plain
+    assert contents(tmp_path / "é", "*.bin") == plain
 
 @pytest.mark.parametrize("path, args, expected", [
     ("", [], ["a.md", "b/c.py", "b/d.txt.gz"]), ("", ["--glob=**/*.py"], ["b/c.py"]),

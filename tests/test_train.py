@@ -397,7 +397,7 @@ def test_another_vocabulary_of_the_same_size_is_refused(data, short_run, tmp_pat
         assert_refused(result, "another vocabulary", f"{tmp_path}", "ckpt.pt", "--tokenizer=")
 
 def test_no_compiler_is_said_and_survived(tmp_path):
-    """On published shards of 16 bits, and without a C++ compiler, a home or a network."""
+    """On published shards of 16 bits, without a C++ compiler, a home, a network, or an é."""
     for name in ("fineweb_train_000001.bin", "fineweb_val_000000.bin"):
         tokens = np.random.default_rng(0).integers(0, 300, 1024)
         write_shard(tmp_path / name, tokens, itemsize=2, stated=0)
@@ -405,9 +405,11 @@ def test_no_compiler_is_said_and_survived(tmp_path):
     (tmp_path / "empty").mkdir()
     empty, nowhere = str(tmp_path / "empty"), "http://127.0.0.1:9"
     result = finish(launch(
-        SCRIPT, *tiny("--compile=1", "--steps=2", f"--data={tmp_path}", f"--out={tmp_path}/run"),
-        PATH=empty, HOME=empty, CXX="", https_proxy=nowhere, HTTPS_PROXY=nowhere))
+        SCRIPT, *tiny("--compile=1", "--steps=2", f"--data={tmp_path}", f"--out={tmp_path}/é"),
+        PATH=empty, HOME=empty, CXX="", https_proxy=nowhere, HTTPS_PROXY=nowhere,
+        PYTHONIOENCODING="ascii"))
     assert result.status == 0 and "without torch.compile" in result.out, result
+    assert "\\xe9/ckpt.pt" in result.out
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no compiler")
 def test_compiled_losses_equal_eager_ones(data, tmp_path):
