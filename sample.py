@@ -1066,8 +1066,8 @@ def read(path, opts):
     import prepare_data as data
 
     part, = data.local_parts([path])
-    texts = data.read(data.Config(encoding=opts.encoding), part, data.Counter())
-    return "".join(text for _, text in texts)
+    return "".join(text for _, text in data.read(data.Config(encoding=opts.encoding), part,
+                                                 data.Counter()))
 
 def text_of(opts, flag):
     """The text of a flag, or of the file that it names."""
@@ -1103,8 +1103,9 @@ def read_prompts(opts):
     if not opts.prompts.endswith(".jsonl"):
         return [read(opts.prompts, opts)]
     with naming(f"--prompts={opts.prompts}"):
-        lines = map(json.loads, Path(opts.prompts).read_text("utf-8").splitlines())
-        return [line["prompt"] if isinstance(line, dict) else line for line in lines]
+        lines = Path(opts.prompts).read_text(opts.encoding or "utf-8-sig").splitlines()
+        return [row["prompt"] if isinstance(row, dict) else row
+                for row in map(json.loads, lines)]
 
 def main(argv):
     try:
