@@ -48,7 +48,8 @@ HOLE = "_"  # a byte that is asked for
 HELD_OUT = 5  # one key in so many
 STEP_TOKENS = 4096  # in a training step, or a little less
 TRUNK = ("--n_layer=4", "--n_head=4", "--n_embd=64", "--lr=0.03", "--shuffle=1", "--eval_every=0",
-         "--ckpt_every=0", "--log_every=100", "--compile=0")
+         "--ckpt_every=0", "--log_every=100")
+COMPILED_STEPS = 300  # compiling pays for itself in a training of so many
 OWN = {"train_block": ("--value_residual=0", "--muon_beta2=0")}  # so that all have one trunk
 ORDERS = {"gpt": ("",), "sedd": ("tweedie",)}  # of the kinds that have no choice
 
@@ -178,11 +179,13 @@ def run_cell(flags, name, seed, script, orders, passes):
     own = OWN.get(script, ()) + (f"--block_len={task.block_len}",) * (script == "train_block")
     n_rows = STEP_TOKENS // task.seq_len // 2 * 2  # pairs, for train_mdlm
     n_tokens = n_rows * task.seq_len
+    steps = flags.tokens // n_tokens
     print(f"{name}: {script}, seed {seed}", file=sys.stderr)
     done = subprocess.run([
         sys.executable, ROOT / f"{script}.py", *TRUNK, *own, *given, f"--data={data}",
         f"--seq_len={task.seq_len}", f"--batch_tokens={n_tokens}", f"--micro_batch={n_rows}",
-        f"--steps={flags.tokens // n_tokens}", f"--seed={seed}", f"--out={folder}", "--resume=1"],
+        f"--steps={steps}", f"--compile={int(steps >= COMPILED_STEPS)}", f"--seed={seed}",
+        f"--out={folder}", "--resume=1"],
         stdout=subprocess.DEVNULL)
     is_done = done.returncode == 0 and (folder / "val_nats.npy").exists()
     require(is_done, f"{script}.py has not finished: the same command goes on from here")
@@ -229,7 +232,7 @@ def run(flags):
         names = names_of("tasks", flags.tasks, TASKS)
         scripts = names_of("scripts", flags.scripts, sample.SCRIPTS)
         if way == "run":
-            for name, seed, script in itertools.product(names, range(flags.seeds), scripts):
+            for seed, name, script in itertools.product(range(flags.seeds), names, scripts):
                 run_cell(flags, name, seed, script, orders, passes)
         write_tables(flags.out, names)
 
