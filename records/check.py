@@ -28,8 +28,9 @@ P_VALUE = 0.01
 QUADRATURE_STEPS = 10_000
 # Config fields that only one script has; gpt.py has none of them.
 TELLING = {"graph": "train_sedd", "block_len": "train_block", "schedule": "train_mdlm"}
-# Settings that may differ between runs of one recipe: which run it is, and how a machine runs it.
-NO_RECIPE = set("data out seed preset resume micro_batch checkpoint_layers device compile "
+# Settings that may differ between runs of one recipe: which run it is, what it starts from (a track
+# says what that may be), and how a machine runs it.
+NO_RECIPE = set("data out seed init_from preset resume micro_batch checkpoint_layers device compile "
                 "log_every ckpt_every eval_every val_tokens val_draws".split())
 
 @dataclass(frozen=True)
@@ -93,8 +94,8 @@ def read_log(path):
     data, name = path.read_bytes(), path if path.name == "log.txt" else path.name
     source, muon, rest = (data.decode("utf-8").split(SEPARATOR, 2) + ["", ""])[:3]
     head = re.match(r"(python .+ numpy \S+ (.+) ranks (\d+))\n({.+})\n", rest)
-    shape = re.search(r"^([\d.]+)M parameters, (\S+) MFLOP per token, .+: ([\d,]+) tokens$", rest,
-                      re.M)
+    shape = re.search(r"^([\d.]+)M parameters, (\S+) MFLOP per token, .+: ([\d,]+) tokens(?:,|$)",
+                      rest, re.M)
     require(head and shape, f"{name}: not the log of a training script, or cut short")
     config = json.loads(head[4])
     steps = re.findall(r"^step:(\d+)/(\d+) ", rest, re.M)

@@ -1,6 +1,7 @@
 """Plots of a study, as SVG; needs matplotlib (pip install matplotlib).
 
     python study/plot.py loss out/a out/b --x=tokens --out=loss.svg     # or --x=seconds
+    python study/plot.py bound out/a_0 out/a_1 out/b_0 --out=bound.svg  # NAME_SEED: seeds together
     python study/plot.py nfe orders.json .. --out=nfe.svg       # nats per token against passes
     python study/plot.py gap orders.json .. --out=gap.svg       # to AR, by position in the window
     python study/plot.py frontier judge.json --out=frontier.svg # perplexity against entropy
@@ -8,7 +9,8 @@
 
 out/a is a run folder, orders.json of study/likelihood.py (gap: with --against; nfe: files of one
 checkpoint share lines), judge.json of study/judge.py, where rows named NAME_x make one line.
-density: of the training loss, under --loss_weight=uniform. Bars are standard errors.
+density: of the training loss, under --loss_weight=uniform. Bars are standard errors; of bound, the
+lowest and the highest seed.
 """
 import json
 import re
@@ -46,6 +48,21 @@ def loss(paths, flags):
         x = seconds if flags.x == "seconds" else steps[1:] * size
         curves.append(dict(label=path.name, x=x, y=nats))
     return curves, dict(xlabel=flags.x, ylabel="training loss, nats per token")
+
+def bound(paths, flags):
+    runs, curves = defaultdict(list), []
+    for path in map(Path, paths):
+        log, text = check.read_log(path / "log.txt"), (path / "log.txt").read_text()
+        found = re.findall(r"^step:(\d+)/\d+ val_\w+:([\d.]+)", text, re.M)
+        runs[path.name.rpartition("_")[0]].append(
+            {int(step) * log.config["batch_tokens"]: float(nats) for step, nats in found})
+    for name, group in runs.items():
+        x = sorted(set.intersection(*map(set, group)))
+        y = np.array([[run[tokens] for tokens in x] for run in group])  # (seeds, points)
+        mean = y.mean(0)
+        curves.append(dict(label=f"{name}, mean of {len(group)}", x=x, y=mean, fmt="o-",
+                           yerr=(mean - y.min(0), y.max(0) - mean)))
+    return curves, dict(xlabel="training tokens", ylabel="evaluation, nats per token")
 
 def read(path, key):
     done = json.loads(Path(path).read_text())
@@ -110,7 +127,7 @@ def density(paths, flags):
     return curves, dict(xlabel="masked fraction of a window", ylim=(0, 4),
                         ylabel="density of the training loss")
 
-KINDS = {f.__name__: f for f in (loss, nfe, gap, frontier, density)}
+KINDS = {f.__name__: f for f in (loss, bound, nfe, gap, frontier, density)}
 
 def draw(curves, settings, path):
     """Write the plot -> its figure"""

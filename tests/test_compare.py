@@ -11,10 +11,9 @@ import gpt
 import train_block
 import train_mdlm
 
-
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
-    """Runs gpt_0..2, mdlm_0..2 and block_0..2."""
+    """Runs gpt_0..2, mdlm_0..2, which begin with the weights of those, and block_0..2."""
     folder = tmp_path_factory.mktemp("compare")
     data = folder / "data"
     data.mkdir()
@@ -22,8 +21,9 @@ def out(tmp_path_factory):
     runs.write_meta(data, [bytes([i]) * (i > 0) for i in range(256)], tokenizer="byte")
     for name, script in (("gpt", gpt), ("mdlm", train_mdlm), ("block", train_block)):
         for seed in range(3):
+            start = [f"--init_from={folder}/gpt_{seed}/ckpt.pt"] * (name == "mdlm")
             runs.train_tiny(f"--data={data}", f"--out={folder}/{name}_{seed}", "--steps=2",
-                            f"--seed={seed}", "--eval_every=0", script=script)
+                            f"--seed={seed}", "--eval_every=0", *start, script=script)
     return folder
 
 def nats(out, *names):
@@ -49,7 +49,7 @@ def test_single_runs(out):
         ["gpt_0", "gpt"], ["blocks", "train_block"], ["lr=1", "train_mdlm"]]
     x, y, z = nats(out, "gpt_0", "block_0", "mdlm_0").reshape(3, -1, 2).mean(2)
     for row, name, pairs in ((a, "gpt_0", x), (b, "block_0", y), (c, "mdlm_0", z)):
-        assert row[3] == "512" and row[5] == "1"
+        assert row[3] == "512" + f" after {out}/gpt_0/ckpt.pt" * (row is c) and row[5] == "1"
         assert row[6] == f"{'≤ ' * (row is not a)}{pairs.mean():.4f} ± {error(pairs):.4f}"
         difference = f"{(pairs - x).mean():+.4f} ± {error(pairs - x):.4f}"
         assert row[8] == ("" if row is a else difference)

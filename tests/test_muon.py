@@ -1,5 +1,4 @@
 """muon.py against torch.optim.Muon, the exact polynomial, itself on two ranks, and its promises."""
-
 import io
 
 import pytest

@@ -164,13 +164,15 @@ def test_plots_hold_what_the_files_say(finished, tmp_path):
             ("frontier", "j", {"mdlm": [[2, 2.5], [4, 6]], "real text": [[3], [5]]})):
         curves = plot.KINDS[kind]([f"{tmp_path}/{file}.json"], None)
         made = points(plot.draw(*curves, f"{tmp_path}/a.svg"))
-        assert made.keys() == want.keys()
-        assert all(np.allclose(made[name], want[name]) for name in want), made
+        assert made.keys() == want.keys() and all(np.allclose(made[k], want[k]) for k in want)
     curves = plot.loss([finished / "mdlm_0"], types.SimpleNamespace(x="tokens"))
     made = points(plot.draw(*curves, f"{tmp_path}/a.png"))["mdlm_0"]
-    logged = [line for line in runs.log(finished / "mdlm_0") if "loss" in line]
-    assert made == [[line["step"] * runs.ROWS * runs.SEQ_LEN for line in logged],
-                    [line["loss"] for line in logged]]
+    tokens, logged = runs.ROWS * runs.SEQ_LEN, runs.log(finished / "mdlm_0")
+    logged = [(line["step"] * tokens, line["loss"]) for line in logged if "loss" in line]
+    assert made == [[*x] for x in zip(*logged, strict=True)]
+    curve, = plot.bound(map(finished.joinpath, ("mdlm_0", "mdlm_1")), None)[0]
+    ends = [runs.log(finished / f"mdlm_{seed}")[-1]["val_nelbo"] for seed in range(2)]
+    assert [*curve["x"]] == [2 * tokens] and np.allclose(curve["y"] - curve["yerr"][0], min(ends))
     curves, _ = plot.density([], None)
     for curve in curves:
         assert np.trapezoid(curve["y"], curve["x"]) == pytest.approx(1, abs=0.05), curve["label"]
