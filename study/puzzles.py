@@ -30,9 +30,9 @@ class Task:
 
 @functools.cache
 def peers(size):
-    """For every cell of a grid, those of its row, column and box, which is 2 cells high."""
-    places = [(i // size, i % size) for i in range(size * size)]
-    keys = [((0, r), (1, c), (2, r // 2, c // (size // 2))) for r, c in places]
+    """For every cell of a grid, those of its row, column and box, 2 x 2, 2 x 3 or 3 x 3 cells."""
+    places, height = [(i // size, i % size) for i in range(size * size)], math.isqrt(size)
+    keys = [((0, r), (1, c), (2, r // height, c // (size // height))) for r, c in places]
     return [[j for j, b in enumerate(keys) if i != j and {*a} & {*b}] for i, a in enumerate(keys)]
 
 def complete(grid, size, rng):
@@ -54,7 +54,8 @@ def draw_sudoku(rng, size):
     grid = [0] * n
     complete(grid, size, rng)
     answer = "".join(map(str, grid))
-    blanks = rng.permutation(n)[:rng.integers(n // 4, 3 * n // 4 + 1)]
+    few, many = (n // 20, n // 4) if size > 6 else (n // 4, 3 * n // 4)
+    blanks = rng.permutation(n)[:rng.integers(few, many + 1)]
     return answer, "".join(PAD if i in blanks else c for i, c in enumerate(answer)), answer
 
 def solves_sudoku(question, answer):
@@ -129,6 +130,7 @@ def draw_fact(rng):
 TASKS = {
     "sudoku4": Task(lambda rng: draw_sudoku(rng, 4), solves_sudoku, 16, 16, 4),
     "sudoku6": Task(lambda rng: draw_sudoku(rng, 6), solves_sudoku, 36, 36, 6, 20_000),
+    "sudoku9": Task(lambda rng: draw_sudoku(rng, 9), solves_sudoku, 81, 81, 9, 20_000),
     "countdown": Task(draw_countdown, solves_countdown, 8, 12, 4),
     "addition": Task(draw_addition, None, 12, 6, 3),
     "reversal": Task(draw_fact, None, 8, 4, 4, 200, 50),

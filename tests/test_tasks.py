@@ -19,7 +19,7 @@ from study import convert, gpt2_mdlm, puzzles, tasks
 KEYS = {"sudoku4": lambda row: row[16:], "sudoku6": lambda row: row[36:],
         "countdown": lambda row: sorted(row[:8].strip(".").split("=")[0]),
         "addition": lambda row: sorted((row[:5], row[6:11])), "brackets": lambda row: row[:20],
-        "sort": lambda row: row[12:]}
+        "sort": lambda row: row[12:], "sudoku9": lambda row: row[81:]}
 
 @pytest.fixture(autouse=True)
 def small_tasks(monkeypatch):
@@ -31,12 +31,14 @@ def call(*flags, main=tasks.main):
     return runs.train(*flags, script=types.SimpleNamespace(main=main))
 
 SIX = "346521215643163452524136652314431265"
+NINE = "".join(str((3 * r + r // 3 + c) % 9 + 1) for r in range(9) for c in range(9))
 SCORED = [  # task, question, right answers, wrong ones
     ("sudoku4", "12..34..........", ["1234341221434321"],
      ["2134341212434321", "1234341221434312", "1234431221434321", "1234341211111111", "1" * 16]),
     ("sudoku4", 16 * ".", ["1234341221434321", "3412123443212143"],
      ["1234123412341234", "1234234134124123", "5234345221434325"]),
     ("sudoku6", 36 * ".", [SIX], [SIX[:-2] + "56", SIX[6:12] + SIX[:6] + SIX[12:18] * 4]),
+    ("sudoku9", 81 * ".", [NINE, NINE[27:] + NINE[:27]], [NINE[9:] + NINE[:9]]),
     ("countdown", ".1389=24", ["8*9/3*1.....", "8*(9/3)*1...", "3*8.........", "(9-1)*3....."],
      ["8*9/3+1.....", "8*3*8/8.....", "24..........", "8*9/(3......", "9+8+3+4.....",
       "9//3*8......", "8**1*3......", "8*3/(1-1)...", "............", "8*3)*(1.....",
