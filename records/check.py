@@ -30,8 +30,8 @@ QUADRATURE_STEPS = 10_000
 TELLING = {"graph": "train_sedd", "block_len": "train_block", "schedule": "train_mdlm"}
 # Settings that may differ between runs of one recipe: which run it is, what it starts from (a track
 # says what that may be), and how a machine runs it.
-NO_RECIPE = set("data out seed init_from preset resume micro_batch checkpoint_layers device compile "
-                "log_every ckpt_every eval_every val_tokens val_draws".split())
+NO_RECIPE = set("data out seed init_from preset resume micro_batch checkpoint_layers device "
+                "compile log_every ckpt_every eval_every val_tokens val_draws".split())
 
 @dataclass(frozen=True)
 class Track:

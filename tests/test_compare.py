@@ -11,6 +11,7 @@ import gpt
 import train_block
 import train_mdlm
 
+
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     """Runs gpt_0..2, mdlm_0..2, which begin with the weights of those, and block_0..2."""

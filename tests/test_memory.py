@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+
 def small(name, **names):
     script = importlib.import_module(name)
     names = dict(vocab_size=11, n_layer=3, n_head=2, n_embd=32, seq_len=64, batch_tokens=512,

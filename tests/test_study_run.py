@@ -153,8 +153,8 @@ def test_plots_hold_what_the_files_say(finished, tmp_path):
             for first, last in ((0, 0), (1, 1), (2, 3))]
     judged = [dict(text=name, entropy=[x, 0.1], gen_ppl=[y, 0.2]) for name, x, y in (
         ("real text", 3, 5), ("mdlm_a", 2, 4), ("mdlm_b", 2.5, 6))]
-    (tmp_path / "a.json").write_text(json.dumps(
-        dict(rows=rows, gap=gaps, about=dict(seq_len=9, ckpt="out/a"))))
+    about = dict(seq_len=9, ckpt="out/a")
+    (tmp_path / "a.json").write_text(json.dumps(dict(rows=rows, gap=gaps, about=about)))
     (tmp_path / "j.json").write_text(json.dumps(dict(rows=judged)))
     for kind, file, want in (
             ("nfe", "a", {"a: NELBO": [[9], [2]], "a: l2r": [[4, 8], [4, 3]],
@@ -173,8 +173,7 @@ def test_plots_hold_what_the_files_say(finished, tmp_path):
     curve, = plot.bound(map(finished.joinpath, ("mdlm_0", "mdlm_1")), None)[0]
     ends = [runs.log(finished / f"mdlm_{seed}")[-1]["val_nelbo"] for seed in range(2)]
     assert [*curve["x"]] == [2 * tokens] and np.allclose(curve["y"] - curve["yerr"][0], min(ends))
-    curves, _ = plot.density([], None)
-    for curve in curves:
+    for curve in (curves := plot.density([], None)[0]):
         assert np.trapezoid(curve["y"], curve["x"]) == pytest.approx(1, abs=0.05), curve["label"]
     assert np.allclose(curves[0]["y"], 2 * curves[0]["x"], atol=1e-4)  # of the linear schedule
 
