@@ -141,12 +141,13 @@ def score(lm, name, folder, orders, passes):
     path = Path(folder, "test.jsonl")
     require(path.exists(), f"--data={folder}: no test.jsonl in it; make the data first")
     items = [json.loads(line) for line in path.read_text().splitlines()]
+    passes = passes[:1] if lm.kind == "gpt" else [n for n in passes if n < task.answer_len]
     for asked, group in itertools.groupby(items, lambda item: item["asked"]):
         group = list(group)
         if lm.kind in ("gpt", "block") and not group[0]["row"].endswith(HOLE):
             continue
         for order in ORDERS.get(lm.kind, orders):
-            for n in passes[:1] if lm.kind == "gpt" else passes:
+            for n in passes:
                 answers, n_passes, seconds = answer_all(lm, task, group, order, n)
                 results.append(dict(asked=asked, order=order or "left to right", steps=n,
                                     right=count_right(task, group, answers), n=len(group),
