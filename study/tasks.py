@@ -52,6 +52,8 @@ TRUNK = ("--n_layer=4", "--n_head=4", "--n_embd=64", "--lr=0.03", "--shuffle=1",
          "--ckpt_every=0", "--log_every=100")
 COMPILED_STEPS = 300  # compiling pays for itself in a training of so many
 OWN = {"train_block": ("--value_residual=0", "--muon_beta2=0")}  # so that all have one trunk
+BRIEF = (("gpt", "left to right"), ("train_mdlm", "random"), ("train_mdlm", "confidence"),
+         ("train_block", "confidence"), ("train_sedd", "tweedie"))  # columns of the short table
 ORDERS = {"gpt": ("",), "sedd": ("tweedie",)}  # of the kinds that have no choice
 
 # ----------------------------------------------------------------------------- data sets
@@ -154,15 +156,18 @@ def score(lm, name, folder, orders, passes):
                                     passes=n_passes, seconds=seconds))
     return results
 
+def share(rows, digits=1):
+    """The share of right answers and its interval, seeds together."""
+    n_right, n = (sum(row[key] for row in rows) for key in ("right", "n"))
+    low, high = wilson(n_right, n)
+    return f"{n_right / n:.{digits}%} ({low:.{digits}%} to {high:.{digits}%})"
+
 def show(found):
     """{(asked, script, order, steps): [a score for every seed]} -> a table, seeds together"""
     table = []
     for (asked, script, order, _), rows in found.items():
-        n_right, n = (sum(row[key] for row in rows) for key in ("right", "n"))
-        low, high = wilson(n_right, n)
         seconds = sum(row["seconds"] for row in rows) / len(rows)
-        table.append([asked, script, order, f"{rows[0]['passes']:.0f}",
-                      f"{n_right / n:.1%} ({low:.1%} to {high:.1%})",
+        table.append([asked, script, order, f"{rows[0]['passes']:.0f}", share(rows),
                       " ".join(f"{row['right'] / row['n']:.1%}" for row in rows),
                       f"{1e3 * seconds:.2f}"])
     head = ["asked", "script", "order", "passes", "right (95% interval)", "by seed",
@@ -200,18 +205,24 @@ def run_cell(flags, name, seed, script, orders, passes):
     (folder / "score.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 def write_tables(out, names):
-    """A table for each task from the scores that are there."""
-    require([*Path(out).glob("*/*/score.json")], f"--out={out}: no scores in it")
-    for name in names:
-        found = {}
-        for path in sorted(Path(out, name).glob("*/score.json")):
-            for row in json.loads(path.read_text()):
-                key = tuple(row[k] for k in ("asked", "script", "order", "steps"))
-                found.setdefault(key, []).append(row)
-        if found:
-            print(f"\n### {name}\n\n{row['parameters'] / 1e6:.2f}M parameters, "
-                  f"{row['tokens']:,} training tokens, {row['seq_len']} a problem.\n")
-            show(dict(sorted(found.items(), key=lambda item: item[0][0])))
+    """One table of all tasks, one token a pass, and one for each, of the scores that are there."""
+    tables, brief = {}, []
+    for path in sorted(Path(out).glob("*/*/score.json")):
+        for row in json.loads(path.read_text()):
+            key = tuple(row[k] for k in ("asked", "script", "order", "steps"))
+            tables.setdefault(row["task"], {}).setdefault(key, []).append(row)
+    require(tables, f"--out={out}: no scores in it")
+    tables = {name: tables[name] for name in names if name in tables}
+    for name, found in tables.items():
+        for asked in sorted({key[0] for key in found}):
+            rows = [found.get((asked, *column, 0)) for column in BRIEF]
+            brief.append([f"{name} {asked}".rstrip(), *(share(x, 0) if x else "" for x in rows)])
+    print_table(brief, ["task", *(f"{script}, {order}" for script, order in BRIEF)])
+    for name, found in tables.items():
+        row = next(iter(found.values()))[0]
+        print(f"\n### {name}\n\n{row['parameters'] / 1e6:.2f}M parameters, "
+              f"{row['tokens']:,} training tokens, {row['seq_len']} a problem.\n")
+        show(dict(sorted(found.items(), key=lambda item: item[0][0])))
 
 def names_of(flag, text, known):
     found = text.split(",")
