@@ -28,10 +28,9 @@ P_VALUE = 0.01
 QUADRATURE_STEPS = 10_000
 # Config fields that only one script has; gpt.py has none of them.
 TELLING = {"graph": "train_sedd", "block_len": "train_block", "schedule": "train_mdlm"}
-# Settings that may differ between runs of one recipe: which run it is, what it starts from (a track
-# says what that may be), and how a machine runs it.
-NO_RECIPE = set("data out seed init_from preset resume micro_batch checkpoint_layers device "
-                "compile log_every ckpt_every eval_every val_tokens val_draws".split())
+# Settings that may differ between runs of one recipe: which run it is, and how a machine runs it.
+NO_RECIPE = set("data out seed preset resume micro_batch checkpoint_layers device compile "
+                "log_every ckpt_every eval_every val_tokens val_draws".split())
 
 @dataclass(frozen=True)
 class Track:
@@ -125,7 +124,9 @@ def check_finished(log):
             f"{log.name}: ends at step {log.step} of {steps}, finish it with --resume=1")
 
 def check_same_recipe(log, other):
-    a, b = ({"source": x.source, "muon.py": x.muon, **x.config} for x in (log, other))
+    # Each seed may start from a checkpoint of its own, but all from one or none.
+    a, b = ({"source": x.source, "muon.py": x.muon, **x.config,
+             "init_from": bool(x.config["init_from"])} for x in (log, other))
     names = [k for k in {**a, **b} if k not in NO_RECIPE and a.get(k) != b.get(k)]
     require(not names, f"{log.name}: another {', '.join(names)} than {other.path}")
 

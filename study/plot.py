@@ -54,6 +54,7 @@ def bound(paths, flags):
     for path in map(Path, paths):
         log, text = check.read_log(path / "log.txt"), (path / "log.txt").read_text()
         found = re.findall(r"^step:(\d+)/\d+ val_\w+:([\d.]+)", text, re.M)
+        require(found, f"{path}: not evaluated yet")
         runs[path.name.rpartition("_")[0] or path.name].append(
             {int(step) * log.config["batch_tokens"]: float(nats) for step, nats in found})
     for name, group in runs.items():

@@ -179,7 +179,6 @@ def sampling():
         def run():
             fill(model, cfg, known, known > 0, gen=torch.Generator().manual_seed(0), **how)
         return run
-
     half = length // 2
     ways = {
         f"ancestral, {half} steps": dict(steps=half),

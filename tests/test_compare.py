@@ -105,7 +105,8 @@ def test_what_does_not_compare_is_refused(out, tmp_path, name, old, new, words):
 def test_rows_that_are_no_seeds_of_one_setting_are_refused(out, tmp_path):
     other = shutil.copytree(out / "gpt_1", tmp_path / "other")
     change(other / "log.txt", '"lr": 0.025', '"lr": 0.03')
+    change(other / "log.txt", '"init_from": ""', '"init_from": "a"')
     for argv, words in (
             ([f"{out}/gpt_0,{out}/mdlm_1"], "another source"), ([out / "none"], "none"),
-            ([f"{out}/gpt_0,{other}"], "another lr than"), ([], "runs"), ([out], "log.txt")):
+            ([f"{out}/gpt_0,{other}"], "another lr, init_from"), ([], "runs"), ([out], "log.txt")):
         assert_refused(argv, words)
